@@ -1,0 +1,125 @@
+"""Tensor names of a WorldStereo checkpoint: diffusers' (the published files) and native Wan's (ComfyUI's model).
+
+One table, read in both directions. The source is the naming of diffusers' `WanTransformer3DModel` against
+`wan/modules/model.py` of Wan 2.1; inside `controlnet` only the attention projections are renamed, so that ComfyUI's
+attention class serves there too.
+"""
+
+import re
+
+# (diffusers, native); `N` stands for a block number.
+_ATTENTION = [
+    ("to_q", "q"),
+    ("to_k", "k"),
+    ("to_v", "v"),
+    ("to_out.0", "o"),
+    ("norm_q", "norm_q"),
+    ("norm_k", "norm_k"),
+]
+_IMAGE_ATTENTION = [("add_k_proj", "k_img"), ("add_v_proj", "v_img"), ("norm_added_k", "norm_k_img")]
+
+MODULES = [
+    ("condition_embedder.time_embedder.linear_1", "time_embedding.0"),
+    ("condition_embedder.time_embedder.linear_2", "time_embedding.2"),
+    ("condition_embedder.time_proj", "time_projection.1"),
+    ("condition_embedder.text_embedder.linear_1", "text_embedding.0"),
+    ("condition_embedder.text_embedder.linear_2", "text_embedding.2"),
+    ("condition_embedder.image_embedder.norm1", "img_emb.proj.0"),
+    ("condition_embedder.image_embedder.ff.net.0.proj", "img_emb.proj.1"),
+    ("condition_embedder.image_embedder.ff.net.2", "img_emb.proj.3"),
+    ("condition_embedder.image_embedder.norm2", "img_emb.proj.4"),
+    ("proj_out", "head.head"),
+    ("patch_embedding", "patch_embedding"),
+    *[(f"camera_embedding.{i}", f"camera_embedding.{i}") for i in (0, 2, 4)],
+    *[(f"blocks.N.attn1.{d}", f"blocks.N.self_attn.{n}") for d, n in _ATTENTION],
+    *[(f"blocks.N.attn2.{d}", f"blocks.N.cross_attn.{n}") for d, n in _ATTENTION + _IMAGE_ATTENTION],
+    ("blocks.N.norm2", "blocks.N.norm3"),
+    ("blocks.N.ffn.net.0.proj", "blocks.N.ffn.0"),
+    ("blocks.N.ffn.net.2", "blocks.N.ffn.2"),
+    *[(f"controlnet.{m}", f"controlnet.{m}") for m in (
+        "controlnet_patch_embedding",
+        "controlnet_mask_embedding.mask_proj.0",
+        "controlnet_mask_embedding.mask_proj.1",
+        "controlnet_mask_embedding.mask_zero_proj",
+        "proj_in",
+        "proj_out.N",
+    )],
+    *[(f"controlnet.controlnet_blocks.N.self_attn.{d}", f"controlnet.controlnet_blocks.N.self_attn.{n}")
+      for d, n in _ATTENTION],
+    *[(f"controlnet.controlnet_blocks.N.{m}", f"controlnet.controlnet_blocks.N.{m}")
+      for m in ("norm1.linear", "norm1.norm", "norm2.linear", "norm2.norm", "ffn.0", "ffn.2")],
+]
+
+# Parameters that belong to no layer of their own.
+PARAMETERS = [
+    ("scale_shift_table", "head.modulation"),
+    ("blocks.N.scale_shift_table", "blocks.N.modulation"),
+]
+
+# What a layer's tensors may be called: the weight and bias, and the scales and markers of the quantised formats.
+SUFFIXES = (
+    "weight",
+    "bias",
+    "scale_weight",
+    "weight.scale_weight",
+    "scale_input",
+    "weight_scale",
+    "input_scale",
+    "comfy_quant",
+)
+
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
+_TO_NATIVE = dict(MODULES)
+_TO_DIFFUSERS = {native: diffusers for diffusers, native in MODULES}
+_PARAMETERS_TO_NATIVE = dict(PARAMETERS)
+_PARAMETERS_TO_DIFFUSERS = {native: diffusers for diffusers, native in PARAMETERS}
+
+
+def _rename(name: str, modules: dict, parameters: dict) -> str | None:
+    """Looks `name` up with each of its numbers taken in turn as the block number (or none of them)."""
+    numbers = [(None, name)] + [(m.group(), name[:m.start()] + "N" + name[m.end():]) for m in _NUMBER.finditer(name)]
+    for number, pattern in numbers:
+        found = parameters.get(pattern)
+        if found is None:
+            for suffix in SUFFIXES:
+                if pattern.endswith("." + suffix):
+                    module = modules.get(pattern[: -len(suffix) - 1])
+                    if module is not None:
+                        found = f"{module}.{suffix}"
+        if found is not None:
+            return found if number is None else found.replace("N", number, 1)
+    return None
+
+
+def to_native(name: str) -> str:
+    """The native Wan name of a diffusers tensor name; a layer's scales and bias follow the layer.
+
+    Raises KeyError for a name that is in no WorldStereo checkpoint.
+    """
+    found = _rename(name, _TO_NATIVE, _PARAMETERS_TO_NATIVE)
+    if found is None:
+        raise KeyError(f"{name} is not a diffusers name of WorldStereo or Wan2.1-I2V")
+    return found
+
+
+def to_diffusers(name: str) -> str:
+    """The diffusers name of a native Wan tensor name: the inverse of `to_native`.
+
+    Raises KeyError for a name that is in no WorldStereo checkpoint.
+    """
+    found = _rename(name, _TO_DIFFUSERS, _PARAMETERS_TO_DIFFUSERS)
+    if found is None:
+        raise KeyError(f"{name} is not a native name of WorldStereo or Wan2.1-I2V")
+    return found
+
+
+def is_native(name: str) -> bool:
+    """Whether only the native naming has this name."""
+    return (_rename(name, _TO_DIFFUSERS, _PARAMETERS_TO_DIFFUSERS) is not None
+            and _rename(name, _TO_NATIVE, _PARAMETERS_TO_NATIVE) is None)
+
+
+def is_diffusers(name: str) -> bool:
+    """Whether only diffusers' naming has this name."""
+    return (_rename(name, _TO_NATIVE, _PARAMETERS_TO_NATIVE) is not None
+            and _rename(name, _TO_DIFFUSERS, _PARAMETERS_TO_DIFFUSERS) is None)
