@@ -1,0 +1,200 @@
+"""Cameras: the one representation of a camera path, its camera.json, and what the model is told of it.
+
+Axes are OpenCV's everywhere: x right, y down, z forward. `w2c` takes world coordinates to camera coordinates.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+RIGID_TOLERANCE = 1e-3
+CAMERA_0_DISTANCE = 2.0  # of camera 0 from the centre of the path, after normalisation
+OUTLIER_FACTOR = 10.0  # times OUTLIER_QUANTILE of the distances to the median centre
+OUTLIER_QUANTILE = 0.97
+
+
+def centres(w2c):
+    """The camera centres [..., 3] in world coordinates, of poses [..., 4, 4]."""
+    return -(w2c[..., :3, :3].mT @ w2c[..., :3, 3:]).squeeze(-1)
+
+
+@dataclass(frozen=True, eq=False)
+class Cameras:
+    """N cameras of one width x height picture.
+
+    w2c [N, 4, 4]: world-to-camera poses, rigid. K [N, 3, 3]: intrinsics in pixels, where the picture spans 0..width and
+    0..height, so that a centred principal point is (width / 2, height / 2). Both are checked in float64 and kept in
+    float32. Raises ValueError, naming the camera, for values that no picture can be taken with.
+    """
+
+    w2c: torch.Tensor
+    K: torch.Tensor
+    width: int
+    height: int
+
+    def __post_init__(self):
+        w2c = torch.as_tensor(self.w2c, dtype=torch.float64, device="cpu")
+        K = torch.as_tensor(self.K, dtype=torch.float64, device="cpu")
+        if w2c.ndim != 3 or w2c.shape[1:] != (4, 4) or len(w2c) == 0:
+            raise ValueError(f"The poses have the shape {list(w2c.shape)}: give one or more 4x4 world-to-camera matrices, [N, 4, 4].")
+        if K.shape != (len(w2c), 3, 3):
+            raise ValueError(f"The intrinsics have the shape {list(K.shape)}: {len(w2c)} poses need one 3x3 matrix each, [{len(w2c)}, 3, 3].")
+        if self.width < 1 or self.height < 1:
+            raise ValueError(f"The picture size {self.width}x{self.height} is not positive: give the size that the intrinsics are in pixels of.")
+
+        R = w2c[:, :3, :3]
+        gram_error = (R @ R.mT - torch.eye(3, dtype=torch.float64)).abs().amax((1, 2))
+        last_rows = w2c.new_tensor([0, 0, 0, 1])
+        checks = [
+            (w2c.isfinite().all((1, 2)), "its pose holds NaN or infinity"),
+            (K.isfinite().all((1, 2)), "its intrinsics hold NaN or infinity"),
+            ((w2c[:, 3] == last_rows).all(1), "the last row of its pose is not 0 0 0 1; is the matrix transposed?"),
+            (gram_error <= RIGID_TOLERANCE, "its rotation is not orthonormal; remove scale and shear from the pose"),
+            (R.det() > 0, "its rotation mirrors the world (determinant -1); convert the pose to OpenCV axes"),
+            ((K[:, 0, 0] > 0) & (K[:, 1, 1] > 0), "its focal length is not positive; OpenCV intrinsics have fx and fy above 0"),
+            ((K[:, 2] == last_rows[1:]).all(1), "the last row of its intrinsics is not 0 0 1; is the matrix transposed?"),
+        ]
+        for good, problem in checks:
+            if not good.all():
+                raise ValueError(f"Camera {good.int().argmin().item()} of {len(w2c)}: {problem}.")
+        object.__setattr__(self, "w2c", w2c.float())
+        object.__setattr__(self, "K", K.float())
+
+    def __len__(self):
+        return len(self.w2c)
+
+    def __getitem__(self, index):
+        """The cameras at a slice, a list of indices or one index, as Cameras again. Raises IndexError outside 0..N-1."""
+        index = [index] if isinstance(index, int) else index
+        return Cameras(self.w2c[index], self.K[index], self.width, self.height)
+
+    def scaled_to(self, width, height):
+        """The same cameras for the picture resized to width x height: intrinsics scaled on each axis."""
+        scale = self.K.new_tensor([width / self.width, height / self.height, 1.0])
+        return Cameras(self.w2c, self.K * scale[:, None], width, height)
+
+    def thinned(self, count):
+        """At most `count` cameras, the first and last among them (spec section 5)."""
+        if len(self) <= count:
+            return self
+        return self[torch.linspace(0, len(self) - 1, count).long()]
+
+
+def read_camera_json(path):
+    """Cameras of a camera.json: `extrinsic` [N, 4, 4] and `intrinsic` [N, 3, 3]; `width` and `height` are optional, and
+    without them the principal point of the first camera is taken for the centre of the picture.
+
+    Raises ValueError that names the file.
+    """
+    try:
+        return cameras_from_json(json.loads(Path(path).read_text(encoding="utf-8")))
+    except ValueError as error:  # malformed JSON and text too
+        raise ValueError(f"{Path(path).name} is not a usable camera.json. {error}") from error
+
+
+def cameras_from_json(content):
+    """Cameras of the parsed content of a camera.json. Raises ValueError."""
+    if not isinstance(content, dict) or not {"extrinsic", "intrinsic"} <= content.keys():
+        raise ValueError("It has no `extrinsic` and `intrinsic` lists of matrices.")
+    w2c, K = json_matrices(content, "extrinsic"), json_matrices(content, "intrinsic")
+    if K.shape[1:] != (3, 3) or len(K) == 0:
+        raise ValueError(f"`intrinsic` has the shape {list(K.shape)}: it must be one 3x3 matrix for each pose.")
+    width, height = (content.get(key, 2 * K[0, axis, 2].item()) for axis, key in enumerate(("width", "height")))
+    return Cameras(w2c, K, json_size(width, "width"), json_size(height, "height"))
+
+
+def json_matrices(content, key):
+    """content[key], nested lists of numbers, as a float64 tensor. Raises ValueError."""
+    try:
+        return torch.tensor(content[key], dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"`{key}` is not a list of matrices of one size: {error}.") from error
+
+
+def json_size(value, key):
+    """A picture size in whole pixels. Raises ValueError."""
+    if not isinstance(value, (int, float)) or not 0.5 <= value < 1e6:
+        raise ValueError(f"`{key}` is {value!r}: it must be the size of the picture in pixels.")
+    return round(value)
+
+
+def write_camera_json(path, cameras):
+    """Writes the cameras as camera.json, with the picture's width and height."""
+    content = {
+        "extrinsic": cameras.w2c.tolist(),
+        "intrinsic": cameras.K.tolist(),
+        "width": cameras.width,
+        "height": cameras.height,
+    }
+    Path(path).write_text(json.dumps(content, indent=1), encoding="utf-8")
+
+
+def normalise(w2c, targets=None):
+    """Poses [N, 4, 4] in the frame and scale that the weights were trained with (spec section 5), in float64.
+
+    Camera 0 becomes the world's axes, the mean camera centre its origin, and the distance of camera 0 from there 2. The
+    mean and the scale come from the first `targets` poses (default: all), so that references can follow their targets.
+    """
+    w2c = w2c.double()
+    w2c = w2c @ torch.linalg.inv(w2c[0])
+    centre = centres(w2c)
+    target_centre = centre[:targets]
+    distance = (target_centre - target_centre.median(0).values).norm(dim=-1)
+    near = distance <= OUTLIER_FACTOR * distance.quantile(OUTLIER_QUANTILE)
+    centre = centre - target_centre[near].mean(0)
+    radius = centre[0].norm()
+    scale = CAMERA_0_DISTANCE if radius <= 1e-5 else CAMERA_0_DISTANCE / radius
+    normalised = w2c.clone()
+    normalised[:, :3, 3:] = -w2c[:, :3, :3] @ (centre * scale).unsqueeze(-1)
+    return normalised
+
+
+def plucker(w2c, K, height, width):
+    """The rays of every pixel, [6, N, height, width] float32: unit direction d, then moment o x d, in world axes.
+
+    w2c [N, 4, 4] as `normalise` gives it, K [N, 3, 3] in pixels of the width x height picture. A ray goes through
+    (x - 0.5, y + 0.5) for the pixel in column x and row y: the -0.5 is what the weights were trained with.
+    """
+    w2c, K = w2c.double(), K.double()
+    y, x = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) - 0.5, indexing="ij")
+    pixels = torch.stack([x, y, torch.ones_like(x)]).double().reshape(3, -1)
+    direction = w2c[:, :3, :3].mT @ torch.linalg.inv(K) @ pixels
+    direction = direction / direction.norm(dim=1, keepdim=True)
+    origin = centres(w2c).unsqueeze(-1).expand_as(direction)
+    rays = torch.cat([direction, torch.linalg.cross(origin, direction, dim=1)], dim=1)
+    return rays.reshape(-1, 6, height, width).transpose(0, 1).float()
+
+
+def quaternions_and_translations(w2c):
+    """[N, 7] float32: the unit quaternion of each pose's rotation (real part first, >= 0) and its translation."""
+    return torch.cat([rotation_to_quaternion(w2c[:, :3, :3]), w2c[:, :3, 3]], dim=1).float()
+
+
+def rotation_to_quaternion(R):
+    """Unit quaternions [N, 4] (w, x, y, z; w >= 0) of rotations [N, 3, 3].
+
+    The matrix 4·q·qᵀ is linear in R; its row of the largest diagonal is q up to scale, free of cancellation.
+    """
+    (m00, m01, m02), (m10, m11, m12), (m20, m21, m22) = R.permute(1, 2, 0)
+    outer = torch.stack([
+        torch.stack([1 + m00 + m11 + m22, m21 - m12, m02 - m20, m10 - m01]),
+        torch.stack([m21 - m12, 1 + m00 - m11 - m22, m10 + m01, m02 + m20]),
+        torch.stack([m02 - m20, m10 + m01, 1 - m00 + m11 - m22, m21 + m12]),
+        torch.stack([m10 - m01, m02 + m20, m21 + m12, 1 - m00 - m11 + m22]),
+    ]).permute(2, 0, 1)
+    largest = outer.diagonal(dim1=1, dim2=2).argmax(1)
+    quaternion = outer[torch.arange(len(R)), largest]
+    quaternion = quaternion / quaternion.norm(dim=1, keepdim=True)
+    return torch.where(quaternion[:, :1] < 0, -quaternion, quaternion)
+
+
+def quaternion_to_rotation(quaternion):
+    """Rotations [N, 3, 3] of quaternions [N, 4] (w, x, y, z) of any length but 0."""
+    w, x, y, z = (quaternion / quaternion.norm(dim=1, keepdim=True)).T
+    return torch.stack([
+        torch.stack([1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)]),
+        torch.stack([2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)]),
+        torch.stack([2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)]),
+    ]).permute(2, 0, 1)
