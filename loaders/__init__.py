@@ -1,0 +1,162 @@
+"""Files into MODELs."""
+
+import dataclasses
+import json
+import logging
+import os
+from pathlib import Path
+
+import comfy.model_management
+import comfy.model_patcher
+import torch
+from comfy.quant_ops import QuantizedTensor
+
+from ..fp8.linear import native_refusal, operations
+from ..worldstereo.config import WorldStereoConfig, read_config
+from ..worldstereo.layout import backbone_shapes, native_shapes
+from ..worldstereo.model import WorldStereoModelConfig
+from .checkpoint import Checkpoint, some
+
+CONFIG_FILE = "config.json"
+# Without these a file has no size of its own: it is no whole model.
+ANCHORS = ("patch_embedding.weight", "blocks.0.ffn.0.weight", "time_embedding.0.weight", "text_embedding.0.weight",
+           "img_emb.proj.1.weight")
+CONTROL_ANCHORS = ("controlnet.proj_in.weight", "controlnet.controlnet_blocks.0.ffn.0.weight",
+                   "controlnet.controlnet_mask_embedding.mask_proj.0.weight")
+
+
+def _parse_config(text: str, where: str) -> dict:
+    try:
+        config = json.loads(text)
+    except json.JSONDecodeError as e:
+        raise ValueError(f"{where} is not JSON: {e}. Repair it, or remove it to use the defaults.") from e
+    if not isinstance(config, dict):
+        raise ValueError(f"{where} is not a JSON object. Repair it, or remove it to use the defaults.")
+    return config
+
+
+def _read_config(checkpoint: Checkpoint, shapes: dict) -> WorldStereoConfig:
+    """The configuration from config.json beside the file, else from the file's metadata, else the defaults.
+
+    A folder of diffusion models is shared: a config.json that is another model's is passed over, and the log says so.
+    """
+    beside = checkpoint.path.with_name(CONFIG_FILE)
+    if beside.is_file():
+        config = _parse_config(beside.read_text(encoding="utf-8"), str(beside))
+        if str(config.get("model_type", "")).startswith("worldstereo"):
+            try:
+                return read_config(shapes, config)
+            except ValueError as e:
+                logging.warning(f"{beside} is not of {checkpoint.path.name} and is not used: {e}")
+        else:
+            logging.info(f"{beside} is not a WorldStereo configuration and is not used")
+    where = f"{checkpoint.path.name}: the config in its metadata"
+    config = _parse_config(checkpoint.metadata.get("config", "{}"), where)
+    try:
+        return read_config(shapes, config)
+    except ValueError as e:
+        raise ValueError(f"{where} does not fit its tensors: {e}") from e
+
+
+def _overlay(checkpoint: Checkpoint, base: Checkpoint | None) -> dict[str, Checkpoint]:
+    """Which file each tensor comes from: the checkpoint, and the base for what it lacks."""
+    missing = [name for name in CONTROL_ANCHORS if name not in checkpoint.weights]
+    if missing:
+        raise ValueError(f"{checkpoint.path.name} lacks {some(missing)}: it has no WorldStereo control branch, or only "
+                         "a part of one. Choose a WorldStereo checkpoint.")
+    source = dict.fromkeys(checkpoint.weights, checkpoint)
+    if base is not None:
+        if any(name.startswith("controlnet.") for name in base.weights):
+            raise ValueError(f"base_model {base.path.name} is a WorldStereo checkpoint. The base is a plain "
+                             "Wan2.1-I2V-14B-480P model.")
+        source = dict.fromkeys(base.weights, base) | source
+    missing = [name for name in ANCHORS if name not in source]
+    if missing:
+        raise _overlay_error(checkpoint, base, missing)
+    return source
+
+
+def _overlay_error(checkpoint: Checkpoint, base: Checkpoint | None, missing: list[str]) -> ValueError:
+    if base is not None:
+        return ValueError(f"base_model {base.path.name} lacks {some(missing)}, and so does {checkpoint.path.name}. "
+                          "The base is a whole Wan2.1-I2V-14B-480P model.")
+    return ValueError(f"{checkpoint.path.name} is an overlay: it lacks backbone tensors ({some(missing)}). Choose the "
+                      "Wan2.1-I2V-14B-480P model it was made on as base_model.")
+
+
+def _account(checkpoint: Checkpoint, base: Checkpoint | None, source: dict[str, Checkpoint], shapes: dict,
+             config: WorldStereoConfig):
+    """Every expected tensor is there in its shape, and no other. Raises ValueError otherwise."""
+    expected = native_shapes(config)
+    missing = [name for name in expected if name not in shapes]
+    if missing and all(name in backbone_shapes(config) for name in missing):
+        raise _overlay_error(checkpoint, base, missing)
+    if missing:
+        raise ValueError(f"{checkpoint.path.name} lacks {len(missing)} tensors: {some(missing)}. The file is not whole.")
+    unexpected = [f"{source[name].weights[name].name} (in {source[name].path.name})"
+                  for name in shapes if name not in expected]
+    if unexpected:
+        raise ValueError(f"{checkpoint.path.name}: {len(unexpected)} tensors have no place in a {config.model_type} "
+                         f"model of {config.num_layers} layers: {some(unexpected)}.")
+    wrong = [f"{source[name].weights[name].name} is {list(shapes[name])}, expected {list(shape)}"
+             for name, shape in expected.items() if shapes[name] != shape]
+    if wrong:
+        raise ValueError(f"{checkpoint.path.name}: wrong shapes: {some(wrong)}.")
+
+
+def load_worldstereo(path: str | os.PathLike, compute: str = "auto", dtype: torch.dtype | None = None,
+                     base: str | os.PathLike | None = None):
+    """Loads a WorldStereo checkpoint as an ordinary ComfyUI model.
+
+    path: a .safetensors file in any of these forms, told apart by content: scaled FP8 (`scale_weight`), BF16 (or FP16,
+    FP32), either with diffusers or native Wan names, or ComfyUI's own FP8 (`weight_scale`, `comfy_quant`).
+    compute: "auto" multiplies in FP8 where the device and the layer's size allow it and upcasts the weight elsewhere;
+    "fp8" insists on a device that can; "bf16" always upcasts.
+    dtype: of the activations; None lets ComfyUI choose for the device.
+    base: the Wan2.1-I2V-14B-480P model, for a file that holds only a part of the backbone.
+
+    Returns the ModelPatcher. The weights are memory-mapped. Raises ValueError, naming file and tensor, for a file that
+    is not a whole WorldStereo checkpoint, and where compute is "fp8" on a device without FP8 matmul.
+    """
+    device = comfy.model_management.get_torch_device()
+    refusal = native_refusal(compute, device)
+    checkpoint = Checkpoint(path)
+    base = None if base is None else Checkpoint(base)
+    source = _overlay(checkpoint, base)
+    shapes = {name: file.weights[name].shape for name, file in source.items()}
+    config = _read_config(checkpoint, shapes)
+    _account(checkpoint, base, source, shapes, config)
+
+    tensors = {}
+    for file in {id(f): f for f in source.values()}.values():
+        tensors |= file.state_dict([name for name, owner in source.items() if owner is file])
+
+    storage_dtype = checkpoint.storage_dtype()
+    model_config = WorldStereoModelConfig(config)
+    if dtype is None:
+        dtype = comfy.model_management.unet_manual_cast(None, device, model_config.supported_inference_dtypes)
+    model_config.set_inference_dtype(storage_dtype, dtype, device=device)
+    model_config.custom_operations = operations(storage_dtype, native=refusal is None)
+    model = model_config.get_model(tensors)
+    offload_device = comfy.model_management.unet_offload_device()
+    patcher = comfy.model_patcher.CoreModelPatcher(model, load_device=device, offload_device=offload_device)
+    if not comfy.model_management.is_device_cpu(offload_device):
+        model.to(offload_device)
+    model.load_model_weights(tensors, assign=patcher.is_dynamic())
+    patcher.cached_patcher_init = (load_worldstereo, (str(path), compute, dtype, None if base is None else str(base.path)))
+    logging.info(_summary(Path(path).name, model, config, compute, refusal, dtype, device))
+    return patcher
+
+
+def _summary(name: str, model, config: WorldStereoConfig, compute: str, refusal: str | None, dtype, device) -> str:
+    """One line: what was loaded, how its Linear layers multiply, and why."""
+    layers = [m for m in model.diffusion_model.modules() if isinstance(getattr(m, "weight", None), QuantizedTensor)]
+    kind = f"{name}: {config.model_type}, activations {str(dtype).removeprefix('torch.')}, compute {compute}"
+    if not layers:
+        return f"{kind}: no FP8 weights in the file, its {str(model.get_dtype()).removeprefix('torch.')} weights are used as they are"
+    device_name = comfy.model_management.get_torch_device_name(device)
+    upcast = [reason for reason in (layer.why_not_native() for layer in layers) if reason]
+    if refusal is not None:
+        return f"{kind}: all {len(layers)} FP8 layers upcast their weight for each product, because {refusal}"
+    line = f"{kind}: native FP8 matmul on {len(layers) - len(upcast)} of {len(layers)} FP8 layers ({device_name})"
+    return line + (f", upcast on {len(upcast)} ({some(sorted(set(upcast)))})" if upcast else "")

@@ -1,0 +1,242 @@
+"""A checkpoint file read by its header: which tensors it holds under their native names, before any weight is read."""
+
+import json
+import os
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+import comfy.utils
+import torch
+
+from .. import remap
+from ..fp8.recipe import FP8, MARKER, dequantise
+
+PREFIXES = ("model.diffusion_model.", "diffusion_model.")  # ComfyUI's "Save" nodes write these
+SCALES = ("weight.scale_weight", "scale_weight", "weight_scale")
+INPUT_SCALES = ("scale_input", "input_scale")  # fixed activation scales; ours are dynamic
+QUANT = "comfy_quant"
+FLOATS = ("F32", "F16", "BF16")
+MAX_HEADER = 100 * 2**20  # bytes, as the safetensors library allows
+COMFY_QUANT_FORMAT = "float8_e4m3fn"
+
+# How other model files are told apart, by a part of one of their tensors' names.
+KINDS = (
+    ("lora_", "a LoRA: load WorldStereo first and add this file with a LoRA loader node"),
+    ("lokr_", "a LoKr adapter: load WorldStereo first and add this file with a LoRA loader node"),
+    ("decoder.middle.0.residual", "a Wan VAE: it belongs in models/vae"),
+    ("decoder.mid.block", "a VAE: it belongs in models/vae"),
+    ("encoder.block.0.layer", "a T5 text encoder: it belongs in models/text_encoders"),
+    ("shared.weight", "a text encoder: it belongs in models/text_encoders"),
+    ("text_model.", "a CLIP text encoder: it belongs in models/text_encoders"),
+    ("vision_model.", "a CLIP vision model: it belongs in models/clip_vision"),
+    ("visual.", "a CLIP vision model: it belongs in models/clip_vision"),
+    ("vace_blocks.", "a Wan VACE model: load it with Load Diffusion Model"),
+    ("double_blocks.", "a Flux or Hunyuan model: load it with Load Diffusion Model"),
+    ("joint_blocks.", "a Stable Diffusion 3 model: load it with Load Diffusion Model"),
+    ("input_blocks.", "a Stable Diffusion model: load it with Load Checkpoint"),
+)
+
+
+def some(names, limit: int = 4) -> str:
+    """The first few of some names, and how many more there are."""
+    names = list(names)
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a file: its name there, its safetensors dtype and its shape."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def _unique(pairs):
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"holds {some(sorted({n for n in names if names.count(n) > 1}))} twice")
+    return result
+
+
+def read_header(path: str | os.PathLike) -> tuple[dict[str, Entry], dict[str, str]]:
+    """The tensors and the metadata of a safetensors file, from its first bytes.
+
+    Raises ValueError, naming the file, for anything that is not a whole safetensors file: a pickle, a truncated
+    download, a broken header.
+    """
+    path = Path(path)
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        start = file.read(8)
+        if start.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
+            raise ValueError(f"{path.name} is a pickle (.pt, .pth or .ckpt), which can run code when it is read. "
+                             "Only safetensors files are loaded: download that version of the model.")
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+        if not 2 <= length <= MAX_HEADER:
+            raise ValueError(f"{path.name} is not a safetensors file: its header length is {length} bytes. "
+                             "Download it again.")
+        if 8 + length > size:
+            raise ValueError(f"{path.name} is cut short: {size} bytes, but its header alone has {length}. "
+                             "Download it again.")
+        header = file.read(length)
+    try:
+        header = json.loads(header, object_pairs_hook=_unique)
+        metadata = header.pop("__metadata__", {})
+        entries = {name: Entry(name, info["dtype"], tuple(info["shape"])) for name, info in header.items()}
+        ends = [info["data_offsets"][1] for info in header.values()]
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{path.name} is not a safetensors file: its header is not text ({e}). Download it again.") from e
+    except json.JSONDecodeError as e:
+        raise ValueError(f"{path.name} is not a safetensors file: its header is not JSON ({e}). Download it again.") from e
+    except (KeyError, TypeError, IndexError, AttributeError) as e:
+        raise ValueError(f"{path.name} has a broken safetensors header ({e!r}). Download it again.") from e
+    except ValueError as e:
+        raise ValueError(f"{path.name} {e}. Make the file again.") from e
+    expected = 8 + length + max(ends, default=0)
+    if size != expected:
+        raise ValueError(f"{path.name} has {size} bytes, its header promises {expected}: the file is "
+                         f"{'cut short' if size < expected else 'damaged'}. Download it again.")
+    return entries, metadata
+
+
+def describe(names) -> str:
+    """What kind of file these tensor names look like."""
+    names = list(names)
+    for part, kind in KINDS:
+        if any(part in name for name in names):
+            return kind
+    known = {native for native in map(native_name, names) if native}
+    if any(n.startswith("blocks.") for n in known) and not any(n.startswith("controlnet.") for n in known):
+        if any(n.startswith("img_emb.") for n in known):
+            return ("a plain Wan2.1-I2V model without WorldStereo's control branch: it can be the base_model of an "
+                    "overlay file, or be loaded with Load Diffusion Model")
+        return "a plain Wan text-to-video model: load it with Load Diffusion Model"
+    return f"an unknown kind of file (tensors such as {some(names, 3)})"
+
+
+def native_name(name: str) -> str | None:
+    """The native name of a tensor named either way, None for a name that no WorldStereo file has."""
+    if name.startswith(PREFIXES[0]):
+        name = name.removeprefix(PREFIXES[0])
+    name = name.removeprefix(PREFIXES[1])
+    for translate in (remap.to_native, lambda n: remap.to_native(remap.to_diffusers(n))):
+        try:
+            return translate(name)
+        except KeyError:
+            pass
+    return None
+
+
+class Checkpoint:
+    """The tensors of one file by native name.
+
+    weights: weights, biases and parameters. scales: layer name to the entry of its weight's scale. quant: layer name
+    to the entry of its `comfy_quant` marker.
+
+    Raises ValueError for two names of one tensor, two scales of one layer, and tensors that are no WorldStereo's.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = Path(path)
+        entries, self.metadata = read_header(path)
+        self.weights: dict[str, Entry] = {}
+        self.scales: dict[str, Entry] = {}
+        self.quant: dict[str, Entry] = {}
+        unknown = []
+        for name, entry in entries.items():
+            native = native_name(name)
+            if name.split(".")[-1] == MARKER:
+                continue
+            if native is None:
+                unknown.append(name)
+                continue
+            table, key = self.weights, native
+            for suffix in (*SCALES, QUANT, *INPUT_SCALES):
+                if native.endswith("." + suffix):
+                    table = {QUANT: self.quant}.get(suffix, self.scales)
+                    key = native[: -len(suffix) - 1]
+                    break
+            if native.endswith(INPUT_SCALES):
+                continue
+            if key in table:
+                what = f"two scales for {key}" if table is self.scales else f"{key} twice"
+                raise ValueError(f"{self.path.name} holds {what}: {table[key].name} and {name}. Keep one of them.")
+            table[key] = entry
+        if not self.weights or (unknown and "controlnet.proj_in.weight" not in self.weights):
+            raise ValueError(f"{self.path.name} is not a WorldStereo checkpoint. It looks like {describe(entries)}.")
+        if unknown:
+            raise ValueError(f"{self.path.name} holds tensors that belong to no WorldStereo model: {some(unknown)}.")
+        self._check_dtypes()
+
+    def _check_dtypes(self):
+        for native, entry in self.weights.items():
+            layer = native.removesuffix(".weight")
+            quantised = entry.dtype == "F8_E4M3"
+            if entry.dtype not in FLOATS and not (quantised and native.endswith(".weight") and len(entry.shape) > 1):
+                raise ValueError(f"{self.path.name}: {entry.name} is {entry.dtype}; weights are BF16, FP16, FP32 or "
+                                 "float8_e4m3fn with a scale, and the other tensors are never FP8.")
+            if quantised and layer not in self.scales:
+                raise ValueError(f"{self.path.name}: {entry.name} is FP8 but has no scale ({layer}.{SCALES[1]}): its "
+                                 "values cannot be restored. Use a scaled-FP8 file, or cook one with Cook FP8.")
+        for table in (self.scales, self.quant):
+            for layer, entry in table.items():
+                weight = self.weights.get(f"{layer}.weight")
+                if weight is None:
+                    raise ValueError(f"{self.path.name}: {entry.name} belongs to no weight.")
+                # A convolution left in BF16 may carry the scale it would have had; a matrix may not.
+                if weight.dtype != "F8_E4M3" and len(weight.shape) < 3:
+                    raise ValueError(f"{self.path.name}: {entry.name} scales {weight.name}, which is {weight.dtype}, "
+                                     "not FP8. The file is inconsistent; make it again.")
+        for entry in self.scales.values():
+            if entry.shape not in ((), (1,)) or entry.dtype not in FLOATS:
+                raise ValueError(f"{self.path.name}: {entry.name} is {entry.dtype} {list(entry.shape)}; a scale is one "
+                                 "number for the whole weight.")
+
+    def storage_dtype(self) -> torch.dtype:
+        """The dtype of most of the tensors that are not FP8."""
+        dtypes = [entry.dtype for entry in self.weights.values() if entry.dtype in FLOATS]
+        most = max(FLOATS, key=dtypes.count)
+        return {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[most]
+
+    def state_dict(self, keep) -> dict[str, torch.Tensor]:
+        """The tensors whose native names are in `keep`, memory-mapped, as core's quantised operations load them:
+        `layer.weight`, `layer.weight_scale` (FP32), `layer.comfy_quant`. FP8 convolutions come dequantised.
+
+        Raises ValueError for a scale that is not a positive number and for a `comfy_quant` of another format.
+        """
+        tensors = comfy.utils.load_torch_file(str(self.path))
+        out = {}
+        for native in keep:
+            entry = self.weights[native]
+            tensor = out[native] = tensors[entry.name]
+            if tensor.dtype != FP8:
+                continue
+            layer = native.removesuffix(".weight")
+            scale = tensors[self.scales[layer].name].float().reshape(())
+            if not (torch.isfinite(scale) and scale > 0):
+                raise ValueError(f"{self.path.name}: {self.scales[layer].name} is {scale.item()}; a scale is a positive "
+                                 "number. The file is damaged; download or make it again.")
+            if tensor.ndim > 2:
+                out[native] = dequantise(tensor, scale, self.storage_dtype())
+                continue
+            quant = {"format": COMFY_QUANT_FORMAT}
+            if layer in self.quant:
+                quant = self._quant(tensors[self.quant[layer].name], layer)
+            out[f"{layer}.weight_scale"] = scale
+            out[f"{layer}.comfy_quant"] = torch.tensor(list(json.dumps(quant).encode()), dtype=torch.uint8)
+        return out
+
+    def _quant(self, tensor: torch.Tensor, layer: str) -> dict:
+        name = self.quant[layer].name
+        try:
+            quant = json.loads(tensor.numpy().tobytes())
+            found = quant["format"]
+        except (ValueError, KeyError, TypeError) as e:
+            raise ValueError(f"{self.path.name}: {name} is not a description of a quantised layer ({e!r}).") from e
+        if found != COMFY_QUANT_FORMAT:
+            raise ValueError(f"{self.path.name}: {name} says the format is {found}; only {COMFY_QUANT_FORMAT} is "
+                             "loaded here.")
+        return quant

@@ -1,0 +1,161 @@
+"""What a WorldStereo checkpoint is: sizes from its tensors' shapes, the rest from its config.json or the defaults."""
+
+import math
+from dataclasses import dataclass
+
+CAMERA, MEMORY, MEMORY_DMD = MODEL_TYPES = ("worldstereo-camera", "worldstereo-memory", "worldstereo-memory-dmd")
+
+SCALE_MAP = ((480, 768), (512, 720), (576, 640), (608, 608), (640, 576), (720, 512), (768, 480))  # height, width
+LATENT_COND_MODES = ("full_vae", "first_frame_only")
+LATENT_CHANNELS = 16
+IN_CHANNELS = 2 * LATENT_CHANNELS + 4  # noisy latent, mask, condition latent
+MASK_CAM_CHANNELS = 7  # render mask and the 6 of the camera embedding
+CAMERA_QT = 7  # quaternion and translation
+PATCH = (1, 2, 2)
+WAN_480P_SHIFT = 3.0  # flow shift Wan 2.1 recommends at 480p; for the variants that were not distilled
+SPATIAL_DOWNSCALE = 8  # of the Wan VAE
+
+
+@dataclass(frozen=True)
+class WorldStereoConfig:
+    """Sizes and settings of one checkpoint. The defaults are the published worldstereo-memory-dmd's."""
+
+    model_type: str = MEMORY_DMD
+    # backbone
+    dim: int = 5120
+    ffn_dim: int = 13824
+    num_heads: int = 40
+    num_layers: int = 40
+    freq_dim: int = 256
+    text_dim: int = 4096
+    image_dim: int = 1280
+    eps: float = 1e-6
+    camera_mlp_dim: int = 2560  # 0: no camera MLP and no references (worldstereo-camera)
+    # control branch
+    control_dim: int = 1024
+    control_ffn_dim: int = 4096
+    control_num_heads: int = 16
+    control_num_layers: int = 20
+    mask_channels: int = 256
+    mask_downsample: int = 1  # time size of the mask kernel
+    update_ref: bool = True
+    # conditioning
+    nframe: int = 21
+    scale_map: tuple = SCALE_MAP
+    latent_cond_mode: str = "full_vae"
+    negative_prompt: str = ""
+    # sampling
+    gen_shift: float = 5.0  # flow shift of the noise schedule
+    dmd_steps: int = 4
+    dmd_start_steps: int = 250
+    dmd_end_steps: int = 1000
+
+    @property
+    def has_memory(self) -> bool:
+        """Whether the model takes reference views and cameras as quaternions (the memory variants)."""
+        return self.camera_mlp_dim > 0
+
+    @property
+    def is_dmd(self) -> bool:
+        """Whether the model was distilled to a few steps without CFG."""
+        return self.model_type == MEMORY_DMD
+
+    @property
+    def mask_frames(self) -> int:
+        """How many frames of render mask and camera embedding the model wants for `nframe` keyframes."""
+        return self.nframe if self.mask_downsample == 1 else self.mask_downsample * (self.nframe - 1) + 1
+
+
+def _positive_int(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _setting(config: dict, key: str, default, valid, wanted: str):
+    value = config.get(key, default)
+    if not valid(value):
+        raise ValueError(f"config: {key} is {value!r}, expected {wanted}")
+    return value
+
+
+def _is_scale_map(value) -> bool:
+    return (isinstance(value, list | tuple) and len(value) > 0 and all(
+        isinstance(size, list | tuple) and len(size) == 2 and all(_positive_int(s) and s % 16 == 0 for s in size)
+        for size in value))
+
+
+def read_config(shapes: dict[str, tuple[int, ...]], config: dict) -> WorldStereoConfig:
+    """The configuration of a checkpoint.
+
+    shapes: the tensors' shapes by their native names (of a whole model: backbone and control branch).
+    config: the content of config.json, {} where there is none (then the documented defaults hold).
+
+    Sizes come from the shapes; the head counts, `update_ref`, the conditioning and the sampling settings from
+    `config`. Without a `model_type`, a checkpoint with a camera MLP is taken for worldstereo-memory-dmd and one
+    without for worldstereo-camera. Raises ValueError where the two contradict each other or a setting is out of range.
+    """
+
+    def count(prefix: str) -> int:
+        return 1 + max((int(n[len(prefix):].split(".")[0]) for n in shapes if n.startswith(prefix)), default=-1)
+
+    control = config.get("controlnet_cfg", {})
+    if not isinstance(control, dict):
+        raise ValueError(f"config: controlnet_cfg is {control!r}, expected an object")
+    dim = shapes["patch_embedding.weight"][0]
+    control_dim = shapes["controlnet.proj_in.weight"][0]
+    mask_proj = shapes["controlnet.controlnet_mask_embedding.mask_proj.0.weight"]
+    has_camera_mlp = "camera_embedding.0.weight" in shapes
+    sizes = {
+        "conv_out_dim": dim,
+        "dim": control_dim,
+        "ffn_dim": shapes["controlnet.controlnet_blocks.0.ffn.0.weight"][0],
+        "num_layers": count("controlnet.controlnet_blocks."),
+        "mid_channels": mask_proj[0],
+        "mask_downsample": mask_proj[2],
+        "main_camera_embedding": has_camera_mlp,
+    }
+    for key, size in sizes.items():
+        if key in control and control[key] != size:
+            raise ValueError(f"config: controlnet_cfg.{key} is {control[key]!r}, but the tensors say {size!r}")
+
+    default_type = MEMORY_DMD if has_camera_mlp else CAMERA
+    model_type = _setting(config, "model_type", default_type, MODEL_TYPES.__contains__, " or ".join(MODEL_TYPES))
+    if (model_type == CAMERA) == has_camera_mlp:
+        raise ValueError(f"config: model_type is {model_type}, but the checkpoint has "
+                         f"{'a' if has_camera_mlp else 'no'} camera MLP (camera_embedding.*)")
+
+    heads = _setting(config, "num_attention_heads", dim // config.get("attention_head_dim", 128) or 1,
+                     lambda v: _positive_int(v) and dim % v == 0, f"a divisor of {dim}")
+    control_heads = _setting(control, "num_heads", 16,
+                             lambda v: _positive_int(v) and control_dim % v == 0, f"a divisor of {control_dim}")
+    number = "a positive number"
+    is_number = lambda v: isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) and v > 0  # noqa: E731
+    return WorldStereoConfig(
+        model_type=model_type,
+        dim=dim,
+        ffn_dim=shapes["blocks.0.ffn.0.weight"][0],
+        num_heads=heads,
+        num_layers=count("blocks."),
+        freq_dim=shapes["time_embedding.0.weight"][1],
+        text_dim=shapes["text_embedding.0.weight"][1],
+        image_dim=shapes["img_emb.proj.1.weight"][1],
+        eps=_setting(config, "eps", WorldStereoConfig.eps, is_number, number),
+        camera_mlp_dim=shapes["camera_embedding.0.weight"][0] if has_camera_mlp else 0,
+        control_dim=control_dim,
+        control_ffn_dim=sizes["ffn_dim"],
+        control_num_heads=control_heads,
+        control_num_layers=sizes["num_layers"],
+        mask_channels=sizes["mid_channels"],
+        mask_downsample=sizes["mask_downsample"],
+        update_ref=_setting(control, "update_ref", True, lambda v: isinstance(v, bool), "true or false"),
+        nframe=_setting(config, "nframe", WorldStereoConfig.nframe, _positive_int, "a positive integer"),
+        scale_map=tuple(tuple(s) for s in _setting(config, "scale_map", SCALE_MAP, _is_scale_map,
+                                                   "a list of [height, width] in multiples of 16")),
+        latent_cond_mode=_setting(config, "latent_cond_mode", LATENT_COND_MODES[0], LATENT_COND_MODES.__contains__,
+                                  " or ".join(LATENT_COND_MODES)),
+        negative_prompt=_setting(config, "negative_prompt", "", lambda v: isinstance(v, str), "a text"),
+        gen_shift=float(_setting(config, "gen_shift", WorldStereoConfig.gen_shift if model_type == MEMORY_DMD
+                                 else WAN_480P_SHIFT, is_number, number)),
+        dmd_steps=_setting(config, "dmd_steps", WorldStereoConfig.dmd_steps, _positive_int, "a positive integer"),
+        dmd_start_steps=_setting(config, "dmd_start_steps", WorldStereoConfig.dmd_start_steps, is_number, number),
+        dmd_end_steps=_setting(config, "dmd_end_steps", WorldStereoConfig.dmd_end_steps, is_number, number),
+    )

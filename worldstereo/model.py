@@ -1,0 +1,375 @@
+"""WorldStereo as a ComfyUI Wan model: the backbone with reference views, the control branch beside it.
+
+Source: WorldStereo (CVPR 2026) on Wan2.1-I2V-14B. Wan's own modules are ComfyUI's (`comfy.ldm.wan.model`).
+
+Letters in the shapes: B batch, F keyframes, R reference views, h×w latent size, n = h/2·w/2 tokens a frame, C backbone
+width, D control width.
+"""
+
+import comfy.conds
+import comfy.latent_formats
+import comfy.model_base
+import comfy.supported_models
+import torch
+from comfy.ldm.wan.model import (
+    MLPProj,
+    WanAttentionBlock,
+    WanI2VCrossAttention,
+    WanModel,
+    WanSelfAttention,
+    WanT2VCrossAttention,
+    sinusoidal_embedding_1d,
+)
+from comfy.ldm.flux.layers import EmbedND
+from comfy.model_management import cast_to
+from torch import nn
+
+from .config import CAMERA_QT, IN_CHANNELS, LATENT_CHANNELS, MASK_CAM_CHANNELS, PATCH, SPATIAL_DOWNSCALE, WorldStereoConfig
+
+NORM_EPS = 1e-5  # LayerNorms of the control branch
+ROPE_THETA = 10000.0
+
+
+def _rope_embedder(head_dim: int) -> EmbedND:
+    """Wan's split of a head's channels over time, height and width."""
+    side = 2 * (head_dim // 6)
+    return EmbedND(dim=head_dim, theta=ROPE_THETA, axes_dim=[head_dim - 2 * side, side, side])
+
+
+def _tokens(x: torch.Tensor) -> torch.Tensor:
+    """[B, C, F, h/2, w/2] to [B, F·n, C]."""
+    return x.flatten(2).transpose(1, 2)
+
+
+class CrossAttention(WanI2VCrossAttention):
+    """Wan's cross-attention over text and picture, or over the text alone where no picture features are given."""
+
+    def forward(self, x, context, context_img_len, transformer_options={}):
+        if context_img_len is None:
+            return WanT2VCrossAttention.forward(self, x, context, transformer_options=transformer_options)
+        return super().forward(x, context, context_img_len, transformer_options=transformer_options)
+
+
+class Block(WanAttentionBlock):
+    """A backbone block over reference and target tokens; only the targets look at text and picture."""
+
+    def __init__(self, cross_attn_type, dim, ffn_dim, num_heads, window_size, qk_norm, cross_attn_norm, eps,
+                 operation_settings={}):
+        super().__init__(cross_attn_type, dim, ffn_dim, num_heads, window_size, qk_norm, cross_attn_norm, eps,
+                         operation_settings=operation_settings)
+        self.cross_attn = CrossAttention(dim, num_heads, window_size, qk_norm, eps,
+                                         operation_settings=operation_settings)
+
+    def forward(self, x, e, freqs, context, context_img_len=None, ref_len=0, transformer_options={}):
+        """x: [B, ref_len + F·n, C], references first. e: [B, 1, 6, C]. Returns x's shape."""
+        patches = transformer_options.get("patches", {})
+        modulation = cast_to(self.modulation, dtype=x.dtype, device=x.device).unsqueeze(0) + e
+        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = modulation.unbind(2)
+
+        y = self.self_attn(torch.addcmul(shift, self.norm1(x), 1 + scale), freqs,
+                           transformer_options=transformer_options)
+        x = torch.addcmul(x, y, gate)
+        del y
+
+        target = x[:, ref_len:]
+        target += self.cross_attn(self.norm3(target), context, context_img_len=context_img_len,
+                                  transformer_options=transformer_options)
+        for patch in patches.get("attn2_patch", []):
+            x = patch({"x": x, "transformer_options": transformer_options})
+
+        y = self.ffn(torch.addcmul(ffn_shift, self.norm2(x), 1 + ffn_scale))
+        return torch.addcmul(x, y, ffn_gate)
+
+
+class AdaptiveNorm(nn.Module):
+    """LayerNorm whose shift, scale and gate come from the time embedding."""
+
+    def __init__(self, dim, time_dim, operation_settings):
+        super().__init__()
+        ops, factory = operation_settings["operations"], {k: operation_settings[k] for k in ("device", "dtype")}
+        self.linear = ops.Linear(time_dim, 3 * dim, **factory)
+        self.norm = ops.LayerNorm(dim, eps=NORM_EPS, **factory)
+
+    def forward(self, x, temb):
+        """x: [B, L, D]; temb: [B, 1, C], SiLU applied. Returns the modulated x and the gate [B, 1, D]."""
+        shift, scale, gate = self.linear(temb).chunk(3, dim=-1)
+        return torch.addcmul(shift, self.norm(x), 1 + scale), gate
+
+
+class ControlBlock(nn.Module):
+    def __init__(self, config: WorldStereoConfig, operation_settings):
+        super().__init__()
+        ops, factory = operation_settings["operations"], {k: operation_settings[k] for k in ("device", "dtype")}
+        dim = config.control_dim
+        self.norm1 = AdaptiveNorm(dim, config.dim, operation_settings)
+        self.self_attn = WanSelfAttention(dim, config.control_num_heads, eps=config.eps,
+                                          operation_settings=operation_settings)
+        self.norm2 = AdaptiveNorm(dim, config.dim, operation_settings)
+        self.ffn = nn.Sequential(ops.Linear(dim, config.control_ffn_dim, **factory), nn.GELU(approximate="tanh"),
+                                 ops.Linear(config.control_ffn_dim, dim, **factory))
+
+    def forward(self, x, temb, freqs, transformer_options):
+        y, gate = self.norm1(x, temb)
+        x = torch.addcmul(x, self.self_attn(y, freqs, transformer_options=transformer_options), gate)
+        y, gate = self.norm2(x, temb)
+        return torch.addcmul(x, self.ffn(y), gate)
+
+
+class MaskCamEmbedding(nn.Module):
+    """Tokens of the render mask and the camera embedding."""
+
+    def __init__(self, config: WorldStereoConfig, operation_settings):
+        super().__init__()
+        ops, factory = operation_settings["operations"], {k: operation_settings[k] for k in ("device", "dtype")}
+        kernel = (config.mask_downsample, SPATIAL_DOWNSCALE, SPATIAL_DOWNSCALE)
+        self.padding = config.mask_downsample - 1
+        self.mask_proj = nn.Sequential(
+            ops.Conv3d(MASK_CAM_CHANNELS, config.mask_channels, kernel_size=kernel, stride=kernel, **factory),
+            ops.GroupNorm(config.mask_channels // 8, config.mask_channels, **factory),
+            nn.SiLU(),
+        )
+        self.mask_zero_proj = ops.Conv3d(config.mask_channels, config.dim, kernel_size=PATCH, stride=PATCH, **factory)
+
+    def forward(self, render_mask, camera_embedding):
+        """render_mask [B,1,Fm,8h,8w], camera_embedding [B,6,Fm,8h,8w]. Returns [B, C, F, h/2, w/2]."""
+        x = torch.cat([render_mask, camera_embedding], dim=1)
+        return self.mask_zero_proj(self.mask_proj(nn.functional.pad(x, (0, 0, 0, 0, self.padding, 0))))
+
+
+class ControlBranch(nn.Module):
+    """The branch that looks at the render. Its i-th residual is asked for after the i-th backbone block, so that no
+    two exist at once."""
+
+    def __init__(self, config: WorldStereoConfig, operation_settings):
+        super().__init__()
+        ops, factory = operation_settings["operations"], {k: operation_settings[k] for k in ("device", "dtype")}
+        self.controlnet_patch_embedding = ops.Conv3d(IN_CHANNELS, config.dim, kernel_size=PATCH, stride=PATCH, **factory)
+        self.controlnet_mask_embedding = MaskCamEmbedding(config, operation_settings)
+        self.proj_in = ops.Linear(config.dim, config.control_dim, **factory)
+        self.controlnet_blocks = nn.ModuleList(
+            ControlBlock(config, operation_settings) for _ in range(config.control_num_layers))
+        self.proj_out = nn.ModuleList(
+            ops.Linear(config.control_dim, config.dim, **factory) for _ in range(config.control_num_layers))
+        self.rope_embedder = _rope_embedder(config.control_dim // config.control_num_heads)
+
+    def embed(self, x, render_latent, render_mask, camera_embedding):
+        """x [B,20,F,h,w]: noisy latent and mask. Returns the branch's first tokens, [B, F·n, D]."""
+        x = self.controlnet_patch_embedding(torch.cat([x, render_latent], dim=1))
+        return self.proj_in(_tokens(x + self.controlnet_mask_embedding(render_mask, camera_embedding)))
+
+    def block(self, i, x, temb, freqs, transformer_options):
+        """Runs block i. Returns the branch's next tokens and the residual for the backbone, [B, F·n, C]."""
+        x = self.controlnet_blocks[i](x, temb, freqs, transformer_options)
+        return x, self.proj_out[i](x)
+
+
+class WorldStereoModel(WanModel):
+    """The diffusion model: noisy latent and conditions to velocity."""
+
+    def __init__(self, config: WorldStereoConfig, image_model=None, device=None, dtype=None, operations=None):
+        super().__init__(
+            model_type="i2v", patch_size=PATCH, in_dim=IN_CHANNELS, dim=config.dim, ffn_dim=config.ffn_dim,
+            freq_dim=config.freq_dim, text_dim=config.text_dim, out_dim=LATENT_CHANNELS, num_heads=config.num_heads,
+            num_layers=config.num_layers, eps=config.eps, wan_attn_block_class=Block, device=device, dtype=dtype,
+            operations=operations)
+        self.config = config
+        settings = {"operations": operations, "device": device, "dtype": dtype}
+        self.img_emb = MLPProj(config.image_dim, config.dim, operation_settings=settings)
+        if config.has_memory:
+            factory = {"device": device, "dtype": dtype}
+            self.camera_embedding = nn.Sequential(
+                operations.Linear(CAMERA_QT, config.camera_mlp_dim, **factory), nn.SiLU(),
+                operations.Linear(config.camera_mlp_dim, config.dim, **factory), nn.SiLU(),
+                operations.Linear(config.dim, config.dim, **factory))
+        self.controlnet = ControlBranch(config, settings)
+
+    def _positions(self, times, height, width, first_column=0):
+        """Rotary positions of whole frames. times: [b, frames]. Returns [b, frames·height·width, 3] (t, y, x)."""
+        rows = torch.arange(height, device=times.device, dtype=times.dtype)
+        columns = torch.arange(width, device=times.device, dtype=times.dtype) + first_column
+        shape = (*times.shape, height, width)
+        return torch.stack([times[:, :, None, None].expand(shape), rows[:, None].expand(shape),
+                            columns.expand(shape)], dim=-1).flatten(1, 3)
+
+    def _embed_frames(self, x, camera_qt):
+        """Latent frames [B,36,F,h,w] and their cameras [B,F,7] (or None) to tokens [B, F·n, C]."""
+        tokens = _tokens(self.patch_embedding(x.float()).to(x.dtype)).contiguous()
+        if camera_qt is None:
+            return tokens
+        camera = self.camera_embedding(camera_qt)
+        return tokens + camera.repeat_interleave(tokens.shape[1] // camera.shape[1], dim=1)
+
+    def _check(self, x, render_latent, render_mask, camera_embedding, reference_latent, ref_index, camera_qt,
+               camera_qt_ref):
+        b, _, frames, height, width = x.shape
+        if height % PATCH[1] or width % PATCH[2]:
+            raise ValueError(f"WorldStereo: the latent is {width}×{height}; both must be even "
+                             "(pictures whose sides are multiples of 16)")
+        control = {"render_latent": render_latent, "render_mask": render_mask, "camera_embedding": camera_embedding}
+        missing = [name for name, value in control.items() if value is None]
+        if missing and len(missing) < len(control):
+            raise ValueError(f"WorldStereo: {', '.join(missing)} missing: render_latent, render_mask and "
+                             "camera_embedding are given together, or none of them for no control branch")
+        references = {"reference_latent": reference_latent, "ref_index": ref_index}
+        missing = [name for name, value in references.items() if value is None]
+        if len(missing) == 1:
+            raise ValueError(f"WorldStereo: {missing[0]} missing: reference_latent and ref_index are given together")
+        if not self.config.has_memory and any(v is not None for v in (reference_latent, camera_qt, camera_qt_ref)):
+            raise ValueError(f"WorldStereo: {self.config.model_type} takes no references and no camera_qt")
+        if reference_latent is not None:
+            count = reference_latent.shape[2]
+            if count > frames:
+                raise ValueError(f"WorldStereo: {count} references for {frames} frames; give at most one a frame")
+            if ref_index.shape[-1] != count:
+                raise ValueError(f"WorldStereo: {count} references but {ref_index.shape[-1]} in ref_index")
+            if (camera_qt is None) != (camera_qt_ref is None):
+                raise ValueError("WorldStereo: camera_qt and camera_qt_ref are given together with references")
+        mask_frames = (frames - 1) * self.config.mask_downsample + 1
+        pixels = (mask_frames, SPATIAL_DOWNSCALE * height, SPATIAL_DOWNSCALE * width)
+        for name, value, shape in (
+            ("render_latent", render_latent, (b, LATENT_CHANNELS, frames, height, width)),
+            ("render_mask", render_mask, (b, 1, *pixels)),
+            ("camera_embedding", camera_embedding, (b, MASK_CAM_CHANNELS - 1, *pixels)),
+            ("camera_qt", camera_qt, (b, frames, CAMERA_QT)),
+        ):
+            if value is not None and tuple(value.shape) != shape:
+                raise ValueError(f"WorldStereo: {name} is {tuple(value.shape)}, expected {shape} for a latent of "
+                                 f"{tuple(x.shape)}")
+
+    def _forward(self, x, timestep, context, clip_fea=None, time_dim_concat=None, transformer_options={},
+                 render_latent=None, render_mask=None, camera_embedding=None, reference_latent=None, ref_index=None,
+                 camera_qt=None, camera_qt_ref=None, **kwargs):
+        """The forward pass.
+
+        x: [B,36,F,h,w] noisy latent, mask, condition latent. timestep: [B], sigma·1000. context: [B,512,text_dim].
+        clip_fea: [B,257,image_dim]; without it only the text is attended to.
+        render_latent [B,16,F,h,w], render_mask [B,1,Fm,8h,8w], camera_embedding [B,6,Fm,8h,8w]: all three, or none
+        for no control branch. Fm = F, or d(F−1)+1 where the mask kernel's time size is d.
+        reference_latent [B,36,R,h,w], ref_index [R] or [B,R], camera_qt [B,F,7], camera_qt_ref [B,R,7]: the memory
+        variants' alone; without references the targets attend to themselves only.
+        Returns the velocity, [B,16,F,h,w]. Raises ValueError on inputs that don't fit together.
+        """
+        self._check(x, render_latent, render_mask, camera_embedding, reference_latent, ref_index, camera_qt,
+                    camera_qt_ref)
+        frames, rows, columns = x.shape[2], x.shape[3] // PATCH[1], x.shape[4] // PATCH[2]
+        grid = transformer_options["grid_sizes"] = (frames, rows, columns)
+
+        freqs = self.rope_encode(*x.shape[2:], device=x.device, dtype=torch.float32,
+                                 transformer_options=transformer_options)
+        temb = self.time_embedding(sinusoidal_embedding_1d(self.freq_dim, timestep.flatten()).to(x.dtype)).unsqueeze(1)
+        e = self.time_projection(temb).unflatten(2, (6, self.dim))
+
+        control = None
+        if render_latent is not None:
+            control = self.controlnet.embed(x[:, :LATENT_CHANNELS + 4], render_latent, render_mask, camera_embedding)
+            times = torch.arange(frames, device=x.device, dtype=torch.float32)[None]
+            control_freqs = self.controlnet.rope_embedder(self._positions(times, rows, columns)).movedim(1, 2)
+            control_temb = nn.functional.silu(temb)
+            # Patches are written for the backbone's tokens; an attention override serves both.
+            control_options = {k: v for k, v in transformer_options.items() if not k.startswith("patches")}
+
+        model_input = x
+        x = self._embed_frames(x, camera_qt)
+        ref_len, references = 0, None
+        if reference_latent is not None:
+            references = self._embed_frames(reference_latent, camera_qt_ref)
+            ref_len = references.shape[1]
+            times = torch.atleast_2d(ref_index).to(device=x.device, dtype=torch.float32) + 1
+            positions = self._positions(times, rows, columns, first_column=columns)
+            ref_freqs = self.rope_embedder(positions).movedim(1, 2)
+            freqs = torch.cat([ref_freqs, freqs.expand(ref_freqs.shape[0], *freqs.shape[1:])], dim=1)
+            x = torch.cat([references, x], dim=1)
+            if self.config.update_ref:
+                references = None
+
+        context = self.text_embedding(context)
+        context_img_len = None
+        if clip_fea is not None:
+            context = torch.cat([self.img_emb(clip_fea), context], dim=1)
+            context_img_len = clip_fea.shape[-2]
+
+        patches = transformer_options.get("patches", {})
+        blocks_replace = transformer_options.get("patches_replace", {}).get("dit", {})
+        transformer_options["total_blocks"] = len(self.blocks)
+        transformer_options["block_type"] = "double"
+        for i, block in enumerate(self.blocks):
+            transformer_options["block_index"] = i
+            if references is not None and i > 0:
+                x[:, :ref_len] = references
+
+            def run(args):
+                return {"img": block(args["img"], context=args["txt"], e=args["vec"], freqs=args["pe"],
+                                     context_img_len=context_img_len, ref_len=ref_len,
+                                     transformer_options=args["transformer_options"])}
+
+            args = {"img": x, "txt": context, "vec": e, "pe": freqs, "transformer_options": transformer_options}
+            if ("double_block", i) in blocks_replace:
+                x = blocks_replace[("double_block", i)](args, {"original_block": run})["img"].clone()  # it may keep its own
+            else:
+                x = run(args)["img"]
+            del args
+
+            if control is not None and i < len(self.controlnet.controlnet_blocks):
+                control, residual = self.controlnet.block(i, control, control_temb, control_freqs, control_options)
+                x[:, ref_len:] += residual
+                del residual
+
+            for patch in patches.get("double_block", []):
+                x = patch({"img": x, "x": model_input, "vec": temb, "block_index": i, "img_offset": ref_len,
+                           "transformer_options": transformer_options})["img"]
+
+        return self.unpatchify(self.head(x[:, ref_len:], temb), grid)
+
+
+CONDITION_LATENTS = ("render_latent", "reference_latent")
+
+
+class WorldStereo(comfy.model_base.WAN21):
+    """The model with its sampling: what ComfyUI's samplers see.
+
+    Beyond core's I2V conditioning it reads from the conditioning, each with a batch axis of 1: `render_latent`
+    [1,16,F,h,w] and `reference_latent` [1,16,R,h,w] (of the VAE, not normalised), `render_mask`, `camera_embedding`,
+    `ref_index`, `camera_qt`, `camera_qt_ref` as the diffusion model takes them.
+    """
+
+    def __init__(self, model_config, device=None):
+        super(comfy.model_base.WAN21, self).__init__(model_config, comfy.model_base.ModelType.FLOW, device=device,
+                                                     unet_model=WorldStereoModel)
+        self.image_to_video = True
+        self.memory_usage_factor_conds = ("reference_latent",)
+
+    def extra_conds(self, **kwargs):
+        out = super().extra_conds(**kwargs)
+        noise = kwargs["noise"]
+        latents = {name: self.process_latent_in(kwargs[name]) for name in CONDITION_LATENTS if name in kwargs}
+        for name, latent in latents.items():
+            if latent.shape[-2:] != noise.shape[-2:] or (name == "render_latent" and latent.shape[2] != noise.shape[2]):
+                raise ValueError(f"The latent to sample is {tuple(noise.shape[2:])} (frames, height, width), but the "
+                                 f"conditioning was made for {tuple(latent.shape[2:])}: use the latent that "
+                                 "WorldStereo Conditioning returns")
+        if "reference_latent" in latents:
+            latent = latents["reference_latent"]
+            latents["reference_latent"] = torch.cat([latent, torch.ones_like(latent[:, :4]), latent], dim=1)
+        rest = {name: kwargs[name] for name in ("render_mask", "camera_embedding", "ref_index", "camera_qt",
+                                                "camera_qt_ref") if name in kwargs}
+        return out | {name: comfy.conds.CONDRegular(value) for name, value in (latents | rest).items()}
+
+    def extra_conds_shapes(self, **kwargs):
+        if "reference_latent" not in kwargs:
+            return {}
+        shape = kwargs["reference_latent"].shape
+        return {"reference_latent": [shape[0], LATENT_CHANNELS, *shape[2:]]}
+
+
+class WorldStereoModelConfig(comfy.supported_models.WAN21_I2V):
+    """ComfyUI's model configuration: which class, which noise schedule, how much memory."""
+
+    supported_inference_dtypes = [torch.bfloat16, torch.float16, torch.float32]
+
+    def __init__(self, config: WorldStereoConfig):
+        super().__init__({"image_model": "wan2.1", "config": config})
+        self.sampling_settings["shift"] = config.gen_shift
+        self.memory_usage_factor = config.dim / 2222  # as core estimates Wan 2.1
+
+    def get_model(self, state_dict, prefix="", device=None):
+        return WorldStereo(self, device=device)
