@@ -1,0 +1,152 @@
+"""The splat renderer against a reference that looks at every point for every pixel, and the rules for depth."""
+
+import math
+
+import pytest
+import torch
+
+from worldstereo_fp8.worldstereo import render as render_module
+from worldstereo_fp8.worldstereo.cameras import Cameras, quaternion_to_rotation
+from worldstereo_fp8.worldstereo.pointcloud import PointCloud
+from worldstereo_fp8.worldstereo.render import draw_in, on_edge, points_from_depth, render
+
+
+def cameras_of(count=3, width=40, height=24, focal=35.0, seed=0):
+    """Cameras near the origin that look about along z, with a little skew and an off-centre principal point."""
+    generator = torch.Generator().manual_seed(seed)
+    quaternion = torch.tensor([[1.0, 0, 0, 0]]) + 0.1 * torch.randn(count, 4, generator=generator)
+    w2c = torch.eye(4).repeat(count, 1, 1)
+    w2c[:, :3, :3] = quaternion_to_rotation(quaternion.double()).float()
+    w2c[:, :3, 3] = 0.2 * torch.randn(count, 3, generator=generator)
+    K = torch.tensor([[focal, 0.5, width / 2 + 1], [0, focal, height / 2 - 1], [0, 0, 1]]).repeat(count, 1, 1)
+    return Cameras(w2c, K, width, height)
+
+
+def cloud_of(count=1500, seed=1):
+    """Points all around, also behind the cameras, with some at equal depth."""
+    generator = torch.Generator().manual_seed(seed)
+    points = torch.rand(count, 3, generator=generator) * 6 - torch.tensor([3.0, 3.0, 1.5])
+    points[count // 2:] = points[: count - count // 2] + 0.01
+    return PointCloud(points, torch.rand(count, 3, generator=generator))
+
+
+def brute_force(cloud, cameras, radius, points_per_pixel, background):
+    """Every pixel asks every point, in float64, one after the other."""
+    radius = radius * min(cameras.width, cameras.height) / 2
+    pictures = torch.zeros(len(cameras), cameras.height, cameras.width, 3, dtype=torch.float64)
+    holes = torch.ones(len(cameras), cameras.height, cameras.width)
+    for n in range(len(cameras)):
+        camera = cameras.w2c[n].double() @ torch.cat([cloud.points.double(), torch.ones(len(cloud), 1)], 1).T
+        uvw = cameras.K[n].double() @ camera[:3]
+        depth = uvw[2]
+        for row in range(cameras.height):
+            for column in range(cameras.width):
+                d2 = (uvw[0] / depth - column - 0.5) ** 2 + (uvw[1] / depth - row - 0.5) ** 2
+                near = ((depth > 0) & (d2 < radius**2)).nonzero().squeeze(1)
+                near = near[depth[near].sort(stable=True).indices][:points_per_pixel]
+                left = 1.0
+                for point in near.tolist():
+                    opacity = 1 - d2[point].item() / radius**2
+                    pictures[n, row, column] += left * opacity * cloud.colors[point].double()
+                    left *= 1 - opacity
+                pictures[n, row, column] += left * torch.tensor(background, dtype=torch.float64)
+                holes[n, row, column] = float(len(near) == 0)
+    return pictures.float(), holes
+
+
+@pytest.mark.parametrize("radius, points_per_pixel, tile, chunk", [
+    (0.15, 20, 1 << 16, 1 << 18),
+    (0.15, 3, 1 << 16, 1 << 18),  # more points than a pixel takes
+    (0.3, 4, 90, 64),  # several tiles, several chunks each, full pixels from one chunk to the next
+    (0.02, 20, 1 << 16, 1 << 18),  # smaller than a pixel
+])
+def test_equals_the_brute_force_reference(monkeypatch, radius, points_per_pixel, tile, chunk):
+    monkeypatch.setattr(render_module, "TILE_PIXELS", tile)
+    monkeypatch.setattr(render_module, "CHUNK_POINTS", chunk)
+    cloud, cameras, background = cloud_of(), cameras_of(), (0.2, 0.4, 0.6)
+    pictures, holes = render(cloud, cameras, radius, points_per_pixel, background)
+    expected, expected_holes = brute_force(cloud, cameras, radius, points_per_pixel, background)
+    torch.testing.assert_close(pictures, expected, atol=2e-4, rtol=0)
+    assert torch.equal(holes, expected_holes)
+    assert 0 < holes.mean() < 1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_draws_the_same_picture():
+    cloud, cameras = cloud_of(200_000), cameras_of(width=256, height=160, focal=200.0)
+    pictures, holes = render(cloud, cameras)
+    cuda_pictures, cuda_holes = render(cloud, cameras, device="cuda")
+    assert torch.equal(cuda_holes, holes)
+    torch.testing.assert_close(cuda_pictures, pictures, atol=1e-5, rtol=0)
+
+
+def test_one_point_is_a_disc_of_falling_opacity():
+    cameras = Cameras(torch.eye(4)[None], torch.tensor([[[10.0, 0, 10], [0, 10, 10], [0, 0, 1]]]), 20, 20)
+    cloud = PointCloud(torch.tensor([[0.05, 0.05, 1.0]]), torch.ones(1, 3))  # at the centre of pixel (10, 10)
+    pictures, holes = render(cloud, cameras, radius=0.21)  # 2.1 pixels
+    row = pictures[0, 10, :, 0]
+    expected = torch.tensor([1 - 4 / 2.1**2, 1 - 1 / 2.1**2, 1, 1 - 1 / 2.1**2, 1 - 4 / 2.1**2])
+    torch.testing.assert_close(row[8:13], expected, atol=1e-5, rtol=0)
+    assert (holes[0] == 0).sum() == 13 and holes[0, 10, 7] == 1
+
+
+def test_a_camera_that_sees_nothing_gives_the_background():
+    cloud = PointCloud(torch.tensor([[0.0, 0, -1], [0.0, 0, 0], [1e3, 0, 1]]), torch.ones(3, 3))
+    pictures, holes = render(cloud, cameras_of(1), background=(0.0, 0.5, 1.0))
+    assert holes.all()
+    assert torch.equal(pictures, torch.tensor([0.0, 0.5, 1.0]).expand_as(pictures))
+
+
+def test_progress_counts_every_frame():
+    done = []
+    render(cloud_of(10), cameras_of(4), progress=done.append)
+    assert done == [1, 1, 1, 1]
+
+
+def test_the_first_camera_sees_its_own_picture():
+    generator = torch.Generator().manual_seed(2)
+    cameras = cameras_of(1, width=30, height=20)
+    picture = torch.rand(20, 30, 3, generator=generator)
+    cloud = points_from_depth(picture, torch.full((20, 30), 2.5), cameras.w2c[0], cameras.K[0])
+    assert len(cloud) == 600
+    pictures, holes = render(cloud, cameras, radius=0.1)  # one pixel: a splat ends at its neighbours' centres
+    torch.testing.assert_close(pictures[0], picture, atol=1e-3, rtol=0)
+    assert not holes.any()
+
+
+def test_far_depths_are_drawn_in_without_a_jump():
+    depth = torch.tensor([1.0, 1, 1, 1, 7.9, 8, 16, 1e9])
+    expected = torch.tensor([1.0, 1, 1, 1, 7.9, 8, 12, 16])
+    torch.testing.assert_close(draw_in(depth), expected)
+
+
+def test_edges_are_where_the_disparity_falls_steeply():
+    limit = -math.log(0.35) / 10  # the Sobel magnitude at which exp(-10 g) = 0.35
+    disparity = torch.zeros(5, 40)
+    disparity[:, 20:] = torch.linspace(0, 1, 20)  # a slope of 1/19 a pixel: a magnitude of 8/19, steep enough
+    assert on_edge(disparity)[:, 20:39].all() and not on_edge(disparity)[:, :19].any()
+    gentle = torch.linspace(0, 1, int(8 / limit) + 3).expand(5, -1)
+    assert not on_edge(gentle).any()
+    assert not on_edge(torch.ones(4, 4)).any()
+
+
+def test_invalid_depths_and_edges_leave_no_points():
+    cameras = cameras_of(1, width=16, height=8)
+    picture = torch.zeros(8, 16, 3)
+    depth = torch.full((8, 16), 2.0)
+    depth[:, 8:] = 1.0  # an edge between columns 7 and 8
+    depth[0, 0], depth[0, 2], depth[0, 4], depth[2, 0] = float("nan"), float("inf"), -1.0, 0.0
+    picture[:, 7:9] = 1.0
+    cloud = points_from_depth(picture, depth, cameras.w2c[0], cameras.K[0])
+    assert 0 < len(cloud) < 8 * 14
+    assert not cloud.colors.any()  # no point of the columns beside the edge
+    with pytest.raises(ValueError, match="no valid depth"):
+        points_from_depth(picture, torch.full((8, 16), float("nan")), cameras.w2c[0], cameras.K[0])
+
+
+def test_a_depth_map_of_another_size_is_resized():
+    cameras = cameras_of(1, width=16, height=8)
+    cloud = points_from_depth(torch.zeros(8, 16, 3), torch.full((4, 8), 3.0), cameras.w2c[0], cameras.K[0])
+    depth = (cloud.points @ cameras.w2c[0, :3, :3].T + cameras.w2c[0, :3, 3])[:, 2]
+    assert len(cloud) == 128
+    torch.testing.assert_close(depth, torch.full((128,), 3.0))
