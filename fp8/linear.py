@@ -10,6 +10,7 @@ import torch
 from comfy.quant_ops import QuantizedTensor
 
 from .matmul import scaled_linear, why_not_native
+from .recipe import FP8
 
 COMPUTE = ("auto", "fp8", "bf16")
 
@@ -43,6 +44,12 @@ def operations(storage_dtype: torch.dtype, native: bool):
     class Operations(core):
         class Linear(core.Linear):
             """Linear over the last axis of any input; see `matmul.scaled_linear` for the native product."""
+
+            def _load_from_state_dict(self, state_dict, prefix, *args):
+                weight = state_dict[f"{prefix}weight"]
+                if weight.dtype != FP8:  # kept as the file has it; core would round it to storage_dtype
+                    self.factory_kwargs["dtype"] = weight.dtype
+                super()._load_from_state_dict(state_dict, prefix, *args)
 
             def why_not_native(self) -> str | None:
                 """Why this layer upcasts its weight, or None if it multiplies in FP8."""

@@ -142,7 +142,7 @@ def load_worldstereo(path: str | os.PathLike, compute: str = "auto", dtype: torc
     patcher = comfy.model_patcher.CoreModelPatcher(model, load_device=device, offload_device=offload_device)
     if not comfy.model_management.is_device_cpu(offload_device):
         model.to(offload_device)
-    model.load_model_weights(tensors, assign=patcher.is_dynamic())
+    model.load_model_weights(tensors, assign=True)  # memory-mapped, each in the file's own dtype
     patcher.cached_patcher_init = (load_worldstereo, (str(path), compute, dtype, None if base is None else str(base.path)))
     logging.info(_summary(Path(path).name, model, config, compute, refusal, dtype, device))
     return patcher

@@ -203,7 +203,7 @@ class Checkpoint:
 
     def state_dict(self, keep) -> dict[str, torch.Tensor]:
         """The tensors whose native names are in `keep`, memory-mapped, as core's quantised operations load them:
-        `layer.weight`, `layer.weight_scale` (FP32), `layer.comfy_quant`. FP8 convolutions come dequantised.
+        `layer.weight`, `layer.weight_scale` (FP32), `layer.comfy_quant`. FP8 convolutions come dequantised to FP32.
 
         Raises ValueError for a scale that is not a positive number and for a `comfy_quant` of another format.
         """
@@ -220,7 +220,7 @@ class Checkpoint:
                 raise ValueError(f"{self.path.name}: {self.scales[layer].name} is {scale.item()}; a scale is a positive "
                                  "number. The file is damaged; download or make it again.")
             if tensor.ndim > 2:
-                out[native] = dequantise(tensor, scale, self.storage_dtype())
+                out[native] = dequantise(tensor, scale, torch.float32)
                 continue
             quant = {"format": COMFY_QUANT_FORMAT}
             if layer in self.quant:

@@ -13,7 +13,7 @@ COMFYUI = Path(os.environ.get("COMFYUI_PATH", ROOT / ".dev" / "ComfyUI"))
 if not (COMFYUI / "comfy").is_dir():
     raise SystemExit(f"No ComfyUI at {COMFYUI}. Run the tests with: python dev.py test")
 
-sys.path.insert(0, str(COMFYUI))
+sys.path[:0] = [str(COMFYUI), str(Path(__file__).parent)]  # and the tests' own helpers
 
 import comfy.cli_args  # noqa: E402
 

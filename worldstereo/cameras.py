@@ -15,6 +15,11 @@ OUTLIER_FACTOR = 10.0  # times OUTLIER_QUANTILE of the distances to the median c
 OUTLIER_QUANTILE = 0.97
 
 
+def thin(count, wanted):
+    """The indices of at most `wanted` of `count` frames: linspace(0, count - 1, wanted) truncated (spec section 5)."""
+    return torch.linspace(0, count - 1, min(count, wanted), dtype=torch.float64).long()
+
+
 def centres(w2c):
     """The camera centres [..., 3] in world coordinates, of poses [..., 4, 4]."""
     return -(w2c[..., :3, :3].mT @ w2c[..., :3, 3:]).squeeze(-1)
@@ -77,9 +82,7 @@ class Cameras:
 
     def thinned(self, count):
         """At most `count` cameras, the first and last among them (spec section 5)."""
-        if len(self) <= count:
-            return self
-        return self[torch.linspace(0, len(self) - 1, count).long()]
+        return self[thin(len(self), count)]
 
 
 def read_camera_json(path):

@@ -121,6 +121,8 @@ class MaskCamEmbedding(nn.Module):
     def __init__(self, config: WorldStereoConfig, operation_settings):
         super().__init__()
         ops, factory = operation_settings["operations"], {k: operation_settings[k] for k in ("device", "dtype")}
+        # FP32, as core's patch embedding: FP8 values times their scale need more than BF16's 8 bits.
+        factory["dtype"] = torch.float32
         kernel = (config.mask_downsample, SPATIAL_DOWNSCALE, SPATIAL_DOWNSCALE)
         self.padding = config.mask_downsample - 1
         self.mask_proj = nn.Sequential(
@@ -359,6 +361,13 @@ class WorldStereo(comfy.model_base.WAN21):
             return {}
         shape = kwargs["reference_latent"].shape
         return {"reference_latent": [shape[0], LATENT_CHANNELS, *shape[2:]]}
+
+
+def config_of(patcher) -> WorldStereoConfig:
+    """The configuration of a loaded MODEL. Raises ValueError for any model but WorldStereo."""
+    if not isinstance(patcher.model, WorldStereo):
+        raise ValueError(f"model is {type(patcher.model).__name__}, not WorldStereo. Connect Load WorldStereo FP8.")
+    return patcher.model.diffusion_model.config
 
 
 class WorldStereoModelConfig(comfy.supported_models.WAN21_I2V):

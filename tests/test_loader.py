@@ -1,0 +1,269 @@
+"""Every form of checkpoint loads to the same model; everything else is a clear error."""
+
+import json
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+from comfy.quant_ops import QuantizedTensor
+from toy import GOLDEN, comfy_style, cooked, golden_inputs, golden_weights, native, relative_error, run, save, source
+from worldstereo_fp8.fp8.recipe import quantise, scale_name
+from worldstereo_fp8.loaders import load_worldstereo
+from worldstereo_fp8.worldstereo.config import WorldStereoConfig
+from worldstereo_fp8.worldstereo.layout import native_shapes
+
+CASE = "memory_dmd"
+CONV = "controlnet.controlnet_mask_embedding.mask_proj.0.weight"
+LINEAR = "blocks.0.attn1.to_q.weight"
+
+
+def with_orphan_scales(tensors: dict) -> dict:
+    return tensors | {scale_name(name): torch.tensor(0.5, dtype=torch.bfloat16)
+                      for name, value in tensors.items() if value.ndim == 5 and "mask_embedding" in name}
+
+
+def renamed_scales(tensors: dict) -> dict:
+    return {name.replace(".scale_weight", ".weight.scale_weight"): value for name, value in tensors.items()}
+
+
+def prefixed(tensors: dict) -> dict:
+    return {f"model.diffusion_model.{name}": value for name, value in tensors.items()}
+
+
+FORMS = {
+    "published": lambda case: cooked(case),
+    "scale named after the weight": lambda case: renamed_scales(cooked(case)),
+    "convs in BF16": lambda case: cooked(case, convs="bf16"),
+    "convs in BF16 with an orphan scale": lambda case: with_orphan_scales(cooked(case, convs="bf16")),
+    "native names": lambda case: native(cooked(case)),
+    "ComfyUI's FP8": lambda case: comfy_style(cooked(case, convs="bf16")),
+    "saved by ComfyUI": lambda case: prefixed(comfy_style(cooked(case, convs="bf16"))),
+    "source": source,
+    "source with native names": lambda case: native(source(case)),
+}
+
+
+@pytest.mark.parametrize("case", ["memory_dmd", "camera", "camera_maskds4"])
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_gives_the_same_model(case, form, tmp_path):
+    inputs, reference = golden_inputs(case)
+    _, config = golden_weights(case)
+    path = save(FORMS[form](case), tmp_path / "any name.safetensors", config)
+    patcher = load_worldstereo(path)
+    model = patcher.model.diffusion_model
+    fp8 = sum(isinstance(m.weight, QuantizedTensor) for m in model.modules() if hasattr(m, "weight"))
+    assert (fp8 > 0) == ("source" not in form)
+    expected = set(native_shapes(model.config))
+    assert {name for name in model.state_dict() if not name.endswith(("weight_scale", "comfy_quant"))} == expected
+    error = relative_error(run(patcher, inputs), reference)
+    assert error < (0.1 if fp8 else 0.01)
+    if form not in ("published", "source") and "convs in" not in form and "Comfy" not in form:
+        same = save(FORMS["published" if fp8 else "source"](case), tmp_path / "same.safetensors", config)
+        assert torch.equal(run(load_worldstereo(same), inputs), run(patcher, inputs))
+
+
+def test_sizes_and_settings_from_the_file_the_config_and_the_defaults(tmp_path):
+    tensors, config = golden_weights(CASE)
+    del config["num_attention_heads"], config["controlnet_cfg"]["num_heads"]
+    config["controlnet_cfg"]["num_heads"] = 4
+    config |= {"nframe": 9, "scale_map": [[32, 48]], "latent_cond_mode": "first_frame_only", "dmd_steps": 2}
+    path = save(tensors, tmp_path / "m.safetensors", config)
+
+    def loaded():
+        return load_worldstereo(path).model.diffusion_model.config
+
+    found = loaded()
+    assert (found.num_heads, found.control_num_heads, found.nframe) == (2, 4, 9)
+    assert (found.scale_map, found.latent_cond_mode, found.dmd_steps) == (((32, 48),), "first_frame_only", 2)
+    assert (found.dim, found.ffn_dim, found.num_layers, found.control_num_layers) == (64, 128, 2, 2)
+
+    beside = tmp_path / "config.json"
+    beside.write_text(json.dumps(config | {"nframe": 5, "model_type": "worldstereo-memory"}))
+    assert (loaded().nframe, loaded().model_type, loaded().gen_shift) == (5, "worldstereo-memory", 3.0)
+    beside.write_text(json.dumps({"model_type": "flux"}))
+    assert loaded().nframe == 9
+    beside.write_text(json.dumps(config | {"model_type": "worldstereo-camera"}))  # another file's, by its tensors
+    assert loaded().nframe == 9
+    beside.unlink()
+
+    defaults = load_worldstereo(save(tensors, path, {"attention_head_dim": 32, "controlnet_cfg": {"num_heads": 2}}))
+    assert defaults.model.diffusion_model.config.nframe == WorldStereoConfig.nframe
+    assert defaults.model.diffusion_model.config.model_type == "worldstereo-memory-dmd"
+
+
+@pytest.mark.parametrize("bad", [{"nframe": 0}, {"scale_map": [[480]]}, {"scale_map": [[100, 768]]}, {"gen_shift": "x"},
+                                 {"latent_cond_mode": "other"}, {"model_type": "worldstereo-camera"},
+                                 {"controlnet_cfg": {"num_heads": 5}}, {"controlnet_cfg": {"dim": 99}}])
+def test_a_config_that_does_not_fit(bad, tmp_path):
+    tensors, config = golden_weights(CASE)
+    key = list(bad.get("controlnet_cfg", bad))[0]
+    path = save(tensors, tmp_path / "m.safetensors", config | bad)
+    with pytest.raises(ValueError, match=rf"m\.safetensors: the config in its metadata does not fit.*{key}"):
+        load_worldstereo(path)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads Linux's list of memory maps")
+def test_weights_stay_memory_mapped(tmp_path):
+    path = save(cooked(CASE), tmp_path / "m.safetensors", golden_weights(CASE)[1])
+    model = load_worldstereo(path).model.diffusion_model
+    starts = {p._qdata.data_ptr() if isinstance(p, QuantizedTensor) else p.data_ptr() for p in model.parameters()}
+    maps = [line.split()[0].split("-") for line in open("/proc/self/maps") if str(path) in line]
+    mapped = sum(any(int(low, 16) <= start < int(high, 16) for low, high in maps) for start in starts)
+    dequantised_convs = 2
+    assert mapped == len(starts) - dequantised_convs
+
+
+class TestOverlay:
+    def split(self):
+        tensors, config = golden_weights(CASE)
+        config.pop("model_type")
+        overlay = {k: v for k, v in tensors.items()
+                   if k.startswith(("controlnet.", "camera_embedding.")) or k.startswith("blocks.1.attn1.")}
+        return tensors, overlay, config
+
+    def test_needs_its_base(self, tmp_path):
+        _, overlay, config = self.split()
+        with pytest.raises(ValueError, match=r"o\.safetensors is an overlay: it lacks backbone tensors \(patch_embedding.*base_model"):
+            load_worldstereo(save(overlay, tmp_path / "o.safetensors", config))
+
+    def test_a_few_missing_backbone_tensors_are_an_overlay_too(self, tmp_path):
+        tensors, _, config = self.split()
+        del tensors[LINEAR]
+        with pytest.raises(ValueError, match=r"lacks backbone tensors \(blocks\.0\.self_attn\.q\.weight\)"):
+            load_worldstereo(save(tensors, tmp_path / "o.safetensors", config))
+
+    @pytest.mark.parametrize("naming", [lambda t: t, native])
+    def test_with_its_base_is_the_whole_model(self, naming, tmp_path):
+        tensors, overlay, config = self.split()
+        base = naming({k: v for k, v in tensors.items() if not k.startswith(("controlnet.", "camera_embedding."))})
+        name = naming({"blocks.1.attn1.to_q.weight": None}).popitem()[0]
+        base[name] = torch.zeros_like(base[name])  # the overlay's own wins
+        inputs, reference = golden_inputs(CASE)
+        patcher = load_worldstereo(save(overlay, tmp_path / "o.safetensors", config),
+                                   base=save(base, tmp_path / "b.safetensors"))
+        assert relative_error(run(patcher, inputs), reference) < 1e-5
+
+    def test_the_base_is_a_plain_wan(self, tmp_path):
+        tensors, overlay, config = self.split()
+        path = save(overlay, tmp_path / "o.safetensors", config)
+        with pytest.raises(ValueError, match="base_model whole.safetensors is a WorldStereo checkpoint"):
+            load_worldstereo(path, base=save(tensors, tmp_path / "whole.safetensors"))
+        with pytest.raises(ValueError, match=r"base_model b\.safetensors lacks time_embedding"):
+            load_worldstereo(path, base=save({k: v for k, v in tensors.items() if k.startswith(("blocks.", "patch_"))},
+                                             tmp_path / "b.safetensors"))
+
+
+def change(name, value):
+    return lambda tensors: tensors | {name: value}
+
+
+def drop(name):
+    return lambda tensors: {k: v for k, v in tensors.items() if k != name}
+
+
+SCALE = scale_name(LINEAR)
+
+
+@pytest.mark.parametrize("edit, message", [
+    (change(SCALE, torch.tensor(float("nan"), dtype=torch.bfloat16)), rf"{SCALE} is nan"),
+    (change(SCALE, torch.tensor(0.0, dtype=torch.bfloat16)), rf"{SCALE} is 0\.0"),
+    (change(SCALE, torch.tensor(-1.0, dtype=torch.bfloat16)), rf"{SCALE} is -1\.0"),
+    (change(SCALE, torch.ones(64, dtype=torch.bfloat16)), rf"{SCALE} is BF16 \[64\]"),
+    (drop(SCALE), rf"{LINEAR} is FP8 but has no scale"),
+    (change("blocks.0.attn1.to_q.weight.scale_weight", torch.tensor(1.0)), "two scales for blocks.0.self_attn.q"),
+    (change("blocks.0.self_attn.q.weight", torch.ones(64, 64)), "blocks.0.self_attn.q.weight twice"),
+    (drop("blocks.1.norm2.weight"), r"lacks backbone tensors \(blocks\.1\.norm3\.weight\)"),
+    (drop("controlnet.proj_out.1.bias"), r"lacks 1 tensors: controlnet\.proj_out\.1\.bias"),
+    (change("blocks.0.extra.weight", torch.ones(2)), "belong to no WorldStereo model: blocks.0.extra.weight"),
+    (change("blocks.1.norm2.weight", torch.ones(63)), r"blocks\.1\.norm2\.weight is \[63\], expected \[64\]"),
+    (change("blocks.1.norm2.weight", torch.ones(64, dtype=torch.int32)), r"blocks\.1\.norm2\.weight is I32"),
+    (change("blocks.1.norm2.weight", quantise(torch.ones(64))[0]), r"blocks\.1\.norm2\.weight is F8_E4M3"),
+    (change(LINEAR, torch.ones(64, 64).to(torch.float8_e5m2)), rf"{LINEAR} is F8_E5M2"),
+    (change(LINEAR, torch.ones(64, 64)), rf"{SCALE} scales {LINEAR}, which is F32"),
+    (change("blocks.0.attn1.to_q.scale_bias", torch.ones(1)), "belong to no WorldStereo model"),
+])
+def test_a_damaged_checkpoint(edit, message, tmp_path):
+    path = save(edit(cooked(CASE)), tmp_path / "broken.safetensors", golden_weights(CASE)[1])
+    with pytest.raises(ValueError, match=rf"broken\.safetensors.*{message}"):
+        load_worldstereo(path)
+
+
+@pytest.mark.parametrize("quant, message", [(b"{", "is not a description"), (b'{"format": "nvfp4"}', "format is nvfp4")])
+def test_other_quantised_formats(quant, message, tmp_path):
+    tensors = comfy_style(cooked(CASE, convs="bf16"))
+    tensors["blocks.0.self_attn.q.comfy_quant"] = torch.tensor(list(quant), dtype=torch.uint8)
+    with pytest.raises(ValueError, match=rf"blocks\.0\.self_attn\.q\.comfy_quant.*{message}"):
+        load_worldstereo(save(tensors, tmp_path / "m.safetensors", golden_weights(CASE)[1]))
+
+
+@pytest.mark.parametrize("names, message", [
+    (["blocks.0.self_attn.q.lora_A.weight"], "a LoRA"),
+    (["decoder.middle.0.residual.0.gamma"], "a Wan VAE"),
+    (["encoder.block.0.layer.0.SelfAttention.q.weight"], "a T5 text encoder"),
+    (["vision_model.encoder.layers.0.mlp.fc1.weight"], "a CLIP vision model"),
+    (["double_blocks.0.img_attn.qkv.weight"], "a Flux"),
+    (["something.else"], "an unknown kind of file"),
+    (["blocks.0.self_attn.q.weight", "img_emb.proj.1.weight"], "no WorldStereo control branch"),
+    (["blocks.0.self_attn.q.weight"], "no WorldStereo control branch"),
+    ([], "not a WorldStereo checkpoint"),
+])
+def test_another_model(names, message, tmp_path):
+    path = save({name: torch.ones(1) for name in names}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match=rf"other\.safetensors.*{message}"):
+        load_worldstereo(path)
+
+
+class TestNotSafetensors:
+    def write(self, tmp_path, content: bytes):
+        path = tmp_path / "file.safetensors"
+        path.write_bytes(content)
+        return path
+
+    def whole(self):
+        return (GOLDEN / f"{CASE}.weights.safetensors").read_bytes()
+
+    @pytest.mark.parametrize("length, message", [(0, "header length"), (5, "header length"), (4000, "cut short"),
+                                                 (-1, "cut short"), (-100_000, "cut short")])
+    def test_truncated(self, length, message, tmp_path):
+        with pytest.raises(ValueError, match=rf"file\.safetensors.*{message}"):
+            load_worldstereo(self.write(tmp_path, self.whole()[:length]))
+
+    def test_too_long(self, tmp_path):
+        with pytest.raises(ValueError, match="damaged"):
+            load_worldstereo(self.write(tmp_path, self.whole() + b"\0"))
+
+    def test_pickle(self, tmp_path):
+        torch.save({"weight": torch.ones(1)}, tmp_path / "file.safetensors")
+        with pytest.raises(ValueError, match="is a pickle"):
+            load_worldstereo(tmp_path / "file.safetensors")
+
+    @pytest.mark.parametrize("header, message", [
+        (b"not json at all", "not JSON"), (b'{"\xff": 1}', "not text"), (b"[1, 2]", "broken safetensors header"),
+        (b'{"a": {"dtype": "F32"}}', "broken safetensors header"), (b'{"a": 1, "a": 2}', "holds a twice"),
+        (b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0]}}', "broken safetensors header"),
+    ])
+    def test_broken_header(self, header, message, tmp_path):
+        with pytest.raises(ValueError, match=rf"file\.safetensors.*{message}"):
+            load_worldstereo(self.write(tmp_path, struct.pack("<Q", len(header)) + header))
+
+    def test_header_of_another_kind_of_file(self, tmp_path):
+        with pytest.raises(ValueError, match="header length"):
+            load_worldstereo(self.write(tmp_path, b"<!DOCTYPE html><html>" * 10))
+
+
+def test_fp8_needs_a_device_that_has_it(tmp_path):
+    path = save(cooked(CASE), tmp_path / "m.safetensors", golden_weights(CASE)[1])
+    with pytest.raises(ValueError, match="compute is fp8, but cpu has no FP8 matmul.*Choose compute auto or bf16"):
+        load_worldstereo(path, compute="fp8")
+    with pytest.raises(ValueError, match="expected one of auto, fp8, bf16"):
+        load_worldstereo(path, compute="int8")
+
+
+def test_one_log_line_says_what_was_chosen_and_why(tmp_path, caplog):
+    path = save(cooked(CASE), tmp_path / "m.safetensors", golden_weights(CASE)[1])
+    with caplog.at_level("INFO"):
+        load_worldstereo(path)
+    lines = [record.message for record in caplog.records if record.message.startswith("m.safetensors")]
+    assert len(lines) == 1
+    assert "worldstereo-memory-dmd" in lines[0] and "upcast" in lines[0] and "cpu has no FP8 matmul" in lines[0]

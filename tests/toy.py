@@ -1,0 +1,77 @@
+"""Toy checkpoints in every form the loader reads, made from the golden weights."""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from worldstereo_fp8 import remap
+from worldstereo_fp8.fp8.recipe import MARKER, is_quantised, quantise, scale_name
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def golden_inputs(case: str) -> tuple[dict, torch.Tensor]:
+    """The inputs of a golden by the forward pass's names, and the original's output."""
+    io = load_file(GOLDEN / f"{case}.io.safetensors")
+    return {name.removeprefix("in."): value for name, value in io.items() if name.startswith("in.")}, io["out.sample"]
+
+
+def golden_weights(case: str) -> tuple[dict, dict]:
+    """The FP32 weights of a golden by their diffusers names, and the configuration."""
+    with safe_open(GOLDEN / f"{case}.weights.safetensors", framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["config"])
+
+
+def source(case: str) -> dict:
+    """The BF16 source file of a golden."""
+    return {name: value.bfloat16() for name, value in golden_weights(case)[0].items()}
+
+
+def cooked(case: str, convs: str = "fp8") -> dict:
+    """The scaled-FP8 file of a golden."""
+    tensors = {MARKER: torch.zeros(1, dtype=torch.bfloat16)}
+    for name, value in source(case).items():
+        tensors[name] = value
+        if is_quantised(name, tuple(value.shape), convs):
+            tensors[name], tensors[scale_name(name)] = quantise(value)
+    return tensors
+
+
+def native(tensors: dict) -> dict:
+    """The same file with native Wan names."""
+    return {name if name == MARKER else remap.to_native(name): value for name, value in tensors.items()}
+
+
+def comfy_style(tensors: dict) -> dict:
+    """A cooked file as ComfyUI writes FP8 models: native names, FP32 `weight_scale`, `comfy_quant`."""
+    out = {}
+    for name, value in native(tensors).items():
+        if name.endswith("." + "scale_weight"):
+            layer = name.removesuffix(".scale_weight")
+            out[f"{layer}.weight_scale"] = value.float()
+            quant = json.dumps({"format": "float8_e4m3fn"}).encode()
+            out[f"{layer}.comfy_quant"] = torch.tensor(list(quant), dtype=torch.uint8)
+        elif name != MARKER:
+            out[name] = value
+    return out
+
+
+def save(tensors: dict, path: Path, config: dict | None = None) -> Path:
+    save_file({k: v.contiguous() for k, v in tensors.items()}, path,
+              None if config is None else {"config": json.dumps(config)})
+    return path
+
+
+def run(patcher, inputs: dict, dtype=torch.float32) -> torch.Tensor:
+    """The diffusion model on inputs named as the goldens'; FP32 output."""
+    inputs = {k: v.to(dtype) if v.is_floating_point() and k != "timestep" else v for k, v in inputs.items()}
+    image = inputs.pop("encoder_hidden_states_image", None)
+    with torch.no_grad():
+        return patcher.model.diffusion_model(inputs.pop("hidden_states"), inputs.pop("timestep"),
+                                             inputs.pop("encoder_hidden_states"), clip_fea=image, **inputs).float()
+
+
+def relative_error(out, reference) -> float:
+    return ((out - reference).norm() / reference.norm()).item()

@@ -1,0 +1,188 @@
+"""Picture, render and cameras to what the diffusion model is conditioned on (section 5 of the model's description:
+sizes, thinning, condition latent, camera embedding, references)."""
+
+from dataclasses import dataclass
+
+import comfy.utils
+import torch
+from comfy.model_management import throw_exception_if_processing_interrupted
+
+from .cameras import Cameras, normalise, plucker, quaternions_and_translations, thin
+from .config import LATENT_CHANNELS, SPATIAL_DOWNSCALE, WorldStereoConfig
+
+GREY = 0.5  # 0 in the VAE's −1..1
+TEMPORAL_DOWNSCALE = 4  # of the Wan VAE on a video
+MASK_THRESHOLD = 0.5
+
+
+@dataclass(frozen=True)
+class References:
+    """Reference views. images: [R,H,W,3] in 0..1. cameras: R of them. indices: the keyframe each stands nearest to."""
+
+    images: torch.Tensor
+    cameras: Cameras
+    indices: tuple[int, ...]
+
+    @classmethod
+    def of(cls, images: torch.Tensor | None, cameras: Cameras | None, index: str) -> "References | None":
+        """References as the node takes them, or None without any. index: keyframe numbers separated by commas.
+
+        Raises ValueError where only some of the three are given, and for an index that is no whole number.
+        """
+        given = {"reference_images": images is not None, "reference_cameras": cameras is not None,
+                 "reference_index": bool(index.strip())}
+        if not any(given.values()):
+            return None
+        if not all(given.values()):
+            missing = ", ".join(name for name, there in given.items() if not there)
+            raise ValueError(f"{missing} missing: references need pictures, cameras and keyframe numbers.")
+        try:
+            indices = tuple(int(number) for number in index.split(","))
+        except ValueError as e:
+            raise ValueError(f"reference_index is {index!r}: give whole numbers separated by commas, such as 0, 5, 12."
+                             ) from e
+        return cls(images, cameras, indices)
+
+
+def keyframe_size(config: WorldStereoConfig, height: int, width: int) -> tuple[int, int]:
+    """The entry (height, width) of the model's size table whose ratio is nearest to the picture's."""
+    return min(config.scale_map, key=lambda size: abs(size[0] / size[1] - height / width))
+
+
+def resize_pictures(pictures: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """[N,H,W,C] in 0..1, bicubic to [N,height,width,3]."""
+    pictures = pictures[..., :3].movedim(-1, 1)
+    resized = torch.nn.functional.interpolate(pictures, (height, width), mode="bicubic", antialias=True)
+    return resized.clamp(0, 1).movedim(1, -1)
+
+
+def encode_keyframes(vae, pictures: torch.Tensor, progress: comfy.utils.ProgressBar | None = None) -> torch.Tensor:
+    """[N,H,W,3] in 0..1, each alone through the Wan VAE, to [1,16,N,h,w]."""
+    progress = progress or comfy.utils.ProgressBar(len(pictures))
+    latents = []
+    for picture in pictures.split(1):
+        throw_exception_if_processing_interrupted()
+        latents.append(vae.encode(picture))
+        progress.update(1)
+    return torch.cat(latents, dim=2)
+
+
+def decode_keyframes(vae, latent: torch.Tensor) -> torch.Tensor:
+    """[B,16,F,h,w], each frame alone through the Wan VAE, to [B·F,H,W,3] in 0..1.
+
+    Raises ValueError for a latent that is not a Wan video's.
+    """
+    if latent.ndim != 5 or latent.shape[1] != LATENT_CHANNELS:
+        raise ValueError(f"The latent is {tuple(latent.shape)}; keyframes are (batch, {LATENT_CHANNELS}, frames, "
+                         "height, width), as the sampler returns them for the latent of WorldStereo Conditioning.")
+    frames = latent.movedim(2, 1).flatten(0, 1).unsqueeze(2)
+    progress = comfy.utils.ProgressBar(len(frames))
+    pictures = []
+    for frame in frames.split(1):
+        throw_exception_if_processing_interrupted()
+        pictures.append(vae.decode(frame).flatten(0, 1))
+        progress.update(1)
+    return torch.cat(pictures)
+
+
+def _condition_latent(config: WorldStereoConfig, vae, image: torch.Tensor, frames: int) -> torch.Tensor:
+    """The latent the backbone sees beside the noise, [1,16,F,h,w]: the picture, then nothing."""
+    grey = torch.full_like(image, GREY)
+    if config.latent_cond_mode == "full_vae":
+        return vae.encode(torch.cat([image, grey.expand(TEMPORAL_DOWNSCALE * (frames - 1), -1, -1, -1)]))
+    if frames == 1:
+        return vae.encode(image)
+    return torch.cat([vae.encode(image), vae.encode(grey).expand(-1, -1, frames - 1, -1, -1)], dim=2)
+
+
+def _frames(config: WorldStereoConfig, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which of `count` given frames become keyframes, and which are seen as render mask and camera embedding."""
+    d = config.mask_downsample
+    dense = thin(count, config.mask_frames)
+    if (len(dense) - 1) % d:
+        raise ValueError(f"The render has {count} frames; this model wants {config.mask_frames}, or {d}·n + 1 of them.")
+    return thin(count, (len(dense) - 1) // d + 1), dense
+
+
+def _check(config: WorldStereoConfig, vae, image, render, mask, cameras, references):
+    if vae.latent_channels != LATENT_CHANNELS or vae.latent_dim != 3:
+        raise ValueError("vae: WorldStereo needs the Wan 2.1 VAE (16 latent channels); this one has "
+                         f"{vae.latent_channels}. Choose wan_2.1_vae.safetensors in Load VAE.")
+    for name, value in (("image", image), ("render_video", render), ("render_mask", mask)):
+        if value.numel() == 0:
+            raise ValueError(f"{name} is empty ({'×'.join(map(str, value.shape))}).")
+    if len(image) != 1:
+        raise ValueError(f"image holds {len(image)} pictures; WorldStereo starts from one. Other views go to "
+                         "reference_images.")
+    counts = {"render_video": len(render), "render_mask": len(mask), "cameras": len(cameras)}
+    if len(set(counts.values())) > 1:
+        listed = ", ".join(f"{name} {count}" for name, count in counts.items())
+        raise ValueError(f"The frame counts differ: {listed}. Each frame of the render has one mask and one camera.")
+    if references is None:
+        return
+    if not config.has_memory:
+        raise ValueError(f"reference_images: {config.model_type} takes no reference views. Disconnect them, or load a "
+                         "memory variant.")
+    counts = {"reference_images": len(references.images), "reference_cameras": len(references.cameras),
+              "reference_index": len(references.indices)}
+    if len(set(counts.values())) > 1:
+        listed = ", ".join(f"{name} {count}" for name, count in counts.items())
+        raise ValueError(f"The reference counts differ: {listed}. Each reference has one picture, camera and index.")
+    frames = len(_frames(config, len(render))[0])
+    if len(references.indices) > frames:
+        raise ValueError(f"reference_images holds {len(references.indices)} views for {frames} keyframes; give at "
+                         "most one a keyframe.")
+    outside = [i for i in references.indices if not 0 <= i < frames]
+    if outside:
+        raise ValueError(f"reference_index {outside[0]} is no keyframe: they are numbered 0 to {frames - 1}.")
+
+
+def condition(config: WorldStereoConfig, vae, image: torch.Tensor, render: torch.Tensor, mask: torch.Tensor,
+              cameras: Cameras, references: References | None = None) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """What to put into the conditioning, and the empty latent to sample.
+
+    image: [1,H,W,3] in 0..1. render: [N,Hr,Wr,3] in 0..1. mask: [N,Hm,Wm], 1 where nothing was rendered. cameras: N.
+    More frames than the model takes are thinned. Without references, a memory variant is given the picture as its
+    reference, at keyframe 0.
+
+    Returns the values by the names `WorldStereo.extra_conds` reads, and zeros [1,16,F,h,w].
+    Raises ValueError, naming the input, before anything is encoded.
+    """
+    _check(config, vae, image, render, mask, cameras, references)
+    keyframes, dense = _frames(config, len(render))
+    height, width = keyframe_size(config, *image.shape[1:3])
+    image = resize_pictures(image, height, width)
+    render = torch.cat([image, resize_pictures(render[keyframes[1:]], height, width)])
+    mask = torch.nn.functional.interpolate(mask[dense, None].float(), (height, width), mode="nearest")
+    cameras = cameras.scaled_to(width, height)
+    seen = cameras[dense]
+
+    values = {
+        "render_mask": (mask > MASK_THRESHOLD).float().movedim(1, 0)[None],
+        "camera_embedding": plucker(normalise(seen.w2c), seen.K, height, width)[None],
+    }
+    frames = len(keyframes)
+    reference_images = None
+    if config.has_memory:
+        targets = cameras[keyframes].w2c
+        if references is None:
+            reference_images, reference_w2c, indices = image, targets[:1], (0,)
+        else:
+            reference_images = resize_pictures(references.images, height, width)
+            reference_w2c, indices = references.cameras.w2c, references.indices
+        poses = normalise(torch.cat([targets, reference_w2c]), targets=frames)
+        camera_qt = quaternions_and_translations(poses)[None]
+        values |= {"camera_qt": camera_qt[:, :frames], "camera_qt_ref": camera_qt[:, frames:],
+                   "ref_index": torch.tensor([indices])}
+
+    progress = comfy.utils.ProgressBar(1 + frames + (0 if reference_images is None else len(reference_images)))
+    values["concat_latent_image"] = _condition_latent(config, vae, image, frames)
+    progress.update(1)
+    values["render_latent"] = encode_keyframes(vae, render, progress)
+    if reference_images is not None:
+        values["reference_latent"] = encode_keyframes(vae, reference_images, progress)
+
+    shape = (1, 1, frames, height // SPATIAL_DOWNSCALE, width // SPATIAL_DOWNSCALE)
+    values["concat_mask"] = torch.ones(shape)  # core's masks are 0 where the latent is known
+    values["concat_mask"][:, :, 0] = 0
+    return values, torch.zeros(1, LATENT_CHANNELS, *shape[2:])
