@@ -25,6 +25,15 @@ def centres(w2c):
     return -(w2c[..., :3, :3].mT @ w2c[..., :3, 3:]).squeeze(-1)
 
 
+def rigid_inverse(poses):
+    """The inverses [..., 4, 4] of rigid poses: camera-to-world of world-to-camera and back."""
+    inverse = torch.zeros_like(poses)
+    inverse[..., :3, :3] = poses[..., :3, :3].mT
+    inverse[..., :3, 3] = centres(poses)
+    inverse[..., 3, 3] = 1
+    return inverse
+
+
 @dataclass(frozen=True, eq=False)
 class Cameras:
     """N cameras of one width x height picture.
@@ -43,11 +52,14 @@ class Cameras:
         w2c = torch.as_tensor(self.w2c, dtype=torch.float64, device="cpu")
         K = torch.as_tensor(self.K, dtype=torch.float64, device="cpu")
         if w2c.ndim != 3 or w2c.shape[1:] != (4, 4) or len(w2c) == 0:
-            raise ValueError(f"The poses have the shape {list(w2c.shape)}: give one or more 4x4 world-to-camera matrices, [N, 4, 4].")
+            raise ValueError(f"The poses have the shape {list(w2c.shape)}: give one or more 4x4 world-to-camera "
+                             "matrices, [N, 4, 4].")
         if K.shape != (len(w2c), 3, 3):
-            raise ValueError(f"The intrinsics have the shape {list(K.shape)}: {len(w2c)} poses need one 3x3 matrix each, [{len(w2c)}, 3, 3].")
+            raise ValueError(f"The intrinsics have the shape {list(K.shape)}: {len(w2c)} poses need one 3x3 matrix "
+                             f"each, [{len(w2c)}, 3, 3].")
         if self.width < 1 or self.height < 1:
-            raise ValueError(f"The picture size {self.width}x{self.height} is not positive: give the size that the intrinsics are in pixels of.")
+            raise ValueError(f"The picture size {self.width}x{self.height} is not positive: give the size that the "
+                             "intrinsics are in pixels of.")
 
         R = w2c[:, :3, :3]
         gram_error = (R @ R.mT - torch.eye(3, dtype=torch.float64)).abs().amax((1, 2))
@@ -58,8 +70,8 @@ class Cameras:
             ((w2c[:, 3] == last_rows).all(1), "the last row of its pose is not 0 0 0 1; is the matrix transposed?"),
             (gram_error <= RIGID_TOLERANCE, "its rotation is not orthonormal; remove scale and shear from the pose"),
             (R.det() > 0, "its rotation mirrors the world (determinant -1); convert the pose to OpenCV axes"),
-            ((K[:, 0, 0] > 0) & (K[:, 1, 1] > 0), "its focal length is not positive; OpenCV intrinsics have fx and fy above 0"),
-            ((K[:, 2] == last_rows[1:]).all(1), "the last row of its intrinsics is not 0 0 1; is the matrix transposed?"),
+            ((K[:, 0, 0] > 0) & (K[:, 1, 1] > 0), "its focal length is not positive; give fx and fy above 0"),
+            ((K[:, 2] == last_rows[1:]).all(1), "the last row of its intrinsics is not 0 0 1; is it transposed?"),
         ]
         for good, problem in checks:
             if not good.all():
@@ -71,7 +83,7 @@ class Cameras:
         return len(self.w2c)
 
     def __getitem__(self, index):
-        """The cameras at a slice, a list of indices or one index, as Cameras again. Raises IndexError outside 0..N-1."""
+        """The cameras at a slice, a list of indices or one index, as Cameras. Raises IndexError outside 0..N-1."""
         index = [index] if isinstance(index, int) else index
         return Cameras(self.w2c[index], self.K[index], self.width, self.height)
 
@@ -141,7 +153,7 @@ def normalise(w2c, targets=None):
     mean and the scale come from the first `targets` poses (default: all), so that references can follow their targets.
     """
     w2c = w2c.double()
-    w2c = w2c @ torch.linalg.inv(w2c[0])
+    w2c = w2c @ rigid_inverse(w2c[0])
     centre = centres(w2c)
     target_centre = centre[:targets]
     distance = (target_centre - target_centre.median(0).values).norm(dim=-1)

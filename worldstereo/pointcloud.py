@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .cameras import Cameras
+from .cameras import Cameras, rigid_inverse
 
 OPENCV_TO_Y_UP = (1.0, -1.0, -1.0)  # y down, z forward to y up, z backward (glTF, three.js): half a turn about x
 
@@ -49,7 +49,7 @@ def write_world_mirror(folder: Path, frames: torch.Tensor, cameras: Cameras, pro
     """Writes images/NNNNN.png and cameras.json into a new folder, in the layout of WorldMirror's camera prior: OpenCV
     camera-to-world matrices and intrinsics in pixels of the written pictures, each named by its picture.
 
-    frames [N, H, W, 3] in 0..1. progress(count) is called after every picture. Raises ValueError where the counts differ.
+    frames [N, H, W, 3] in 0..1. progress(1) is called after every picture. Raises ValueError where the counts differ.
     """
     if len(frames) != len(cameras):
         raise ValueError(f"There are {len(frames)} frames and {len(cameras)} cameras: each frame needs its own camera.")
@@ -60,7 +60,7 @@ def write_world_mirror(folder: Path, frames: torch.Tensor, cameras: Cameras, pro
     for name, frame in zip(names, frames):
         Image.fromarray((frame[..., :3] * 255).round().clamp(0, 255).byte().cpu().numpy()).save(images / f"{name}.png")
         progress(1)
-    c2w = torch.linalg.inv(cameras.w2c.double())
+    c2w = rigid_inverse(cameras.w2c)
     content = {
         "num_cameras": len(cameras),
         "extrinsics": [{"camera_id": name, "matrix": matrix} for name, matrix in zip(names, c2w.tolist())],

@@ -1,7 +1,7 @@
 """Point-cloud renders: a picture and its depth become coloured points, and each camera of a path sees them as splats.
 
-The rules are those of the renders that WorldStereo was trained on (section 6 of the model's description). The splats are
-PyTorch3D's PointsRasterizer with alpha compositing (Wiles et al., SynSin, 2020), written in plain torch.
+The rules are those of the renders that WorldStereo was trained on (section 6 of the model's description). The splats
+are PyTorch3D's PointsRasterizer with alpha compositing (Wiles et al., SynSin, 2020), written in plain torch.
 """
 
 import math
@@ -55,8 +55,8 @@ def points_from_depth(picture: torch.Tensor, depth: torch.Tensor, w2c: torch.Ten
     depth = F.interpolate(depth[None, None].float(), (height, width), mode="nearest-exact")[0, 0]
     valid = valid_depths(depth)
     if not valid.any():
-        raise ValueError("The depth map has no valid depth: all of it is NaN, infinite or not positive. Check the mask of "
-                         "the depth model, or its near and far.")
+        raise ValueError("The depth map has no valid depth: all of it is NaN, infinite or not positive. Check the mask "
+                         "of the depth model, or its near and far.")
     depth = depth.where(valid, depth.new_tensor(torch.inf))  # as far as can be: its neighbours lie on an edge
     depth[valid] = draw_in(depth[valid])
     keep = valid & ~on_edge(1 / depth)
@@ -147,6 +147,7 @@ def _splat(u, v, colors, index, top, bottom, width, radius, points_per_pixel, ba
 def _covered(centre, span, radius, low, high):
     """The `span` pixels along one axis from the first that a splat at `centre` covers, and their squared distances
     [P, span]; infinite outside low..high."""
-    pixel = (centre - radius - 0.5).floor().int()[:, None] + torch.arange(1, span + 1, dtype=torch.int32, device=centre.device)
+    steps = torch.arange(1, span + 1, dtype=torch.int32, device=centre.device)
+    pixel = (centre - radius - 0.5).floor().int()[:, None] + steps
     distance = pixel + 0.5 - centre[:, None]
     return pixel, (distance * distance).masked_fill((pixel < low) | (pixel >= high), torch.inf)

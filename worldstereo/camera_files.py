@@ -1,0 +1,137 @@
+"""Reads the camera files people have: camera.json, COLMAP's text model and NeRF's transforms.json, told by content."""
+
+import json
+import logging
+import math
+import re
+from pathlib import Path
+
+import torch
+
+from .cameras import Cameras, cameras_from_json, quaternion_to_rotation, rigid_inverse
+
+# COLMAP camera models: how many focal lengths come before cx, cy; what follows them is lens distortion.
+COLMAP_FOCALS = {"SIMPLE_PINHOLE": 1, "PINHOLE": 2, "SIMPLE_RADIAL": 1, "RADIAL": 1, "OPENCV": 2, "FULL_OPENCV": 2}
+OPENGL_TO_OPENCV = torch.diag(torch.tensor([1.0, -1.0, -1.0, 1.0], dtype=torch.float64))  # camera axes
+
+
+def read_cameras(path: str | Path) -> tuple[Cameras, str]:
+    """The cameras of a file and, in words, what it was read as.
+
+    A JSON with `extrinsic` is a camera.json, one with `frames` a NeRF transforms.json; a text file is COLMAP's
+    images.txt, whose cameras.txt lies beside it. Raises ValueError that names the file and what to do.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix.lower() != ".json":
+            return _colmap(text, path)
+        content = json.loads(text)
+        if isinstance(content, dict) and "frames" in content:
+            return _nerf(content)
+        return cameras_from_json(content), "camera.json"
+    except ValueError as error:  # malformed JSON and text too
+        raise ValueError(f"No cameras could be read from {path.name}. {error}") from error
+
+
+def _matrix(fx, fy, cx, cy) -> list[list[float]]:
+    return [[float(fx), 0.0, float(cx)], [0.0, float(fy), float(cy)], [0.0, 0.0, 1.0]]
+
+
+def _of_one_size(w2c, K, sizes, width, height) -> Cameras:
+    """Cameras of one picture size, from intrinsics that are each in pixels of their own (width, height)."""
+    scale = torch.tensor([[width / w, height / h, 1.0] for w, h in sizes], dtype=torch.float64)
+    return Cameras(w2c, torch.tensor(K, dtype=torch.float64) * scale[:, :, None], width, height)
+
+
+def _colmap(text: str, path: Path) -> tuple[Cameras, str]:
+    """COLMAP's images.txt: a pose line and a line of 2-D points by turns; poses are world-to-camera in OpenCV axes."""
+    cameras_path = path.with_name(path.name.replace("images", "cameras"))
+    if cameras_path == path or not cameras_path.is_file():
+        raise ValueError("A text file is read as COLMAP's images.txt, whose intrinsics stand in cameras.txt: put both "
+                         "into the input folder (room_images.txt and room_cameras.txt will do) and choose the images.")
+    intrinsics = _colmap_intrinsics(cameras_path)
+    poses = []
+    for number, line in _lines(text)[::2]:
+        fields = line.split(maxsplit=9)
+        try:
+            quaternion, translation = [float(f) for f in fields[1:5]], [float(f) for f in fields[5:8]]
+            camera, name = fields[8], fields[9]
+        except (ValueError, IndexError):
+            raise ValueError(f"Line {number} is no COLMAP pose: ID QW QX QY QZ TX TY TZ CAMERA_ID NAME.") from None
+        if camera not in intrinsics:
+            raise ValueError(f"Line {number} names camera {camera}, which {cameras_path.name} does not hold.")
+        poses.append((_natural(name), quaternion, translation, intrinsics[camera]))
+    if not poses:
+        raise ValueError("It holds no poses.")
+    poses.sort(key=lambda pose: pose[0])
+    w2c = torch.eye(4, dtype=torch.float64).repeat(len(poses), 1, 1)
+    w2c[:, :3, :3] = quaternion_to_rotation(torch.tensor([pose[1] for pose in poses], dtype=torch.float64))
+    w2c[:, :3, 3] = torch.tensor([pose[2] for pose in poses], dtype=torch.float64)
+    K, sizes = zip(*(pose[3] for pose in poses))
+    return _of_one_size(w2c, K, sizes, *sizes[0]), "COLMAP model, in the order of the picture names"
+
+
+def _colmap_intrinsics(path: Path) -> dict[str, tuple[list[list[float]], tuple[int, int]]]:
+    """The intrinsic matrix and picture size of each camera id in a cameras.txt."""
+    cameras = {}
+    for number, line in _lines(path.read_text(encoding="utf-8")):
+        if not line.strip():
+            continue
+        camera, _, parameters = line.partition(" ")
+        model, *numbers = parameters.split() or [""]
+        focals = COLMAP_FOCALS.get(model)
+        if focals is None:
+            raise ValueError(f"{path.name}, line {number}: the camera model {model} is none of "
+                             f"{', '.join(COLMAP_FOCALS)}; undistort the model with COLMAP first.")
+        try:
+            width, height = int(numbers[0]), int(numbers[1])
+            values = [float(value) for value in numbers[2:]]
+            cx, cy = values[focals:focals + 2]
+        except (ValueError, IndexError):
+            raise ValueError(f"{path.name}, line {number} is no camera: CAMERA_ID MODEL WIDTH HEIGHT PARAMS.") from None
+        if width < 1 or height < 1:
+            raise ValueError(f"{path.name}, line {number}: the picture size {width}x{height} is not positive.")
+        if any(values[focals + 2:]):
+            logging.warning("%s: camera %s has lens distortion, which is left out: it is taken for a pinhole.",
+                            path.name, camera)
+        cameras[camera] = _matrix(values[0], values[focals - 1], cx, cy), (width, height)
+    return cameras
+
+
+def _lines(text: str) -> list[tuple[int, str]]:
+    """The lines that are not comments, numbered from 1. Blank ones count: a COLMAP image without points has one."""
+    return [(number, line) for number, line in enumerate(text.rstrip().splitlines(), 1) if not line.startswith("#")]
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """A sort key that puts frame_2 before frame_10."""
+    return [(int(digits or -1), other) for digits, other in re.findall(r"(\d+)|(\D+)", name)]
+
+
+def _nerf(content: dict) -> tuple[Cameras, str]:
+    """NeRF's transforms.json: camera-to-world poses in OpenGL axes; lens values of the file, or of each frame."""
+    frames = content["frames"]
+    if not isinstance(frames, list) or not frames or not all(isinstance(frame, dict) for frame in frames):
+        raise ValueError("`frames` is not a list of frames.")
+    c2w, K, sizes = [], [], []
+    for number, frame in enumerate(frames):
+        values = content | frame
+        try:
+            c2w.append(torch.tensor(values["transform_matrix"], dtype=torch.float64).view(4, 4))
+            width, height = int(values["w"]), int(values["h"])
+            fx = values["fl_x"] if "fl_x" in values else width / 2 / math.tan(values["camera_angle_x"] / 2)
+            K.append(_matrix(fx, values.get("fl_y", fx), values.get("cx", width / 2), values.get("cy", height / 2)))
+            if width < 1 or height < 1:
+                raise ValueError(f"the picture size {width}x{height}")
+        except KeyError as error:
+            raise ValueError(f"Frame {number} has no `{error.args[0]}`: it needs a 4x4 `transform_matrix`, the picture "
+                             "size `w`, `h` and the lens, `fl_x` or `camera_angle_x`; size and lens may stand once for "
+                             "the whole file.") from None
+        except (TypeError, ValueError, RuntimeError, ZeroDivisionError) as error:
+            raise ValueError(f"Frame {number} holds a value that cannot be used: {error}.") from None
+        sizes.append((width, height))
+    c2w = torch.stack(c2w) @ OPENGL_TO_OPENCV
+    cameras = _of_one_size(c2w, K, sizes, *sizes[0])  # checks that the poses are rigid
+    return (Cameras(rigid_inverse(c2w), cameras.K, cameras.width, cameras.height),
+            "NeRF transforms.json, camera axes converted from OpenGL (y up, z back) to OpenCV; the world is unchanged")
