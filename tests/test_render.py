@@ -1,14 +1,13 @@
-"""The splat renderer against a reference that looks at every point for every pixel, and the rules for depth."""
-
-import math
+"""The splat renderer against a reference that looks at every point for every pixel."""
 
 import pytest
 import torch
 
 from worldstereo_fp8.worldstereo import render as render_module
 from worldstereo_fp8.worldstereo.cameras import Cameras, quaternion_to_rotation
+from worldstereo_fp8.worldstereo.depth import points_from_depth
 from worldstereo_fp8.worldstereo.pointcloud import PointCloud
-from worldstereo_fp8.worldstereo.render import draw_in, on_edge, points_from_depth, render
+from worldstereo_fp8.worldstereo.render import render
 
 
 def cameras_of(count=3, width=40, height=24, focal=35.0, seed=0):
@@ -112,41 +111,3 @@ def test_the_first_camera_sees_its_own_picture():
     pictures, holes = render(cloud, cameras, radius=0.1)  # one pixel: a splat ends at its neighbours' centres
     torch.testing.assert_close(pictures[0], picture, atol=1e-3, rtol=0)
     assert not holes.any()
-
-
-def test_far_depths_are_drawn_in_without_a_jump():
-    depth = torch.tensor([1.0, 1, 1, 1, 7.9, 8, 16, 1e9])
-    expected = torch.tensor([1.0, 1, 1, 1, 7.9, 8, 12, 16])
-    torch.testing.assert_close(draw_in(depth), expected)
-
-
-def test_edges_are_where_the_disparity_falls_steeply():
-    limit = -math.log(0.35) / 10  # the Sobel magnitude at which exp(-10 g) = 0.35
-    disparity = torch.zeros(5, 40)
-    disparity[:, 20:] = torch.linspace(0, 1, 20)  # a slope of 1/19 a pixel: a magnitude of 8/19, steep enough
-    assert on_edge(disparity)[:, 20:39].all() and not on_edge(disparity)[:, :19].any()
-    gentle = torch.linspace(0, 1, int(8 / limit) + 3).expand(5, -1)
-    assert not on_edge(gentle).any()
-    assert not on_edge(torch.ones(4, 4)).any()
-
-
-def test_invalid_depths_and_edges_leave_no_points():
-    cameras = cameras_of(1, width=16, height=8)
-    picture = torch.zeros(8, 16, 3)
-    depth = torch.full((8, 16), 2.0)
-    depth[:, 8:] = 1.0  # an edge between columns 7 and 8
-    depth[0, 0], depth[0, 2], depth[0, 4], depth[2, 0] = float("nan"), float("inf"), -1.0, 0.0
-    picture[:, 7:9] = 1.0
-    cloud = points_from_depth(picture, depth, cameras.w2c[0], cameras.K[0])
-    assert 0 < len(cloud) < 8 * 14
-    assert not cloud.colors.any()  # no point of the columns beside the edge
-    with pytest.raises(ValueError, match="no valid depth"):
-        points_from_depth(picture, torch.full((8, 16), float("nan")), cameras.w2c[0], cameras.K[0])
-
-
-def test_a_depth_map_of_another_size_is_resized():
-    cameras = cameras_of(1, width=16, height=8)
-    cloud = points_from_depth(torch.zeros(8, 16, 3), torch.full((4, 8), 3.0), cameras.w2c[0], cameras.K[0])
-    depth = (cloud.points @ cameras.w2c[0, :3, :3].T + cameras.w2c[0, :3, 3])[:, 2]
-    assert len(cloud) == 128
-    torch.testing.assert_close(depth, torch.full((128,), 3.0))

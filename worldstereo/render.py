@@ -1,7 +1,7 @@
-"""Point-cloud renders: a picture and its depth become coloured points, and each camera of a path sees them as splats.
+"""Point-cloud renders: what each camera of a path sees of coloured points, drawn as splats.
 
-The rules are those of the renders that WorldStereo was trained on (section 6 of the model's description). The splats
-are PyTorch3D's PointsRasterizer with alpha compositing (Wiles et al., SynSin, 2020), written in plain torch.
+The splats are those of the renders that WorldStereo was trained on (section 6 of the model's description): PyTorch3D's
+PointsRasterizer with alpha compositing (Wiles et al., SynSin, 2020), here in plain torch.
 """
 
 import math
@@ -15,56 +15,8 @@ from .pointcloud import PointCloud
 
 RADIUS = 0.008  # of a splat, in units in which the shorter side of the picture spans 2
 POINTS_PER_PIXEL = 20
-FAR_MEDIANS = 8.0  # depths beyond this many medians are drawn in
-EDGE_STEEPNESS, EDGE_KEEP = 10.0, 0.35
 TILE_PIXELS = 1 << 16  # pixels composited at a time
 CHUNK_POINTS = 1 << 18  # points splatted at a time; with the tile, this bounds the memory
-
-
-def valid_depths(depth: torch.Tensor) -> torch.Tensor:
-    """Where a depth map holds a depth: finite and in front of the camera."""
-    return depth.isfinite() & (depth > 0)
-
-
-def draw_in(depth: torch.Tensor) -> torch.Tensor:
-    """Valid depths, those d beyond m = 8 medians drawn in to 2m - m²/d, which stays below 2m."""
-    m = FAR_MEDIANS * depth.median()
-    return torch.where(depth > m, 2 * m - m * m / depth, depth)
-
-
-def on_edge(disparity: torch.Tensor) -> torch.Tensor:
-    """Where a disparity map [H, W] has an edge: exp(-10 g) < 0.35, g its Sobel magnitude after scaling to 0..1."""
-    low, high = disparity.aminmax()
-    if low == high:
-        return torch.zeros_like(disparity, dtype=torch.bool)
-    sobel_x = disparity.new_tensor([[-1, 0, 1], [-2, 0, 2], [-1, 0, 1]])
-    kernels = torch.stack([sobel_x, sobel_x.T])[:, None]
-    scaled = F.pad(((disparity - low) / (high - low))[None, None], (1, 1, 1, 1), mode="replicate")
-    magnitude = F.conv2d(scaled, kernels).norm(dim=1)[0]
-    return torch.exp(-EDGE_STEEPNESS * magnitude) < EDGE_KEEP
-
-
-def points_from_depth(picture: torch.Tensor, depth: torch.Tensor, w2c: torch.Tensor, K: torch.Tensor) -> PointCloud:
-    """The points that the camera (w2c [4, 4], K [3, 3] in pixels of the picture) sees, one for each valid pixel centre.
-
-    picture [H, W, 3] in 0..1; depth [h, w], NaN, infinite or <= 0 where there is none, is brought to the picture's size
-    by its nearest values. Far depths are drawn in and the points on depth edges dropped. Raises ValueError where no
-    depth is valid.
-    """
-    height, width = picture.shape[:2]
-    depth = F.interpolate(depth[None, None].float(), (height, width), mode="nearest-exact")[0, 0]
-    valid = valid_depths(depth)
-    if not valid.any():
-        raise ValueError("The depth map has no valid depth: all of it is NaN, infinite or not positive. Check the mask "
-                         "of the depth model, or its near and far.")
-    depth = depth.where(valid, depth.new_tensor(torch.inf))  # as far as can be: its neighbours lie on an edge
-    depth[valid] = draw_in(depth[valid])
-    keep = valid & ~on_edge(1 / depth)
-    y, x = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")
-    pixels = torch.stack([x[keep], y[keep], torch.ones_like(x[keep])])
-    camera = (torch.linalg.inv(K.double()) @ pixels.double()) * depth[keep].double()
-    world = w2c[:3, :3].double().T @ (camera - w2c[:3, 3:].double())
-    return PointCloud(world.T.float().contiguous(), picture[keep].float())
 
 
 def render(cloud: PointCloud, cameras: Cameras, radius: float = RADIUS, points_per_pixel: int = POINTS_PER_PIXEL,

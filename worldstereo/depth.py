@@ -1,0 +1,95 @@
+"""From a picture and its depth to coloured points, by the rules of the renders that WorldStereo was trained on
+(section 6 of the model's description): far depths drawn in, edges and invalid depths dropped."""
+
+import torch
+import torch.nn.functional as F
+
+from .pointcloud import PointCloud
+
+FAR_MEDIANS = 8.0  # depths beyond this many medians are drawn in
+EDGE_STEEPNESS, EDGE_KEEP = 10.0, 0.35
+DEPTH_PICTURES = ("disparity: near is white", "depth: near is black")
+GREY_TOLERANCE = 0.02
+
+
+def depth_of_moge(geometry: dict) -> torch.Tensor:
+    """The depth [H, W] of core's MOGE_GEOMETRY of one picture, infinite where its mask says there is none.
+
+    Raises ValueError for a panorama, several pictures, or a geometry without depth.
+    """
+    if "depth" not in geometry:
+        raise ValueError("The MoGe geometry holds no depth.")
+    if "intrinsics" not in geometry:
+        raise ValueError("This MoGe geometry is of a panorama: connect it to WorldStereo Panorama, and that node's point "
+                         "cloud here.")
+    depth = geometry["depth"].float().cpu()
+    if len(depth) != 1:
+        raise ValueError(f"The MoGe geometry holds {len(depth)} pictures; WorldStereo starts from one.")
+    return depth[0].where(geometry["mask"][0].cpu(), torch.inf) if "mask" in geometry else depth[0]
+
+
+def depth_of_picture(image: torch.Tensor, kind: str, near: float, far: float) -> torch.Tensor:
+    """The depth [H, W] that a grey picture [1, H, W, C] in 0..1 stands for, in the units of near and far.
+
+    kind is one of DEPTH_PICTURES: disparity runs from 1/far (black) to 1/near (white), depth from near (black) to far
+    (white); a metric depth map is the latter with near 0 and the scale as far. Raises ValueError.
+    """
+    if len(image) != 1:
+        raise ValueError(f"The depth picture is a batch of {len(image)}; WorldStereo starts from one picture.")
+    image = image[0, ..., :3].float().cpu()
+    if (image.amax(-1) - image.amin(-1)).max() > GREY_TOLERANCE:
+        raise ValueError("The depth picture is coloured: give the grey depth or disparity itself, not a colour map of it.")
+    value = image.mean(-1)
+    if not near < far:
+        raise ValueError(f"near is {near} and far {far}: far must be the larger.")
+    if kind == DEPTH_PICTURES[1]:
+        return near + value * (far - near)
+    if near <= 0:
+        raise ValueError(f"near is {near}: a disparity picture needs a near above 0.")
+    return 1 / (1 / far + value * (1 / near - 1 / far))
+
+
+def valid_depths(depth: torch.Tensor) -> torch.Tensor:
+    """Where a depth map holds a depth: finite and in front of the camera."""
+    return depth.isfinite() & (depth > 0)
+
+
+def draw_in(depth: torch.Tensor) -> torch.Tensor:
+    """Valid depths, those d beyond m = 8 medians drawn in to 2m - m²/d, which stays below 2m."""
+    m = FAR_MEDIANS * depth.median()
+    return torch.where(depth > m, 2 * m - m * m / depth, depth)
+
+
+def on_edge(disparity: torch.Tensor) -> torch.Tensor:
+    """Where a disparity map [H, W] has an edge: exp(-10 g) < 0.35, g its Sobel magnitude after scaling to 0..1."""
+    low, high = disparity.aminmax()
+    if low == high:
+        return torch.zeros_like(disparity, dtype=torch.bool)
+    sobel_x = disparity.new_tensor([[-1, 0, 1], [-2, 0, 2], [-1, 0, 1]])
+    kernels = torch.stack([sobel_x, sobel_x.T])[:, None]
+    scaled = F.pad(((disparity - low) / (high - low))[None, None], (1, 1, 1, 1), mode="replicate")
+    magnitude = F.conv2d(scaled, kernels).norm(dim=1)[0]
+    return torch.exp(-EDGE_STEEPNESS * magnitude) < EDGE_KEEP
+
+
+def points_from_depth(picture: torch.Tensor, depth: torch.Tensor, w2c: torch.Tensor, K: torch.Tensor) -> PointCloud:
+    """The points that the camera (w2c [4, 4], K [3, 3] in pixels of the picture) sees, one for each valid pixel centre.
+
+    picture [H, W, 3] in 0..1; depth [h, w], NaN, infinite or <= 0 where there is none, is brought to the picture's size
+    by its nearest values. Far depths are drawn in and the points on depth edges dropped. Raises ValueError where no
+    depth is valid.
+    """
+    height, width = picture.shape[:2]
+    depth = F.interpolate(depth[None, None].float(), (height, width), mode="nearest-exact")[0, 0]
+    valid = valid_depths(depth)
+    if not valid.any():
+        raise ValueError("The depth map has no valid depth: all of it is NaN, infinite or not positive. Check the mask "
+                         "of the depth model, or its near and far.")
+    depth = depth.where(valid, depth.new_tensor(torch.inf))  # as far as can be: its neighbours lie on an edge
+    depth[valid] = draw_in(depth[valid])
+    keep = valid & ~on_edge(1 / depth)
+    y, x = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")
+    pixels = torch.stack([x[keep], y[keep], torch.ones_like(x[keep])])
+    camera = (torch.linalg.inv(K.double()) @ pixels.double()) * depth[keep].double()
+    world = w2c[:3, :3].double().T @ (camera - w2c[:3, 3:].double())
+    return PointCloud(world.T.float().contiguous(), picture[keep].float())
