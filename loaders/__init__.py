@@ -1,6 +1,5 @@
 """Files into MODELs."""
 
-import dataclasses
 import json
 import logging
 import os
@@ -15,7 +14,10 @@ from ..fp8.linear import native_refusal, operations
 from ..worldstereo.config import WorldStereoConfig, read_config
 from ..worldstereo.layout import backbone_shapes, native_shapes
 from ..worldstereo.model import WorldStereoModelConfig
+from . import lora
 from .checkpoint import Checkpoint, some
+
+lora.register()
 
 CONFIG_FILE = "config.json"
 # Without these a file has no size of its own: it is no whole model.
@@ -105,7 +107,7 @@ def _account(checkpoint: Checkpoint, base: Checkpoint | None, source: dict[str, 
 
 
 def load_worldstereo(path: str | os.PathLike, compute: str = "auto", dtype: torch.dtype | None = None,
-                     base: str | os.PathLike | None = None):
+                     base: str | os.PathLike | None = None, disable_dynamic: bool = False):
     """Loads a WorldStereo checkpoint as an ordinary ComfyUI model.
 
     path: a .safetensors file in any of these forms, told apart by content: scaled FP8 (`scale_weight`), BF16 (or FP16,
@@ -114,6 +116,7 @@ def load_worldstereo(path: str | os.PathLike, compute: str = "auto", dtype: torc
     "fp8" insists on a device that can; "bf16" always upcasts.
     dtype: of the activations; None lets ComfyUI choose for the device.
     base: the Wan2.1-I2V-14B-480P model, for a file that holds only a part of the backbone.
+    disable_dynamic: without core's dynamic VRAM; core asks for it where a node cannot work with that.
 
     Returns the ModelPatcher. The weights are memory-mapped. Raises ValueError, naming file and tensor, for a file that
     is not a whole WorldStereo checkpoint, and where compute is "fp8" on a device without FP8 matmul.
@@ -139,7 +142,8 @@ def load_worldstereo(path: str | os.PathLike, compute: str = "auto", dtype: torc
     model_config.custom_operations = operations(storage_dtype, native=refusal is None)
     model = model_config.get_model(tensors)
     offload_device = comfy.model_management.unet_offload_device()
-    patcher = comfy.model_patcher.CoreModelPatcher(model, load_device=device, offload_device=offload_device)
+    patcher_class = comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
+    patcher = patcher_class(model, load_device=device, offload_device=offload_device)
     if not comfy.model_management.is_device_cpu(offload_device):
         model.to(offload_device)
     model.load_model_weights(tensors, assign=True)  # memory-mapped, each in the file's own dtype

@@ -1,6 +1,6 @@
 """Makes ComfyUI and this pack importable: the tests write `from worldstereo_fp8.loaders import ...`.
 
-ComfyUI is found at COMFYUI_PATH, which `dev.py test` sets. It runs on the CPU here.
+ComfyUI is found at COMFYUI_PATH, which `dev.py test` sets. It runs on the GPU where there is one.
 """
 
 import importlib.util
@@ -17,7 +17,9 @@ sys.path[:0] = [str(COMFYUI), str(Path(__file__).parent)]  # and the tests' own 
 
 import comfy.cli_args  # noqa: E402
 
-comfy.cli_args.args.cpu = True
+import torch  # noqa: E402
+
+comfy.cli_args.args.cpu = not torch.cuda.is_available()
 
 spec = importlib.util.spec_from_file_location("worldstereo_fp8", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
 package = importlib.util.module_from_spec(spec)

@@ -1,6 +1,10 @@
 """The name table, on every name of the published checkpoint."""
 
 import pytest
+import torch
+from comfy.ldm.wan.model import WanModel
+from comfy.ops import disable_weight_init
+from diffusers import WanTransformer3DModel
 from worldstereo_fp8 import remap
 from worldstereo_fp8.worldstereo.config import WorldStereoConfig
 from worldstereo_fp8.worldstereo.layout import native_shapes, tensor_shapes
@@ -56,3 +60,24 @@ def test_the_two_namings_are_told_apart():
     for name in NAMES:
         native = remap.to_native(name)
         assert remap.is_diffusers(name) == remap.is_native(native) == (name != native)
+
+
+def test_diffusers_own_wan_and_comfyuis_agree_after_the_remap():
+    """The same random weights through both implementations of the plain Wan I2V transformer."""
+    dim, layers = 48, 2
+    torch.manual_seed(0)
+    diffusers = WanTransformer3DModel(
+        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=dim // 2, in_channels=36, out_channels=16,
+        text_dim=32, freq_dim=64, ffn_dim=64, num_layers=layers, image_dim=1280, added_kv_proj_dim=dim).eval()
+    for parameter in diffusers.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    comfy = WanModel(model_type="i2v", in_dim=36, dim=dim, ffn_dim=64, freq_dim=64, text_dim=32, out_dim=16, num_heads=2,
+                     num_layers=layers, operations=disable_weight_init)
+    native = {remap.to_native(name): value for name, value in diffusers.state_dict().items()}
+    comfy.load_state_dict(native, strict=True)
+
+    latent, time, text, image = torch.randn(1, 36, 3, 6, 8), torch.tensor([625.0]), torch.randn(1, 512, 32), torch.randn(1, 257, 1280)
+    with torch.no_grad():
+        expected = diffusers(latent, time, text, image, return_dict=False)[0]
+        out = comfy(latent, time, text, clip_fea=image)
+    assert ((out - expected).norm() / expected.norm()).item() < 1e-5

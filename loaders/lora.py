@@ -1,0 +1,48 @@
+"""LoRA files for Wan that were trained with diffusers, on ComfyUI's own LoRA loaders.
+
+Core lists a model's LoRA keys in `comfy.lora.model_lora_keys_unet`, by native names for Wan. It has no hook for a
+model's other names, so the function is wrapped; for every model but WorldStereo it answers as before.
+"""
+
+import functools
+
+import comfy.lora
+
+from .. import remap
+from ..worldstereo.model import WorldStereo
+
+PREFIX = "diffusion_model."
+
+
+def diffusers_keys(native_keys) -> dict[str, str]:
+    """What a LoRA may call each weight by its diffusers name, to the model's own name of it.
+
+    native_keys: the model's weights, `diffusion_model.….weight`.
+    """
+    keys = {}
+    for key in native_keys:
+        layer = remap.to_diffusers(key.removeprefix(PREFIX)).removesuffix(".weight")
+        flat = layer.replace(".", "_")
+        for name in (f"transformer.{layer}", f"{PREFIX}{layer}", layer, f"lora_unet_{flat}", f"lora_transformer_{flat}",
+                     f"lycoris_{flat}"):
+            keys[name] = key
+    return keys
+
+
+def _with_diffusers_names(model_lora_keys_unet):
+    @functools.wraps(model_lora_keys_unet)
+    def wrapper(model, key_map={}):
+        key_map = model_lora_keys_unet(model, key_map)
+        if isinstance(model, WorldStereo):
+            native = [key for key in model.state_dict() if key.startswith(PREFIX) and key.endswith(".weight")]
+            key_map = diffusers_keys(native) | key_map
+        return key_map
+
+    wrapper.worldstereo = True
+    return wrapper
+
+
+def register():
+    """Adds the diffusers names to core's LoRA keys, once."""
+    if not hasattr(comfy.lora.model_lora_keys_unet, "worldstereo"):
+        comfy.lora.model_lora_keys_unet = _with_diffusers_names(comfy.lora.model_lora_keys_unet)

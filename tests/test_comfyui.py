@@ -1,0 +1,246 @@
+"""The MODEL in ComfyUI's hands: sampling, CFG, LoRA, offload, model patches, interrupt."""
+
+import comfy.model_management
+import comfy.sample
+import comfy.samplers
+import comfy.sd
+import pytest
+import torch
+from comfy_extras.nodes_model_advanced import ModelSamplingSD3
+from comfy_extras.nodes_torch_compile import TorchCompileModel
+from toy import cooked, golden_inputs, golden_weights, relative_error, run, save, source
+from worldstereo_fp8 import remap
+from worldstereo_fp8.loaders import load_worldstereo
+
+CASE = "memory_dmd"
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    config = golden_weights(CASE)[1]
+    return {"fp8": save(cooked(CASE), folder / "fp8.safetensors", config),
+            "bf16": save(source(CASE), folder / "bf16.safetensors", config)}
+
+
+def conditioning(seed: int, **changes):
+    """A CONDITIONING with all that WorldStereo Conditioning puts there."""
+    inputs, _ = golden_inputs(CASE)
+    torch.manual_seed(seed)
+
+    class Vision:
+        penultimate_hidden_states = inputs["encoder_hidden_states_image"]
+
+    values = {
+        "concat_latent_image": torch.randn(1, 16, 3, 6, 8), "concat_mask": torch.ones(1, 1, 3, 6, 8),
+        "clip_vision_output": Vision, "render_latent": torch.randn(1, 16, 3, 6, 8),
+        "render_mask": inputs["render_mask"], "camera_embedding": inputs["camera_embedding"],
+        "reference_latent": torch.randn(1, 16, 2, 6, 8), "ref_index": inputs["ref_index"][None],
+        "camera_qt": inputs["camera_qt"], "camera_qt_ref": inputs["camera_qt_ref"],
+    }
+    values = {name: value for name, value in (values | changes).items() if value is not None}
+    return [[torch.randn(1, 512, 48), values]]
+
+
+def sample(patcher, positive, negative, cfg=1.0, batch=1, steps=4, **kwargs):
+    latent = torch.zeros(batch, 16, 3, 6, 8)
+    torch.manual_seed(7)
+    noise = torch.randn(1, 16, 3, 6, 8).repeat(batch, 1, 1, 1, 1)
+    return comfy.sample.sample(patcher, noise, steps, cfg, "euler", "simple", positive, negative, latent, seed=7,
+                               disable_pbar=True, **kwargs)
+
+
+def by_hand(patcher, positive):
+    """Four Euler steps written out: x += (sigma_next − sigma)·v, from noise at sigma 1."""
+    model = patcher.model
+    cond = positive[0][1]
+    latents = {k: model.process_latent_in(cond[k]) for k in ("concat_latent_image", "render_latent", "reference_latent")}
+    torch.manual_seed(7)
+    x = torch.randn(1, 16, 3, 6, 8)
+    mask = (1 - cond["concat_mask"]).repeat(1, 4, 1, 1, 1)
+    reference = latents["reference_latent"]
+    extra = {k: cond[k] for k in ("render_mask", "camera_embedding", "ref_index", "camera_qt", "camera_qt_ref")}
+    sigmas = [1, 0.9375, 5 / 6, 0.625, 0]
+    for sigma, following in zip(sigmas, sigmas[1:]):
+        v = run(patcher, extra | {
+            "hidden_states": torch.cat([x, mask, latents["concat_latent_image"]], dim=1),
+            "timestep": torch.tensor([1000.0 * sigma]),
+            "encoder_hidden_states": positive[0][0],
+            "encoder_hidden_states_image": cond["clip_vision_output"].penultimate_hidden_states,
+            "render_latent": latents["render_latent"],
+            "reference_latent": torch.cat([reference, torch.ones_like(reference[:, :4]), reference], dim=1),
+        })
+        x = x + (following - sigma) * v
+    return model.process_latent_out(x)
+
+
+def test_ksampler_takes_the_originals_steps(files):
+    patcher = load_worldstereo(files["fp8"])
+    positive = conditioning(0)
+    assert relative_error(sample(patcher, positive, conditioning(1)), by_hand(patcher, positive)) < 1e-5
+
+
+def test_cfg_is_the_two_conditionings_each_alone(files):
+    patcher = load_worldstereo(files["fp8"])
+    positive, negative = conditioning(0), conditioning(1)
+    alone = [sample(patcher, c, c, steps=1) for c in (positive, negative)]
+    together = sample(patcher, positive, negative, cfg=5.0, steps=1)
+    out = [patcher.model.process_latent_in(x) for x in (*alone, together)]
+    assert relative_error(out[2], out[1] + 5 * (out[0] - out[1])) < 1e-4
+
+
+def test_conditionings_of_different_kinds_go_together(files):
+    """A negative without references and render is another shape of input; core runs it on its own."""
+    patcher = load_worldstereo(files["fp8"])
+    bare = conditioning(1, reference_latent=None, ref_index=None, camera_qt_ref=None, render_latent=None,
+                        render_mask=None, camera_embedding=None)
+    assert sample(patcher, conditioning(0), bare, cfg=5.0, steps=1).isfinite().all()
+
+
+def test_a_batch_samples_what_each_alone_samples(files):
+    patcher = load_worldstereo(files["fp8"])
+    positive = conditioning(0)
+    out = sample(patcher, positive, positive, batch=2)
+    assert relative_error(out[:1], sample(patcher, positive, positive)) < 1e-5
+    assert relative_error(out[1:], out[:1]) < 1e-5
+
+
+def test_a_latent_of_another_size_is_an_error(files):
+    patcher = load_worldstereo(files["fp8"])
+    with pytest.raises(ValueError, match=r"latent to sample is \(3, 6, 8\).*conditioning was made for \(3, 4, 8\)"):
+        sample(patcher, conditioning(0, render_latent=torch.randn(1, 16, 3, 4, 8)), conditioning(1))
+
+
+LAYERS = ("blocks.0.self_attn.q", "blocks.1.ffn.2", "blocks.0.cross_attn.k_img", "controlnet.proj_out.0")
+
+
+def lora(naming: str) -> tuple[dict, dict]:
+    """A LoRA file of rank 4 in one of the usual namings, and the difference it makes to each layer."""
+    file, differences = {}, {}
+    torch.manual_seed(3)
+    for layer in LAYERS:
+        shape = golden_weights(CASE)[0][remap.to_diffusers(f"{layer}.weight")].shape
+        down, up = 0.3 * torch.randn(4, shape[1]), 0.3 * torch.randn(shape[0], 4)
+        differences[f"{layer}.weight"] = up @ down
+        diffusers = remap.to_diffusers(f"{layer}.weight").removesuffix(".weight")
+        name, ends = {
+            "kohya": ("lora_unet_" + layer.replace(".", "_"), ("lora_down", "lora_up")),
+            "kohya, diffusers layers": ("lora_unet_" + diffusers.replace(".", "_"), ("lora_down", "lora_up")),
+            "native": (f"diffusion_model.{layer}", ("lora_A", "lora_B")),
+            "diffusers": (f"transformer.{diffusers}", ("lora_A", "lora_B")),
+        }[naming]
+        file |= {f"{name}.{ends[0]}.weight": down, f"{name}.{ends[1]}.weight": up}
+    return file, differences
+
+
+@pytest.mark.parametrize("naming", ["kohya", "kohya, diffusers layers", "native", "diffusers"])
+@pytest.mark.parametrize("kind", ["fp8", "bf16"])
+def test_lora(naming, kind, files, tmp_path):
+    """Against the same differences added to the file's weights."""
+    file, differences = lora(naming)
+    patcher = load_worldstereo(files[kind])
+    plain = sample(patcher, conditioning(0), conditioning(1))
+    patched, _ = comfy.sd.load_lora_for_models(patcher, None, file, 1.0, 1.0)
+    assert {key for key in patched.patches} == {f"diffusion_model.{name}" for name in differences}
+    out = sample(patched, conditioning(0), conditioning(1))
+
+    merged = {name: value.float() for name, value in source(CASE).items()}
+    for name, difference in differences.items():
+        merged[remap.to_diffusers(name)] += difference
+    path = save(merged, tmp_path / "merged.safetensors", golden_weights(CASE)[1])
+    expected = sample(load_worldstereo(path), conditioning(0), conditioning(1))
+    assert relative_error(plain, expected) > 0.2
+    assert relative_error(out, expected) < (0.06 if kind == "fp8" else 0.02)
+
+    comfy.model_management.unload_all_models()
+    assert torch.equal(sample(patcher, conditioning(0), conditioning(1)), plain)  # and it comes off again
+
+
+def test_partly_offloaded_with_a_lora_is_the_same(files):
+    """Weights left in RAM get their LoRA while they are streamed; that path must not differ from the resident one."""
+    file, _ = lora("kohya")
+    patched, _ = comfy.sd.load_lora_for_models(load_worldstereo(files["fp8"]), None, file, 1.0, 1.0)
+    resident = sample(patched, conditioning(0), conditioning(1))
+    comfy.model_management.unload_all_models()
+    patched.load(torch.device("cpu"), lowvram_model_memory=1)  # all but one byte stays offloaded
+    assert patched.model.model_lowvram
+    try:
+        inputs, _ = golden_inputs(CASE)
+        streamed = run(patched, inputs)
+        patched.unpatch_model(torch.device("cpu"))
+        patched.load(torch.device("cpu"), full_load=True)
+        assert not patched.model.model_lowvram
+        assert relative_error(streamed, run(patched, inputs)) < 0.05  # one rounding of the LoRA's layers to FP8
+    finally:
+        patched.unpatch_model(torch.device("cpu"))
+    assert resident.isfinite().all()
+
+
+def test_model_patches_see_the_tokens(files):
+    patcher = load_worldstereo(files["fp8"])
+    plain = sample(patcher, conditioning(0), conditioning(1), steps=1)
+    seen = []
+
+    def after_block(args):
+        seen.append((args["block_index"], args["img"].shape[1], args["img_offset"]))
+        return args
+
+    def replace(args, extra):
+        out = extra["original_block"](args)
+        return {"img": out["img"] * 1.0}
+
+    patched = patcher.clone()
+    patched.set_model_patch(after_block, "double_block")
+    patched.set_model_patch_replace(replace, "dit", "double_block", 1)
+    assert relative_error(sample(patched, conditioning(0), conditioning(1), steps=1), plain) < 1e-6
+    assert seen == [(0, 60, 24), (1, 60, 24)]  # 2 references and 3 frames of 3×4 tokens
+
+    skipping = patcher.clone()
+    skipping.set_model_patch_replace(lambda args, extra: {"img": args["img"]}, "dit", "double_block", 1)
+    assert relative_error(sample(skipping, conditioning(0), conditioning(1), steps=1), plain) > 1e-3
+
+
+def test_an_attention_override_serves_backbone_and_control_branch(files):
+    patcher = load_worldstereo(files["fp8"])
+    plain = sample(patcher, conditioning(0), conditioning(1), steps=1)
+    calls = []
+
+    def override(function, *args, **kwargs):
+        calls.append(args[0].shape[1])
+        return function(*args, **kwargs)
+
+    patched = patcher.clone()
+    patched.model_options["transformer_options"]["optimized_attention_override"] = override
+    assert torch.equal(sample(patched, conditioning(0), conditioning(1), steps=1), plain)
+    assert calls.count(60) == 2 and calls.count(36) == 6  # self-attention; text, picture and control branch
+
+
+def test_interrupt(files):
+    patcher = load_worldstereo(files["fp8"])
+    comfy.model_management.interrupt_current_processing()
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        sample(patcher, conditioning(0), conditioning(1))
+    assert sample(patcher, conditioning(0), conditioning(1)).isfinite().all()  # and the next run works
+
+
+def test_model_sampling_sd3_changes_the_shift(files):
+    patched = ModelSamplingSD3().patch(load_worldstereo(files["fp8"]), shift=3.0)[0]
+    sigmas = comfy.samplers.calculate_sigmas(patched.get_model_object("model_sampling"), "simple", 4)
+    assert torch.allclose(sigmas, torch.tensor([1, 0.9, 0.75, 0.5, 0]), atol=1e-6)
+
+
+def test_torch_compile(files):
+    """With the backend that only traces: what is held here is that the graph can be captured, not its speed."""
+    patcher = load_worldstereo(files["fp8"])
+    plain = sample(patcher, conditioning(0), conditioning(1), steps=1)
+    compiled = TorchCompileModel.execute(patcher, "eager").result[0]
+    assert relative_error(sample(compiled, conditioning(0), conditioning(1), steps=1), plain) < 1e-5
+
+
+def test_saved_by_core_it_loads_again(files, tmp_path):
+    patcher = load_worldstereo(files["fp8"])
+    plain = sample(patcher, conditioning(0), conditioning(1))
+    config = golden_weights(CASE)[1]
+    state = patcher.model.state_dict_for_saving(patcher.model.diffusion_model.state_dict())
+    again = load_worldstereo(save(state, tmp_path / "saved.safetensors", config))
+    assert relative_error(sample(again, conditioning(0), conditioning(1)), plain) < 1e-6

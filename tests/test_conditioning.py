@@ -1,0 +1,178 @@
+"""Picture, render and cameras to conditioning; keyframes through the VAE; the schedule; sampling through ComfyUI."""
+
+import comfy.samplers
+import comfy.sd
+import pytest
+import torch
+from comfy.ldm.wan.vae import WanVAE
+from toy import GOLDEN
+from worldstereo_fp8.loaders import load_worldstereo
+from worldstereo_fp8.worldstereo import conditioning
+from worldstereo_fp8.worldstereo.cameras import Cameras, normalise, plucker
+from worldstereo_fp8.worldstereo.conditioning import References, condition, decode_keyframes, encode_keyframes, keyframe_size
+from worldstereo_fp8.worldstereo.config import WorldStereoConfig
+from worldstereo_fp8.worldstereo.schedule import dmd_sigmas
+
+SIZES = ((32, 48), (48, 32))
+CONFIG = WorldStereoConfig(scale_map=SIZES, nframe=5)
+
+
+@pytest.fixture(scope="module")
+def vae():
+    torch.manual_seed(0)
+    model = WanVAE(dim=8, z_dim=16, temperal_downsample=[False, True, True])
+    for name, parameter in model.named_parameters():  # ComfyUI's layers start unset
+        torch.nn.init.ones_(parameter) if name.endswith("gamma") else torch.nn.init.normal_(parameter, std=0.05)
+    return comfy.sd.VAE(sd=model.state_dict())
+
+
+def path(count, width=64, height=40):
+    w2c = torch.eye(4).repeat(count, 1, 1)
+    w2c[:, 0, 3] = torch.linspace(0, 1, count)
+    K = torch.tensor([[50.0, 0, width / 2], [0, 50, height / 2], [0, 0, 1]]).repeat(count, 1, 1)
+    return Cameras(w2c, K, width, height)
+
+
+def inputs(count=5):
+    torch.manual_seed(1)
+    return {"image": torch.rand(1, 40, 64, 3), "render": torch.rand(count, 40, 64, 3),
+            "mask": torch.rand(count, 40, 64).round(), "cameras": path(count)}
+
+
+@pytest.mark.parametrize("height, width, size", [(480, 832, (480, 768)), (512, 768, (480, 768)), (768, 1024, (512, 720)),
+                                                 (1000, 1000, (608, 608)), (1920, 1080, (768, 480))])
+def test_the_size_is_the_table_entry_of_the_nearest_ratio(height, width, size):
+    assert keyframe_size(WorldStereoConfig(), height, width) == size
+
+
+def test_what_the_conditioning_holds(vae):
+    given = inputs()
+    values, latent = condition(CONFIG, vae, **given)
+    assert latent.shape == (1, 16, 5, 4, 6) and not latent.any()
+    assert values["render_mask"].shape == (1, 1, 5, 32, 48)
+    assert values["camera_embedding"].shape == (1, 6, 5, 32, 48)
+    assert values["camera_qt"].shape == (1, 5, 7) and values["camera_qt_ref"].shape == (1, 1, 7)
+    assert torch.equal(values["camera_qt_ref"][:, 0], values["camera_qt"][:, 0])  # the picture alone: camera 0
+    assert values["ref_index"].tolist() == [[0]]
+    assert values["concat_mask"][0, 0, :, 0, 0].tolist() == [0, 1, 1, 1, 1]
+    assert set(values["render_mask"].unique().tolist()) == {0, 1}
+
+    cameras = given["cameras"].scaled_to(48, 32)
+    assert torch.equal(values["camera_embedding"][0], plucker(normalise(cameras.w2c), cameras.K, 32, 48))
+
+    image = conditioning.resize_pictures(given["image"], 32, 48)
+    alone = vae.encode(image)
+    assert torch.allclose(values["render_latent"][:, :, :1], alone, atol=1e-5)  # first frame: the picture
+    assert torch.allclose(values["reference_latent"], alone, atol=1e-5)
+    second = vae.encode(conditioning.resize_pictures(given["render"][1:2], 32, 48))
+    assert torch.allclose(values["render_latent"][:, :, 1:2], second, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["full_vae", "first_frame_only"])
+def test_the_condition_latent(mode, vae):
+    config = WorldStereoConfig(scale_map=SIZES, nframe=5, latent_cond_mode=mode)
+    given = inputs()
+    values, _ = condition(config, vae, **given)
+    image = conditioning.resize_pictures(given["image"], 32, 48)
+    if mode == "full_vae":
+        expected = vae.encode(torch.cat([image, torch.full((16, 32, 48, 3), 0.5)]))
+    else:
+        grey = vae.encode(torch.full((1, 32, 48, 3), 0.5))
+        expected = torch.cat([vae.encode(image), grey, grey, grey, grey], dim=2)
+    assert torch.allclose(values["concat_latent_image"], expected, atol=1e-5)
+
+
+def test_more_frames_than_keyframes_are_thinned(vae):
+    given = inputs(81)
+    values, latent = condition(CONFIG, vae, **given)
+    assert latent.shape[2] == 5
+    kept = [0, 20, 40, 60, 80]
+    thinned, _ = condition(CONFIG, vae, given["image"], given["render"][kept], given["mask"][kept], given["cameras"][kept])
+    assert values.keys() == thinned.keys()
+    assert all(torch.equal(values[name], thinned[name]) for name in values)
+
+
+def test_a_mask_kernel_over_time_sees_every_frame(vae):
+    config = WorldStereoConfig(scale_map=SIZES, nframe=5, mask_downsample=4, camera_mlp_dim=0)
+    values, latent = condition(config, vae, **inputs(17))
+    assert latent.shape[2] == values["render_latent"].shape[2] == 5
+    assert values["render_mask"].shape[2] == values["camera_embedding"].shape[2] == 17
+    assert "ref_index" not in values and "reference_latent" not in values
+    with pytest.raises(ValueError, match="The render has 16 frames; this model wants 17"):
+        condition(config, vae, **inputs(16))
+
+
+def test_references(vae):
+    references = References.of(torch.rand(2, 20, 20, 3), path(9)[[3, 7]], "1, 4")
+    values, _ = condition(CONFIG, vae, **inputs(), references=references)
+    assert values["ref_index"].tolist() == [[1, 4]]
+    assert values["reference_latent"].shape == (1, 16, 2, 4, 6) and values["camera_qt_ref"].shape == (1, 2, 7)
+    assert References.of(None, None, "  ") is None
+
+
+@pytest.mark.parametrize("edit, message", [
+    ({"image": torch.rand(2, 40, 64, 3)}, "image holds 2 pictures"),
+    ({"image": torch.rand(1, 0, 64, 3)}, "image is empty"),
+    ({"mask": torch.rand(5, 0, 0)}, "render_mask is empty"),
+    ({"render": torch.rand(4, 40, 64, 3)}, "render_video 4, render_mask 5, cameras 5"),
+    ({"cameras": path(6)}, "render_video 5, render_mask 5, cameras 6"),
+    ({"references": References(torch.rand(2, 20, 20, 3), path(1), (0, 1))}, "reference_images 2, reference_cameras 1"),
+    ({"references": References(torch.rand(1, 20, 20, 3), path(1), (5,))}, "reference_index 5 is no keyframe.*0 to 4"),
+    ({"references": References(torch.rand(6, 20, 20, 3), path(6), tuple(range(6)))}, "6 views for 5 keyframes"),
+])
+def test_bad_inputs_are_named_before_anything_is_encoded(edit, message, vae, monkeypatch):
+    monkeypatch.setattr(vae, "encode", lambda pixels: pytest.fail("encoded before the inputs were checked"))
+    with pytest.raises(ValueError, match=message):
+        condition(CONFIG, vae, **(inputs() | edit))
+
+
+@pytest.mark.parametrize("given, message", [
+    ((torch.rand(1, 8, 8, 3), None, "0"), "reference_cameras missing"),
+    ((torch.rand(1, 8, 8, 3), path(1), ""), "reference_index missing"),
+    ((torch.rand(1, 8, 8, 3), path(1), "0, x"), "whole numbers"),
+])
+def test_references_are_given_whole(given, message):
+    with pytest.raises(ValueError, match=message):
+        References.of(*given)
+
+
+def test_references_need_a_memory_model(vae):
+    config = WorldStereoConfig(model_type="worldstereo-camera", camera_mlp_dim=0, scale_map=SIZES)
+    with pytest.raises(ValueError, match="worldstereo-camera takes no reference views"):
+        condition(config, vae, **inputs(), references=References(torch.rand(1, 8, 8, 3), path(1), (0,)))
+
+
+def test_another_vae_is_refused(vae):
+    class ImageVAE:
+        latent_channels, latent_dim = 4, 2
+
+    with pytest.raises(ValueError, match="needs the Wan 2.1 VAE"):
+        condition(CONFIG, ImageVAE(), **inputs())
+
+
+def test_keyframes_are_coded_alone(vae):
+    pictures = torch.rand(3, 32, 48, 3)
+    latent = encode_keyframes(vae, pictures)
+    assert latent.shape == (1, 16, 3, 4, 6)
+    assert torch.equal(latent[:, :, 2:], vae.encode(pictures[2:]))
+    frames = decode_keyframes(vae, latent.repeat(2, 1, 1, 1, 1))
+    assert frames.shape == (6, 32, 48, 3)
+    assert torch.equal(frames[1], frames[4])
+    assert torch.equal(frames[2], vae.decode(latent[:, :, 2:])[0, 0]) and frames[2].std() > 0
+    with pytest.raises(ValueError, match="The latent is"):
+        decode_keyframes(vae, torch.rand(1, 16, 4, 6))
+
+
+SIGMAS = [1, 0.9375, 5 / 6, 0.625, 0]
+
+
+def test_dmd_sigmas():
+    assert torch.allclose(dmd_sigmas(WorldStereoConfig()), torch.tensor(SIGMAS), atol=1e-6, rtol=0)
+    with pytest.raises(ValueError, match="worldstereo-camera, which was not distilled"):
+        dmd_sigmas(WorldStereoConfig(model_type="worldstereo-camera"))
+
+
+def test_a_plain_ksampler_takes_the_same_sigmas():
+    model = load_worldstereo(GOLDEN / "memory_dmd.weights.safetensors")
+    sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", 4)
+    assert torch.allclose(sigmas, dmd_sigmas(WorldStereoConfig()), atol=1e-6, rtol=0)
