@@ -1,0 +1,245 @@
+"""Camera paths from presets, the lens and the pose they start with, and a drawing of where the cameras go."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from comfy.ldm.colormap import turbo
+from PIL import Image, ImageDraw, ImageFont
+
+from .cameras import Cameras, centres, quaternion_to_rotation, rigid_inverse
+from .pointcloud import OPENCV_TO_Y_UP, PointCloud
+
+# Axes of the starting camera, except `vertical`, the world's y axis; signs turn or move along OpenCV's (y down).
+AROUND_CENTRE = {"orbit left": ("vertical", 1), "orbit right": ("vertical", -1),
+                 "arc up": ("right", -1), "arc down": ("right", 1)}
+ON_THE_SPOT = {"pan left": ("vertical", -1), "pan right": ("vertical", 1), "tilt up": ("right", 1),
+               "tilt down": ("right", -1), "roll clockwise": ("forward", 1), "roll counter-clockwise": ("forward", -1)}
+STRAIGHT = {"dolly in": ("forward", 1), "dolly out": ("forward", -1), "truck left": ("right", -1),
+            "truck right": ("right", 1), "pedestal up": ("vertical", -1), "pedestal down": ("vertical", 1)}
+SPIRAL, ELLIPSE = "spiral", "ellipse loop"
+ELLIPSE_RISE = 4 / 3  # height of the ellipse loop to its width
+PRESETS = (*AROUND_CENTRE, *STRAIGHT, *ON_THE_SPOT, SPIRAL, ELLIPSE)
+
+EASINGS = {
+    "linear": lambda t: t,
+    "ease in": lambda t: t * t,
+    "ease out": lambda t: t * (2 - t),
+    "ease in and out": lambda t: t * t * (3 - 2 * t),
+}
+LOOK_AT = ("auto", "on", "off")
+LENSES = ("auto", "horizontal field of view (degrees)", "focal length (mm, full frame)")
+DEFAULT_FOV = 60.0
+FULL_FRAME_WIDTH = 36.0  # mm
+
+
+@dataclass(frozen=True)
+class Move:
+    """One preset: degrees where it turns, distance in units of the scene's depth where it travels."""
+
+    preset: str
+    degrees: float
+    distance: float
+    keyframes: int
+    easing: str
+    look_at_centre: str
+
+
+def pinhole(width: int, height: int, focal: float, yaw: float = 0.0, pitch: float = 0.0) -> Cameras:
+    """One camera at the origin of a level world. focal in pixels; yaw (right) and pitch (up) in degrees."""
+    K = torch.tensor([[[focal, 0, width / 2], [0, focal, height / 2], [0, 0, 1]]])
+    c2w = torch.eye(4, dtype=torch.float64)[None]
+    c2w[:, :3, :3] = _turn((0, 1, 0), [math.radians(yaw)]) @ _turn((1, 0, 0), [math.radians(pitch)])
+    return Cameras(rigid_inverse(c2w), K, width, height)
+
+
+def focal_length(lens: str, value: float, width: int) -> float:
+    """The focal length in pixels of a picture `width` wide. lens: one of LENSES, value: its number.
+
+    Raises ValueError for a field of view outside 0..180 degrees and a focal length that is not positive.
+    """
+    if lens == LENSES[2]:
+        if value <= 0:
+            raise ValueError(f"The focal length is {value} mm: it must be above 0.")
+        return value / FULL_FRAME_WIDTH * width
+    fov = DEFAULT_FOV if lens == LENSES[0] else value
+    if not 0 < fov < 180:
+        raise ValueError(f"The field of view is {fov} degrees: it must lie between 0 and 180.")
+    return width / 2 / math.tan(math.radians(fov) / 2)
+
+
+def camera_of_viewer(info: dict, width: int, height: int, lens: str, value: float) -> tuple[Cameras, float]:
+    """The camera of core's 3-D viewer (LOAD3D_CAMERA) and its distance to what it looks at.
+
+    The viewer's world (y up, z backward) becomes OpenCV's by half a turn about x. The lens "auto" takes the viewer's
+    vertical field of view and zoom. Raises ValueError for an orthographic camera and for values that make no camera.
+    """
+    if info.get("cameraType") == "orthographic":
+        raise ValueError("The 3-D viewer's camera is orthographic: switch it to perspective.")
+    try:
+        position, target = (torch.tensor([info[key][axis] for axis in "xyz"], dtype=torch.float64)
+                            for key in ("position", "target"))
+        focal = focal_length(lens, value, width)
+        if lens == LENSES[0] and "fov" in info:
+            focal = height / 2 / math.tan(math.radians(info["fov"]) / 2) * info.get("zoom", 1.0)
+        to_opencv = torch.tensor(OPENCV_TO_Y_UP, dtype=torch.float64)
+        eye, centre = position * to_opencv, target * to_opencv
+        if info.get("quaternion"):
+            quaternion = torch.tensor([[info["quaternion"][axis] for axis in "wxyz"]], dtype=torch.float64)
+            R = quaternion_to_rotation(quaternion) * to_opencv[:, None] * to_opencv
+        else:
+            R = _looking_at(eye[None], centre, torch.tensor([0.0, 1.0, 0.0], dtype=torch.float64))
+    except (KeyError, TypeError, ZeroDivisionError) as error:
+        raise ValueError(f"The 3-D viewer's camera_info cannot be used: {error!r}.") from error
+    camera = pinhole(width, height, focal)
+    return Cameras(_poses(R, eye[None]), camera.K, width, height), (centre - eye).norm().item()
+
+
+def camera_of_moge(geometry: dict, width: int, height: int, lens: str, value: float, pitch: float) -> Cameras:
+    """A level world's camera for the picture of core's MOGE_GEOMETRY; the lens "auto" takes MoGe's estimate."""
+    camera = pinhole(width, height, focal_length(lens, value, width), pitch=pitch)
+    if lens != LENSES[0]:
+        return camera
+    K = geometry["intrinsics"][:1].float().cpu() * torch.tensor([width, height, 1.0])[:, None]
+    return Cameras(camera.w2c, K, width, height)
+
+
+def depth_of_scene(cloud: PointCloud, camera: Cameras) -> float:
+    """The median depth of the points that the first camera sees. Raises ValueError where it sees none."""
+    x, y, z = (camera.w2c[0, :3, :3] @ cloud.points.T + camera.w2c[0, :3, 3:])
+    u, v, w = camera.K[0] @ torch.stack([x, y, z])
+    seen = (z > 0) & (u > 0) & (u < camera.width * w) & (v > 0) & (v < camera.height * w)
+    if not seen.any():
+        raise ValueError("The first camera sees none of the scene's points: check its pose, or give scene_depth.")
+    return z[seen].median().item()
+
+
+def move_on(start: Cameras, move: Move, depth: float) -> Cameras:
+    """`start` and, from its last camera on, the preset's path of `keyframes` cameras, the first of which is that camera.
+
+    The centre of the scene lies `depth` straight ahead of where the preset starts. Raises ValueError for fewer than 2
+    keyframes and a depth that is not positive.
+    """
+    if move.keyframes < 2:
+        raise ValueError(f"keyframes is {move.keyframes}: a path needs at least 2.")
+    if not depth > 0:
+        raise ValueError(f"The scene's depth is {depth}: it must be above 0.")
+    c2w = rigid_inverse(start.w2c[-1:].double())[0]
+    R0, eye = c2w[:3, :3], c2w[:3, 3]
+    right, down, forward = R0.T
+    axes = {"right": right, "forward": forward, "vertical": right.new_tensor([0.0, 1.0, 0.0])}
+    centre = eye + depth * forward
+    t = EASINGS[move.easing](torch.linspace(0, 1, move.keyframes, dtype=torch.float64))
+    reach = move.distance * depth
+    looks = move.look_at_centre == "on" or (
+        move.look_at_centre == "auto" and move.preset in (*AROUND_CENTRE, SPIRAL, ELLIPSE))
+
+    eyes, R = eye.expand(len(t), 3), R0.expand(len(t), 3, 3)
+    if move.preset in AROUND_CENTRE or move.preset in ON_THE_SPOT:
+        axis, sign = (AROUND_CENTRE | ON_THE_SPOT)[move.preset]
+        turn = _turn(axes[axis], sign * math.radians(move.degrees) * t)
+        if move.preset in AROUND_CENTRE:
+            eyes = centre + turn @ (eye - centre)
+        if move.preset in ON_THE_SPOT or looks:
+            R = turn @ R0
+    else:
+        if move.preset in STRAIGHT:
+            axis, sign = STRAIGHT[move.preset]
+            offset = sign * t[:, None] * axes[axis]
+        else:
+            phase = 2 * math.pi * t[:, None]
+            if move.preset == SPIRAL:
+                offset = t[:, None] * (phase.sin() * right - phase.cos() * down)
+            else:
+                offset = phase.sin() * right - ELLIPSE_RISE * (1 - phase.cos()) * down
+        eyes = eye + reach * offset
+        if looks and not move.preset.startswith("dolly"):
+            R = _looking_at(eyes, centre, down)
+    w2c = torch.cat([start.w2c, _poses(R, eyes)[1:].float()])
+    K = torch.cat([start.K, start.K[-1:].expand(len(t) - 1, -1, -1)])
+    return Cameras(w2c, K, start.width, start.height)
+
+
+def _turn(axis, angles) -> torch.Tensor:
+    """Rotations [N, 3, 3] about a unit axis by angles [N] in radians, right-handed."""
+    half = torch.as_tensor(angles, dtype=torch.float64)[:, None] / 2
+    return quaternion_to_rotation(torch.cat([half.cos(), half.sin() * torch.as_tensor(axis, dtype=torch.float64)], 1))
+
+
+def _looking_at(eyes, centre, down) -> torch.Tensor:
+    """Camera-to-world rotations [N, 3, 3] that look from eyes [N, 3] at the centre, their y axis as near to `down` as can
+    be. Raises ValueError where that is the very line of sight."""
+    forward = torch.nn.functional.normalize(centre - eyes, dim=1)
+    right = torch.linalg.cross(down.expand_as(forward), forward)
+    if (right.norm(dim=1) < 1e-6).any():
+        raise ValueError("Somewhere the path looks at the centre of the scene straight from above or below, where it has "
+                         "no upright: shorten the path, or set look_at_centre off.")
+    right = torch.nn.functional.normalize(right, dim=1)
+    return torch.stack([right, torch.linalg.cross(forward, right), forward], dim=2)
+
+
+def _poses(R, eyes) -> torch.Tensor:
+    """World-to-camera poses [N, 4, 4] of camera-to-world rotations and centres."""
+    c2w = torch.eye(4, dtype=torch.float64).repeat(len(eyes), 1, 1)
+    c2w[:, :3, :3], c2w[:, :3, 3] = R, eyes
+    return rigid_inverse(c2w)
+
+
+# The drawing
+
+PANEL = 512  # pixels a side of each view
+MARGIN = 36
+INK, PAPER, GRID = (225, 225, 225), (24, 24, 27), (70, 70, 75)
+
+
+def draw_path(cameras: Cameras, depth: float, cloud: PointCloud | None = None) -> torch.Tensor:
+    """The path from above and from the side, [1, PANEL, 2 PANEL, 3] in 0..1: every camera as a frustum, coloured from the
+    first (blue) to the last (red), over the scene's points, with the scale in scene units."""
+    views = [("from above", (0, 2), (1, -1), "x right, z forward"),
+             ("from the side", (2, 1), (1, 1), "z forward, y down")]
+    panels = []
+    frusta = _frusta(cameras, 0.12 * depth)
+    for title, axes, signs, names in views:
+        sign = np.array(signs)
+        lines = frusta[..., axes].numpy() * sign
+        shown = lines.reshape(-1, 2)
+        points = np.empty((0, 2))
+        if cloud is not None and len(cloud):
+            points = cloud.points[:, axes].numpy() * sign
+            shown = np.concatenate([shown, np.quantile(points, [0.02, 0.98], axis=0)])
+        low, high = shown.min(0), shown.max(0)
+        scale = (PANEL - 2 * MARGIN) / max((high - low).max(), 1e-6)
+        place = lambda xy: (xy - (low + high) / 2) * scale + PANEL / 2  # noqa: E731
+
+        canvas = np.empty((PANEL, PANEL, 3), np.uint8)
+        canvas[:] = PAPER
+        if len(points):
+            pixel = place(points).astype(int)
+            inside = ((pixel >= 0) & (pixel < PANEL)).all(1)
+            canvas[pixel[inside, 1], pixel[inside, 0]] = cloud.colors[torch.from_numpy(inside)].mul(200).byte().numpy()
+        image = Image.fromarray(canvas)
+        draw = ImageDraw.Draw(image)
+        colors = turbo(torch.linspace(0.1, 0.9, len(cameras))[:, None, None]).reshape(-1, 3).mul(255).byte().tolist()
+        for line, color in zip(place(lines), colors):
+            draw.line([tuple(xy) for xy in line], fill=tuple(color), width=2)
+        draw.line([tuple(xy) for xy in place(lines[:, 0])], fill=INK)
+        font = ImageFont.load_default(14)
+        unit = 10 ** math.floor(math.log10((PANEL - 2 * MARGIN) / scale / 2))
+        draw.line([(MARGIN, PANEL - 16), (MARGIN + unit * scale, PANEL - 16)], fill=INK, width=3)
+        draw.text((MARGIN, PANEL - 34), f"{unit:g}", fill=INK, font=font)
+        draw.text((MARGIN, 8), f"{title} ({names})", fill=INK, font=font)
+        draw.line([(PANEL - 1, 0), (PANEL - 1, PANEL)], fill=GRID)
+        panels.append(np.asarray(image))
+    return torch.from_numpy(np.concatenate(panels, axis=1).astype(np.float32) / 255)[None]
+
+
+def _frusta(cameras: Cameras, length: float) -> torch.Tensor:
+    """One stroke a camera, [N, points, 3]: from the centre to each corner of its picture at depth `length`, and around."""
+    w, h = cameras.width, cameras.height
+    corners = torch.tensor([[0.0, 0, 1], [w, 0, 1], [w, h, 1], [0, h, 1]])
+    rays = (torch.linalg.inv(cameras.K) @ corners.T * length).mT
+    centre = centres(cameras.w2c)[:, None]
+    a, b, c, d = (rays @ cameras.w2c[:, :3, :3] + centre).unbind(1)
+    o = centre[:, 0]
+    return torch.stack([o, a, b, o, c, d, o, a, d, c, b], dim=1)

@@ -1,0 +1,61 @@
+"""An equirectangular panorama as a start: its points from core's panorama MoGe, and a pinhole picture out of it.
+
+The panorama's middle looks along z of a level OpenCV world, its left and right edges meet behind. Core keeps its point
+map in a world with z up whose panorama middle looks along -x (comfy/ldm/moge/panorama.py, spherical_uv_to_directions).
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+from .cameras import Cameras
+from .depth import draw_in, on_edge, valid_depths
+from .pointcloud import PointCloud
+
+
+def directions(height: int, width: int) -> torch.Tensor:
+    """The unit rays [H, W, 3] of an equirectangular picture's pixel centres, in OpenCV axes."""
+    longitude = ((torch.arange(width) + 0.5) / width - 0.5) * 2 * math.pi
+    elevation = (0.5 - (torch.arange(height)[:, None] + 0.5) / height) * math.pi
+    x, y, z = elevation.cos() * longitude.sin(), -elevation.sin(), elevation.cos() * longitude.cos()
+    return torch.stack([x, y.expand_as(x), z], dim=-1)
+
+
+def points_of_panorama(geometry: dict) -> PointCloud:
+    """The points of core's MOGE_GEOMETRY of a panorama, by the rules of `depth.points_from_depth`; `depth` is the distance
+    along the ray. Raises ValueError for the geometry of an ordinary picture and where no distance is valid."""
+    if "intrinsics" in geometry:
+        raise ValueError("This MoGe geometry is of an ordinary picture: connect it to WorldStereo Render, or run MoGe "
+                         "Panorama Inference on the panorama.")
+    distance, picture = geometry["depth"][0].float().cpu(), geometry["image"][0].float().cpu()
+    valid = valid_depths(distance) & geometry["mask"][0].cpu()
+    if not valid.any():
+        raise ValueError("The panorama's geometry has no valid depth: MoGe masked all of it.")
+    distance = distance.where(valid, distance.new_tensor(torch.inf))
+    distance[valid] = draw_in(distance[valid])
+    keep = valid & ~on_edge(1 / distance)
+    points = directions(*distance.shape)[keep] * distance[keep][:, None]
+    return PointCloud(points, picture[keep])
+
+
+def view_of_panorama(panorama: torch.Tensor, camera: Cameras) -> torch.Tensor:
+    """The picture [1, height, width, 3] that the (first) camera takes from the panorama's centre.
+
+    panorama [1, H, W, 3] in 0..1, equirectangular. Where it is finer than the view, it is first reduced to its scale.
+    """
+    panorama = panorama[:, ..., :3].movedim(-1, 1).float().cpu()
+    wanted = 2 * math.pi * camera.K[0, 0, 0].item()  # its width at the scale of the middle of the view
+    if wanted < panorama.shape[3]:
+        size = (max(1, round(panorama.shape[2] * wanted / panorama.shape[3])), round(wanted))
+        panorama = F.interpolate(panorama, size, mode="bilinear", antialias=True).clamp(0, 1)
+    y, x = torch.meshgrid(torch.arange(camera.height) + 0.5, torch.arange(camera.width) + 0.5, indexing="ij")
+    pixels = torch.stack([x, y, torch.ones_like(x)]).reshape(3, -1)
+    x, y, z = camera.w2c[0, :3, :3].T @ torch.linalg.inv(camera.K[0]) @ pixels
+    longitude, elevation = torch.atan2(x, z), torch.atan2(-y, torch.hypot(x, z))
+    panorama = F.pad(panorama, (1, 1, 0, 0), mode="circular")  # so that the seam is interpolated across
+    width = panorama.shape[3]
+    grid = torch.stack([longitude / math.pi * (width - 2) / width, -elevation / math.pi * 2], dim=-1)
+    view = F.grid_sample(panorama, grid.view(1, camera.height, camera.width, 2), mode="bilinear",
+                         padding_mode="border", align_corners=False)
+    return view.movedim(1, -1)
