@@ -1,26 +1,74 @@
 """The nodes: each declares its schema and calls one function of the pack."""
 
+import logging
+import os
+from pathlib import Path
+
+import comfy.model_management
+import comfy.utils
 import folder_paths
 import node_helpers
-from comfy_api.latest import ComfyExtension, io
+from comfy_api.latest import ComfyExtension, Types, io, ui
+from PIL import ImageColor
+from server import PromptServer
 from typing_extensions import override
 
 from .fp8.linear import COMPUTE
 from .loaders import load_worldstereo
+from .worldstereo.camera_files import files_of, read_cameras
+from .worldstereo.camera_path import (
+    DEFAULT_FOV, EASINGS, LENSES, LOOK_AT, PRESETS, Move, draw_path, extent, focal_length, pinhole, plan_path,
+)
+from .worldstereo.cameras import write_camera_json
 from .worldstereo.conditioning import References, condition, decode_keyframes, encode_keyframes
+from .worldstereo.depth import DEPTH_PICTURES
 from .worldstereo.model import config_of
+from .worldstereo.panorama import points_of_panorama, view_of_panorama
+from .worldstereo.pointcloud import ply_bytes, write_world_mirror
+from .worldstereo.render import POINTS_PER_PIXEL, RADIUS, mostly_holes, render_start
 from .worldstereo.schedule import dmd_sigmas
 
 CATEGORY = "WorldStereo"
 SAFETENSORS = (".safetensors", ".sft")
 NO_BASE = "none"
 
+CAMERA_FILES = (".json", ".txt")
+PLY_AXES = ("y up (3-D viewers)", "OpenCV (y down, z forward)")
+
 Cameras = io.Custom("WORLDSTEREO_CAMERAS")  # worldstereo.cameras.Cameras
+Points = io.Custom("WORLDSTEREO_POINTS")  # worldstereo.pointcloud.PointCloud
+MoGeGeometry = io.Custom("MOGE_GEOMETRY")  # core's dict of comfy_extras/nodes_moge.py
 
 
 def diffusion_models() -> list[str]:
     """The safetensors files in ComfyUI's diffusion_models folders."""
     return [name for name in folder_paths.get_filename_list("diffusion_models") if name.lower().endswith(SAFETENSORS)]
+
+
+def camera_files() -> list[str]:
+    """The files in ComfyUI's input folder that may hold cameras."""
+    folder = Path(folder_paths.get_input_directory())
+    return sorted(path.name for path in folder.iterdir() if path.suffix.lower() in CAMERA_FILES and path.is_file())
+
+
+def camera_file(name: str) -> Path:
+    """Where a file of `camera_files` is. Raises ValueError for any other name."""
+    if name not in camera_files():
+        raise ValueError(f"camera: {name!r} is no camera file in ComfyUI's input folder; upload it there.")
+    return Path(folder_paths.get_input_directory()) / name
+
+
+def new_output(filename_prefix: str, suffix: str) -> tuple[Path, str]:
+    """A path in the output folder that does not exist yet, numbered as core's savers do, and its subfolder."""
+    folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(
+        filename_prefix, folder_paths.get_output_directory())
+    return Path(folder) / f"{name}_{counter:05}_{suffix}", subfolder
+
+
+def tell(node: type[io.ComfyNode], text: str):
+    """Shows a text on the node that runs."""
+    if node.hidden.unique_id:
+        PromptServer.instance.send_progress_text(text, node.hidden.unique_id)
 
 
 class LoadWorldStereoFP8(io.ComfyNode):
@@ -168,6 +216,286 @@ class WorldStereoDMDSigmas(io.ComfyNode):
         return io.NodeOutput(dmd_sigmas(config_of(model)))
 
 
+class WorldStereoLoadCamera(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="WorldStereoLoadCamera",
+            display_name="WorldStereo Load Camera",
+            category=CATEGORY,
+            description="Reads a camera path: camera.json, NeRF's transforms.json, or COLMAP's images.txt with cameras.txt "
+                        "beside it. Cameras are world-to-camera in OpenCV axes (x right, y down, z forward).",
+            search_aliases=["camera.json", "colmap", "nerf", "transforms.json", "trajectory"],
+            inputs=[
+                io.Combo.Input("camera", options=camera_files(),
+                               tooltip="A .json or .txt in ComfyUI's input folder; the kind is told by its content."),
+            ],
+            outputs=[
+                Cameras.Output(display_name="cameras"),
+                io.Image.Output(display_name="picture", tooltip="The path from above and from the side."),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, camera):
+        return [path.stat().st_mtime_ns for path in files_of(camera_file(camera))]
+
+    @classmethod
+    def execute(cls, camera) -> io.NodeOutput:
+        cameras, kind = read_cameras(camera_file(camera))
+        tell(cls, f"{len(cameras)} cameras of a {cameras.width}x{cameras.height} picture\n{kind}")
+        picture = draw_path(cameras, extent(cameras))
+        return io.NodeOutput(cameras, picture, ui=ui.PreviewImage(picture, cls=cls))
+
+
+class WorldStereoCameraPath(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="WorldStereoCameraPath",
+            display_name="WorldStereo Camera Path",
+            category=CATEGORY,
+            description="A camera path from a preset, starting where the picture was taken. Chain several through start. "
+                        "Cameras are world-to-camera in OpenCV axes (x right, y down, z forward).",
+            search_aliases=["camera trajectory", "orbit", "dolly", "pan", "camera motion"],
+            inputs=[
+                io.Image.Input("image", tooltip="The picture the path starts from: its size is the cameras' size."),
+                io.Combo.Input("preset", options=list(PRESETS),
+                               tooltip="orbit and arc circle the centre of the scene; dolly, truck, pedestal and spiral "
+                                       "travel; pan, tilt and roll turn on the spot; ellipse loop comes back."),
+                io.Float.Input("degrees", default=30.0, min=-720.0, max=720.0, step=1.0,
+                               tooltip="How far orbit, arc, pan, tilt and roll turn, in degrees."),
+                io.Float.Input("distance", default=0.3, min=-100.0, max=100.0, step=0.01,
+                               tooltip="How far dolly, truck and pedestal travel, the radius at which the spiral ends, "
+                                       "and half the width of the ellipse loop, in units of the scene's depth."),
+                io.Int.Input("keyframes", default=21, min=2, max=1000,
+                             tooltip="Cameras of this path, its start among them. The model takes 21 and thins more "
+                                     "evenly."),
+                io.Combo.Input("easing", options=list(EASINGS), tooltip="How the speed changes along the path."),
+                io.Combo.Input("look_at_centre", options=list(LOOK_AT),
+                               tooltip="on: turn to keep the centre of the scene in the middle. off: keep the direction. "
+                                       "auto: on for orbit, arc, spiral and ellipse loop. Dolly, pan, tilt and roll "
+                                       "keep their own."),
+                io.Combo.Input("lens", options=list(LENSES),
+                               tooltip=f"auto: MoGe's estimate or the 3-D viewer's, else {DEFAULT_FOV:g} degrees wide. A "
+                                       "path in start keeps its lens."),
+                io.Float.Input("lens_value", default=DEFAULT_FOV, min=1.0, max=1000.0, step=0.5,
+                               tooltip="The number for lens: degrees, or mm on 36 mm wide film. Not used by auto."),
+                io.Float.Input("scene_depth", default=0.0, min=0.0, max=1e6, step=0.01, advanced=True,
+                               tooltip="Distance from the camera to the centre of the scene, in scene units. 0: the "
+                                       "median depth of scene, else the 3-D viewer's distance to its target, else 1."),
+                io.Float.Input("start_pitch", default=0.0, min=-89.0, max=89.0, step=1.0, advanced=True,
+                               tooltip="How far up (down: below 0) the picture's camera looks, in degrees, so that orbits "
+                                       "and pans stay level. Not used with start."),
+                io.MultiType.Input("scene", types=[MoGeGeometry, Points], optional=True,
+                                   tooltip="MoGe's geometry of the picture, or a point cloud: gives the depth (and MoGe "
+                                           "the lens), and is drawn into the picture of the path."),
+                io.MultiType.Input("start", types=[Cameras, io.Load3DCamera], optional=True,
+                                   tooltip="Where to start: after the last camera of another path, which stays in "
+                                           "front, or at the camera of core's 3-D viewer."),
+            ],
+            outputs=[
+                Cameras.Output(display_name="cameras"),
+                io.Image.Output(display_name="picture",
+                                tooltip="The path from above and from the side, blue to red in time."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, image, preset, degrees, distance, keyframes, easing, look_at_centre, lens, lens_value, scene_depth,
+                start_pitch, scene=None, start=None) -> io.NodeOutput:
+        move = Move(preset, degrees, distance, keyframes, easing, look_at_centre)
+        cameras, picture = plan_path(image, move, lens, lens_value, scene_depth, start_pitch, scene, start)
+        return io.NodeOutput(cameras, picture, ui=ui.PreviewImage(picture, cls=cls))
+
+
+class WorldStereoRender(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="WorldStereoRender",
+            display_name="WorldStereo Render",
+            category=CATEGORY,
+            description="Makes a point cloud of the picture and its depth and shows what each camera sees of it: the "
+                        "render and the holes that WorldStereo fills. The first camera is the one that took the picture.",
+            search_aliases=["point cloud render", "warp", "novel view", "moge"],
+            inputs=[
+                io.Image.Input("image", tooltip="The picture to start from. It is also the first frame."),
+                io.MultiType.Input("depth", types=[MoGeGeometry, io.Image, Points],
+                                   tooltip="MoGe's geometry of the picture, a grey depth or disparity picture, or a point "
+                                           "cloud in the cameras' world."),
+                Cameras.Input("cameras", tooltip="One camera a frame: world-to-camera, OpenCV axes."),
+                io.Combo.Input("depth_picture", options=list(DEPTH_PICTURES),
+                               tooltip="For a depth picture: what its grey means. Depth Anything and MiDaS give disparity."),
+                io.Float.Input("near", default=1.0, min=0.0, max=1e6, step=0.01,
+                               tooltip="For a depth picture: the depth of its nearest grey, in scene units. 0 for a metric "
+                                       "depth map."),
+                io.Float.Input("far", default=10.0, min=0.0, max=1e6, step=0.01,
+                               tooltip="For a depth picture: the depth of its farthest grey, in scene units; for a metric "
+                                       "depth map, the depth that white stands for."),
+                io.Int.Input("width", default=0, min=0, max=8192, step=16, advanced=True,
+                             tooltip="Width of the render in pixels. 0: the model's size nearest to the picture's shape."),
+                io.Int.Input("height", default=0, min=0, max=8192, step=16, advanced=True,
+                             tooltip="Height of the render in pixels. 0: the model's size nearest to the picture's shape."),
+                io.Float.Input("radius", default=RADIUS, min=0.0005, max=0.2, step=0.0005, round=0.0001, advanced=True,
+                               tooltip="Radius of a point, where the shorter side of the picture is 2. The model was "
+                                       f"trained with {RADIUS}."),
+                io.Int.Input("points_per_pixel", default=POINTS_PER_PIXEL, min=1, max=200, advanced=True,
+                             tooltip="How many of the nearest points a pixel is blended from."),
+                io.Color.Input("background", default="#000000", advanced=True,
+                               tooltip="Colour behind the points. The model was trained with black."),
+            ],
+            outputs=[
+                io.Image.Output(display_name="render_video"),
+                io.Mask.Output(display_name="render_mask", tooltip="1 where no point falls."),
+                Points.Output(display_name="points"),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(cls, image, depth, cameras, depth_picture, near, far, width, height, radius, points_per_pixel,
+                background) -> io.NodeOutput:
+        progress = comfy.utils.ProgressBar(len(cameras))
+        video, holes, cloud = render_start(
+            image, depth, cameras, depth_picture, near, far, width, height, radius, points_per_pixel,
+            tuple(channel / 255 for channel in ImageColor.getrgb(background)[:3]),
+            comfy.model_management.get_torch_device(), progress.update)
+        empty = mostly_holes(holes)
+        if empty:
+            logging.warning("WorldStereo Render: more than half of these frames is holes: %s. The model has to invent "
+                            "them; a shorter path keeps more of the picture.", ", ".join(map(str, empty)))
+        tell(cls, f"{len(cloud):,} points, {holes.mean():.0%} holes\n" + (
+            f"mostly holes: frames {', '.join(map(str, empty))}" if empty else f"at most {holes.mean((1, 2)).max():.0%}"))
+        return io.NodeOutput(video, holes, cloud)
+
+
+class WorldStereoPanorama(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="WorldStereoPanorama",
+            display_name="WorldStereo Panorama",
+            category=CATEGORY,
+            description="Starts from an equirectangular panorama: the point cloud of all around, and an ordinary picture "
+                        "in a chosen direction with its camera, for Camera Path and Render.",
+            search_aliases=["360", "equirectangular", "panorama to perspective"],
+            inputs=[
+                MoGeGeometry.Input("moge_geometry", tooltip="From core's MoGe Panorama Inference."),
+                io.Float.Input("yaw", default=0.0, min=-360.0, max=360.0, step=1.0,
+                               tooltip="Degrees to the right of the panorama's middle."),
+                io.Float.Input("pitch", default=0.0, min=-89.0, max=89.0, step=1.0,
+                               tooltip="Degrees above the horizon (below: negative)."),
+                io.Float.Input("fov", default=75.0, min=10.0, max=150.0, step=1.0,
+                               tooltip="Horizontal field of view of the picture, in degrees."),
+                io.Int.Input("width", default=768, min=16, max=8192, step=16, tooltip="Of the picture, in pixels."),
+                io.Int.Input("height", default=480, min=16, max=8192, step=16, tooltip="Of the picture, in pixels."),
+            ],
+            outputs=[
+                io.Image.Output(display_name="image", tooltip="The start picture."),
+                Points.Output(display_name="points", tooltip="For depth of WorldStereo Render and scene of Camera Path."),
+                Cameras.Output(display_name="camera", tooltip="The start picture's camera, for start of Camera Path."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, moge_geometry, yaw, pitch, fov, width, height) -> io.NodeOutput:
+        camera = pinhole(width, height, focal_length(LENSES[1], fov, width), yaw, pitch)
+        cloud = points_of_panorama(moge_geometry)
+        return io.NodeOutput(view_of_panorama(moge_geometry["image"], camera), cloud, camera)
+
+
+class WorldStereoSaveCamera(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="WorldStereoSaveCamera",
+            display_name="WorldStereo Save Camera",
+            category=CATEGORY,
+            description="Writes the cameras as camera.json into the output folder: world-to-camera in OpenCV axes, "
+                        "intrinsics in pixels, and the picture's size.",
+            search_aliases=["camera.json", "export camera"],
+            inputs=[
+                Cameras.Input("cameras"),
+                io.String.Input("filename_prefix", default="worldstereo/camera",
+                                tooltip="In ComfyUI's output folder; a number is added, nothing is overwritten."),
+            ],
+            is_output_node=True,
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(cls, cameras, filename_prefix) -> io.NodeOutput:
+        path, _ = new_output(filename_prefix, ".json")
+        write_camera_json(path, cameras)
+        tell(cls, os.path.relpath(path, folder_paths.get_output_directory()))
+        return io.NodeOutput()
+
+
+class WorldStereoSavePointCloud(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="WorldStereoSavePointCloud",
+            display_name="WorldStereo Save Point Cloud",
+            category=CATEGORY,
+            description="Writes the point cloud with its colours as a PLY file into the output folder. Connect ply to "
+                        "core's Preview Point Cloud to look at it.",
+            search_aliases=["ply", "export points", "3d viewer"],
+            inputs=[
+                Points.Input("points"),
+                io.String.Input("filename_prefix", default="3d/worldstereo",
+                                tooltip="In ComfyUI's output folder; a number is added, nothing is overwritten."),
+                io.Combo.Input("axes", options=list(PLY_AXES),
+                               tooltip="y up stands upright in 3-D viewers. OpenCV keeps the axes of the cameras, for "
+                                       "tools that read them too."),
+            ],
+            outputs=[io.File3DPLY.Output(display_name="ply")],
+            is_output_node=True,
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(cls, points, filename_prefix, axes) -> io.NodeOutput:
+        path, subfolder = new_output(filename_prefix, ".ply")
+        path.write_bytes(ply_bytes(points, y_up=axes == PLY_AXES[0]))
+        tell(cls, f"{len(points):,} points\n{os.path.relpath(path, folder_paths.get_output_directory())}")
+        saved = {"filename": path.name, "subfolder": subfolder, "type": "output"}
+        return io.NodeOutput(Types.File3D(str(path)), ui={"3d": [saved]})
+
+
+class WorldStereoSaveFrames(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="WorldStereoSaveFrames",
+            display_name="WorldStereo Save Frames",
+            category=CATEGORY,
+            description="Writes the keyframes and their cameras as a folder for reconstruction with WorldMirror: "
+                        "images/*.png and cameras.json (camera-to-world in OpenCV axes, intrinsics in pixels).",
+            search_aliases=["worldmirror", "reconstruction", "gaussian splatting", "export frames"],
+            inputs=[
+                io.Image.Input("images", tooltip="The decoded keyframes."),
+                Cameras.Input("cameras", tooltip="One camera a frame. Where there are more, they are thinned as WorldStereo "
+                                                 "Conditioning thinned them."),
+                io.String.Input("filename_prefix", default="worldstereo/frames",
+                                tooltip="Of a new folder in ComfyUI's output folder; a number is added, nothing is "
+                                        "overwritten."),
+            ],
+            is_output_node=True,
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(cls, images, cameras, filename_prefix) -> io.NodeOutput:
+        path, _ = new_output(filename_prefix, "")
+        progress = comfy.utils.ProgressBar(len(images))
+        write_world_mirror(path, images, cameras.thinned(len(images)), progress.update)
+        tell(cls, os.path.relpath(path, folder_paths.get_output_directory()))
+        return io.NodeOutput()
+
+
 class WorldStereoExtension(ComfyExtension):
     @override
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
@@ -177,4 +505,11 @@ class WorldStereoExtension(ComfyExtension):
             WorldStereoKeyframeDecode,
             WorldStereoKeyframeEncode,
             WorldStereoDMDSigmas,
+            WorldStereoLoadCamera,
+            WorldStereoCameraPath,
+            WorldStereoRender,
+            WorldStereoPanorama,
+            WorldStereoSaveCamera,
+            WorldStereoSavePointCloud,
+            WorldStereoSaveFrames,
         ]

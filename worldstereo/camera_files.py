@@ -15,6 +15,12 @@ COLMAP_FOCALS = {"SIMPLE_PINHOLE": 1, "PINHOLE": 2, "SIMPLE_RADIAL": 1, "RADIAL"
 OPENGL_TO_OPENCV = torch.diag(torch.tensor([1.0, -1.0, -1.0, 1.0], dtype=torch.float64))  # camera axes
 
 
+def files_of(path: Path) -> list[Path]:
+    """The files that `read_cameras` reads for a path: itself and, for COLMAP's images.txt, the cameras.txt beside it."""
+    intrinsics = path.with_name(path.name.replace("images", "cameras"))
+    return [path, intrinsics] if path.suffix.lower() == ".txt" and intrinsics != path and intrinsics.is_file() else [path]
+
+
 def read_cameras(path: str | Path) -> tuple[Cameras, str]:
     """The cameras of a file and, in words, what it was read as.
 
@@ -46,8 +52,8 @@ def _of_one_size(w2c, K, sizes, width, height) -> Cameras:
 
 def _colmap(text: str, path: Path) -> tuple[Cameras, str]:
     """COLMAP's images.txt: a pose line and a line of 2-D points by turns; poses are world-to-camera in OpenCV axes."""
-    cameras_path = path.with_name(path.name.replace("images", "cameras"))
-    if cameras_path == path or not cameras_path.is_file():
+    cameras_path = files_of(path)[-1]
+    if cameras_path == path:
         raise ValueError("A text file is read as COLMAP's images.txt, whose intrinsics stand in cameras.txt: put both "
                          "into the input folder (room_images.txt and room_cameras.txt will do) and choose the images.")
     intrinsics = _colmap_intrinsics(cameras_path)

@@ -9,6 +9,7 @@ from comfy.ldm.colormap import turbo
 from PIL import Image, ImageDraw, ImageFont
 
 from .cameras import Cameras, centres, quaternion_to_rotation, rigid_inverse
+from .depth import depth_of_moge, points_from_depth
 from .pointcloud import OPENCV_TO_Y_UP, PointCloud
 
 # Axes of the starting camera, except `vertical`, the world's y axis; signs turn or move along OpenCV's (y down).
@@ -184,6 +185,38 @@ def _poses(R, eyes) -> torch.Tensor:
     c2w = torch.eye(4, dtype=torch.float64).repeat(len(eyes), 1, 1)
     c2w[:, :3, :3], c2w[:, :3, 3] = R, eyes
     return rigid_inverse(c2w)
+
+
+def plan_path(image: torch.Tensor, move: Move, lens: str, lens_value: float, scene_depth: float, start_pitch: float,
+              scene: dict | PointCloud | None, start: Cameras | dict | None) -> tuple[Cameras, torch.Tensor]:
+    """A path for the picture [1, H, W, C], and its drawing [1, h, w, 3].
+
+    scene: core's MOGE_GEOMETRY of the picture or a point cloud; start: cameras to continue, or core's LOAD3D_CAMERA.
+    scene_depth 0 stands for the median depth of the scene, else the viewer's distance to its target, else 1.
+    """
+    height, width = image.shape[1:3]
+    depth = 1.0
+    picture_depth = depth_of_moge(scene) if isinstance(scene, dict) else None
+    if isinstance(start, Cameras):
+        first = start
+    elif start is not None:
+        first, depth = camera_of_viewer(start, width, height, lens, lens_value)
+    elif picture_depth is not None:
+        first = camera_of_moge(scene, width, height, lens, lens_value, start_pitch)
+    else:
+        first = pinhole(width, height, focal_length(lens, lens_value, width), pitch=start_pitch)
+    if picture_depth is not None:
+        scene = points_from_depth(image[0], picture_depth, first.w2c[0], first.scaled_to(width, height).K[0])
+    if scene is not None:
+        depth = depth_of_scene(scene, first)
+    cameras = move_on(first, move, scene_depth or depth)
+    return cameras, draw_path(cameras, scene_depth or depth, scene)
+
+
+def extent(cameras: Cameras) -> float:
+    """The largest distance of a camera from the first one, or 1 where all stand still."""
+    centre = centres(cameras.w2c)
+    return (centre - centre[0]).norm(dim=1).max().item() or 1.0
 
 
 # The drawing

@@ -11,12 +11,44 @@ import torch
 import torch.nn.functional as F
 
 from .cameras import Cameras
+from .conditioning import keyframe_size, resize_pictures
+from .config import WorldStereoConfig
+from .depth import depth_of_moge, depth_of_picture, points_from_depth
 from .pointcloud import PointCloud
 
 RADIUS = 0.008  # of a splat, in units in which the shorter side of the picture spans 2
 POINTS_PER_PIXEL = 20
 TILE_PIXELS = 1 << 16  # pixels composited at a time
 CHUNK_POINTS = 1 << 18  # points splatted at a time; with the tile, this bounds the memory
+
+
+def render_start(image: torch.Tensor, scene: dict | torch.Tensor | PointCloud, cameras: Cameras, depth_picture: str,
+                 near: float, far: float, width: int, height: int, radius: float, points_per_pixel: int,
+                 background: tuple[float, float, float], device: str | torch.device,
+                 progress: Callable[[int], None]) -> tuple[torch.Tensor, torch.Tensor, PointCloud]:
+    """The render and holes for a picture [1, H, W, C] that the first camera took, and the points they show.
+
+    scene: core's MOGE_GEOMETRY, a grey depth picture (`depth.depth_of_picture`), or the points themselves. width and
+    height 0 stand for the size of the published models nearest to the picture's shape. The first frame is the picture,
+    without holes. Raises ValueError for more than one picture and for unusable depth.
+    """
+    if len(image) != 1:
+        raise ValueError(f"image holds {len(image)} pictures; WorldStereo starts from one.")
+    if not width or not height:
+        height, width = keyframe_size(WorldStereoConfig(), *image.shape[1:3])
+    picture = resize_pictures(image, height, width)
+    cameras = cameras.scaled_to(width, height)
+    if not isinstance(scene, PointCloud):
+        depth = depth_of_moge(scene) if isinstance(scene, dict) else depth_of_picture(scene, depth_picture, near, far)
+        scene = points_from_depth(picture[0], depth, cameras.w2c[0], cameras.K[0])
+    video, holes = render(scene, cameras, radius, points_per_pixel, background, device, progress)
+    video[0], holes[0] = picture[0], 0
+    return video, holes, scene
+
+
+def mostly_holes(holes: torch.Tensor) -> list[int]:
+    """The frames of holes [N, H, W] more than half of which are holes."""
+    return (holes.mean((1, 2)) > 0.5).nonzero().flatten().tolist()
 
 
 def render(cloud: PointCloud, cameras: Cameras, radius: float = RADIUS, points_per_pixel: int = POINTS_PER_PIXEL,
