@@ -1,0 +1,156 @@
+"""A ComfyUI server of our own, and what it takes to run a saved workflow on it."""
+
+import asyncio
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+
+import aiohttp
+import requests
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+START_SECONDS = 180
+# Inputs of these types, and combos, are widgets; all others are sockets.
+WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COMFY_DYNAMICCOMBO_V3")
+
+
+class ServerError(RuntimeError):
+    """ComfyUI did not start, refused a workflow or failed in one."""
+
+
+class Server:
+    """ComfyUI on a free port of 127.0.0.1 while the `with` block lasts.
+
+    `base` becomes its base directory (models, input, output, user). Of custom nodes it loads this pack and the demo's
+    stand-ins alone. Its log is in `base`/comfyui.log.
+    """
+
+    def __init__(self, comfyui: Path, base: Path):
+        self.comfyui = comfyui
+        self.base = base
+        self.log = base / "comfyui.log"
+
+    def __enter__(self):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.address = f"127.0.0.1:{free.getsockname()[1]}"
+        (self.base / "custom_nodes").mkdir(parents=True, exist_ok=True)  # ComfyUI lists it
+        nodes = [self.comfyui / "custom_nodes", ROOT / "demo" / "custom_nodes"]
+        pack = [entry.name for entry in nodes[0].iterdir() if entry.resolve() == ROOT]
+        if not pack:
+            raise ServerError(f"This checkout is not in {nodes[0]}. Set it up with: python dev.py test")
+        stand_ins = [entry.name for entry in nodes[1].iterdir()]
+        paths = self.base / "extra_model_paths.yaml"
+        paths.write_text(json.dumps({"demo": {"custom_nodes": "\n".join(map(str, nodes))}}), "utf-8")  # JSON is YAML
+        command = [
+            sys.executable, str(self.comfyui / "main.py"), "--port", self.address.split(":")[1],
+            "--base-directory", str(self.base), "--extra-model-paths-config", str(paths),
+            "--database-url", "sqlite:///:memory:", "--disable-auto-launch", "--disable-api-nodes",
+            "--disable-all-custom-nodes", "--whitelist-custom-nodes", *pack, *stand_ins,
+            "--bf16-vae",  # PyTorch's 3-D convolutions are ten times slower in FP32 on many CPUs
+        ]  # fmt: skip
+        if not torch.cuda.is_available():
+            command.append("--cpu")
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=self.comfyui)
+        deadline = time.monotonic() + START_SECONDS
+        while True:
+            try:
+                requests.get(f"http://{self.address}/system_stats", timeout=5).raise_for_status()
+                return self
+            except requests.RequestException:
+                if self.process.poll() is not None or time.monotonic() > deadline:
+                    self.__exit__()
+                    raise ServerError(f"ComfyUI did not start. The end of {self.log}:\n{self.log_tail()}") from None
+                time.sleep(0.25)
+
+    def __exit__(self, *_):
+        self.process.terminate()
+        self.process.wait()
+
+    def log_tail(self, lines: int = 30) -> str:
+        return "\n".join(self.log.read_text("utf-8", "replace").splitlines()[-lines:])
+
+    def object_info(self) -> dict:
+        """The declarations of all nodes, as the web page gets them."""
+        return requests.get(f"http://{self.address}/object_info", timeout=60).json()
+
+    def run(self, prompt: dict, progress=lambda title, value, maximum: None) -> dict:
+        """Run a workflow in API form to its end and return its outputs by node id.
+
+        `progress` is called with the title of a node when it starts, and with its steps as it advances. Raises ServerError with ComfyUI's own words if
+        the workflow is refused or fails.
+        """
+        return asyncio.run(self._run(prompt, progress))
+
+    async def _run(self, prompt: dict, progress) -> dict:
+        client = uuid.uuid4().hex
+        outputs = {}
+        async with aiohttp.ClientSession(f"http://{self.address}") as session:
+            async with session.ws_connect(f"/ws?clientId={client}", max_msg_size=0) as socket:
+                async with session.post("/prompt", json={"prompt": prompt, "client_id": client}) as response:
+                    answer = await response.json()
+                    if response.status != 200:
+                        raise ServerError(refusal(answer, prompt))
+                async for message in socket:
+                    if message.type != aiohttp.WSMsgType.TEXT:
+                        continue
+                    event = json.loads(message.data)
+                    data = event["data"]
+                    if data.get("prompt_id") != answer["prompt_id"]:
+                        continue
+                    node = prompt.get(data.get("node"), {}).get("_meta", {}).get("title")
+                    if event["type"] in ("executing", "progress") and node:
+                        progress(node, data.get("value", 0), data.get("max", 0))
+                    elif event["type"] == "executed":
+                        outputs[data["node"]] = data["output"]
+                    elif event["type"] == "execution_error":
+                        raise ServerError(f"{data['node_type']} failed: {data['exception_type']}: {data['exception_message']}")
+                    elif event["type"] == "execution_success":
+                        return outputs
+        raise ServerError(f"ComfyUI went away. The end of {self.log}:\n{self.log_tail()}")
+
+
+def refusal(answer: dict, prompt: dict) -> str:
+    """What /prompt answered to a workflow that it does not take, as text."""
+    lines = [answer["error"]["message"]]
+    for node, problem in answer.get("node_errors", {}).items():
+        for error in problem["errors"]:
+            lines.append(f"{prompt[node]['class_type']}: {error['message']}: {error['details']}")
+    return "\n".join(lines)
+
+
+def to_api(workflow: dict, object_info: dict) -> dict:
+    """The API form of a workflow saved by the web page, as the page's own graphToPrompt makes it.
+
+    Handles what a plain graph needs: links and widgets. Subgraphs, reroutes and bypassed nodes are an error.
+    """
+    links = {link[0]: [str(link[1]), link[2]] for link in workflow["links"]}
+    prompt = {}
+    for node in workflow["nodes"]:
+        if node["type"] in ("Note", "MarkdownNote"):
+            continue
+        if node["type"] not in object_info or node.get("mode", 0) != 0:
+            raise ValueError(f"Node {node['id']} is a {node['type']}, which is missing, switched off or not supported here.")
+        info = object_info[node["type"]]
+        values = iter(node.get("widgets_values", []))
+        inputs = {}
+        for kind in ("required", "optional"):
+            for name in info["input_order"].get(kind, []):
+                type_, *options = info["input"][kind][name]
+                if isinstance(type_, list) or type_ in WIDGETS:
+                    inputs[name] = next(values)
+                    if options and options[0].get("control_after_generate"):
+                        next(values)
+        for socket in node.get("inputs", []):
+            if socket["link"] is not None:
+                inputs[socket["name"]] = links[socket["link"]]
+        title = node.get("title") or info["display_name"] or node["type"]
+        prompt[str(node["id"])] = {"inputs": inputs, "class_type": node["type"], "_meta": {"title": title}}
+    return prompt

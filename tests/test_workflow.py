@@ -1,0 +1,177 @@
+"""The example workflow on a real ComfyUI server and in its real web page, with toy models of the published formats."""
+
+import json
+import os
+import shutil
+from contextlib import contextmanager
+from pathlib import Path
+
+import comfy.cli_args
+import numpy as np
+import pytest
+from PIL import Image
+from worldstereo_fp8.demo import job, scene, server
+
+COMFYUI = Path(comfy.cli_args.__file__).parents[1]
+# Names the workflow asks for; the page only looks whether they are there.
+PLACEHOLDERS = (
+    "diffusion_models/WorldStereo-memory-dmd-fp8_e4m3fn_scaled.safetensors",
+    "text_encoders/umt5_xxl_fp8_e4m3fn_scaled.safetensors",
+    "clip_vision/clip_vision_h.safetensors",
+    "vae/wan_2.1_vae.safetensors",
+)
+CHROMIUM_FLAGS = (
+    "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync",
+    "--no-first-run",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def comfyui(tmp_path_factory):
+    base = tmp_path_factory.mktemp("comfyui")
+    job.prepare(base)
+    scene.draw(base / "input")
+    models = base / "models"
+    for placeholder in PLACEHOLDERS:
+        (models / placeholder).parent.mkdir(exist_ok=True)
+        (models / placeholder).touch()
+    toy = models / "diffusion_models" / job.MODEL
+    shutil.copyfile(models / "vae" / job.VAE, toy.with_name("a_vae.safetensors"))
+    toy.with_name("truncated.safetensors").write_bytes(toy.read_bytes()[:1_000_000])
+    cameras = json.loads((base / "input" / "camera.json").read_text("utf-8"))
+    cameras["extrinsic"].pop()
+    (base / "input" / "one_pose_short.json").write_text(json.dumps(cameras), "utf-8")
+    settings = base / "user" / "default" / "comfy.settings.json"
+    settings.parent.mkdir(parents=True)
+    settings.write_text(json.dumps({"Comfy.TutorialCompleted": True, "Comfy.Minimap.Visible": False}), "utf-8")
+    with server.Server(COMFYUI, base) as running:
+        yield running
+
+
+@pytest.fixture
+def prompt(comfyui):
+    files = {"image": "image.png", "camera": "camera.json", "render": "render.mp4", "mask": "render_mask.mp4"}
+    return job.demo_prompt(comfyui.object_info(), files)
+
+
+def inputs_of(prompt, class_type):
+    return next(node["inputs"] for node in prompt.values() if node["class_type"] == class_type)
+
+
+@pytest.mark.parametrize(
+    ("node", "name", "value", "message"),
+    [
+        ("LoadWorldStereoFP8", "model_name", "absent.safetensors", "absent.safetensors"),
+        ("LoadWorldStereoFP8", "model_name", "../vae/wan_toy_vae.safetensors", "not in list"),
+        ("LoadWorldStereoFP8", "model_name", "a_vae.safetensors", "a_vae.safetensors.*VAE"),
+        ("LoadWorldStereoFP8", "model_name", "truncated.safetensors", "truncated.safetensors"),
+        ("WorldStereoLoadCamera", "camera", "absent.json", "absent.json"),
+        ("WorldStereoLoadCamera", "camera", "../extra_model_paths.yaml", "extra_model_paths.yaml"),
+        ("WorldStereoLoadCamera", "camera", "one_pose_short.json", "one_pose_short.json.*40"),
+        ("WorldStereoConditioning", "reference_index", "0, 5", "reference_images"),
+    ],
+)
+def test_bad_input_is_a_clear_error(comfyui, prompt, node, name, value, message):
+    inputs_of(prompt, node)[name] = value
+    with pytest.raises(server.ServerError, match=f"(?s){node}.*{message}"):
+        comfyui.run(prompt)
+
+
+def test_demo_paints_the_render(comfyui, prompt):
+    """After the errors above the server still serves. The toy model's keyframes are the render, blurred."""
+    video = job.saved_video(comfyui.base, comfyui.run(prompt))
+    keyframes = thumbnails(scene.read_video(video))
+    render = scene.read_video(comfyui.base / "input" / "render.mp4")
+    render = thumbnails([render[moment] for moment in np.linspace(0, len(render) - 1, 21).astype(int)])
+    assert keyframes.shape == render.shape
+    assert abs(keyframes - render).mean(axis=1).max() < 0.15
+    # What changes along the path changes at the right moment: every keyframe is most like its own frame or a neighbour.
+    moving, wanted = keyframes - keyframes.mean(axis=0), render - render.mean(axis=0)
+    likeness = (moving @ wanted.T) / np.linalg.norm(wanted, axis=1)
+    assert abs(likeness.argmax(axis=1) - np.arange(21)).max() <= 1
+
+    sheet = comfyui.base / "sheet.png"
+    job.contact_sheet(comfyui.base / "input" / "render.mp4", comfyui.base / "input" / "render_mask.mp4", video, sheet)
+    height, width = scene.read_video(video)[0].shape[:2]
+    assert Image.open(sheet).size == (7 * width, 3 * height)
+
+
+def thumbnails(frames):
+    small = [Image.fromarray(frame).resize((32, 20), Image.Resampling.BOX) for frame in frames]
+    return np.stack([np.asarray(picture).ravel() / 255 for picture in small])
+
+
+def find_chromium():
+    for name in ("chromium", "chromium-browser", "google-chrome", "chrome", "msedge"):
+        if path := shutil.which(name):
+            return path
+    return None
+
+
+@contextmanager
+def page_of(comfyui, errors):
+    """ComfyUI's web page, ready, in a fresh headless Chromium; its console errors and exceptions go to `errors`."""
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed; see tests/requirements.txt")
+    if not (chromium := find_chromium()):
+        pytest.skip("there is no Chromium on this machine, so the web page was not tested")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=CHROMIUM_FLAGS)
+        page = browser.new_page(viewport={"width": 2160, "height": 1500})
+        page.goto(f"http://{comfyui.address}")
+        page.wait_for_function("window.app?.extensionManager && window.app.canvas?.graph", timeout=90_000)
+        page.wait_for_load_state("networkidle")
+        page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        yield page
+        browser.close()
+
+
+def test_workflow_in_the_web_page(comfyui, tmp_path):
+    """The page shows the example workflow without an error and makes the same API form of it as the demo."""
+    errors = []
+    workflow = json.loads(job.WORKFLOW.read_text("utf-8"))
+    with page_of(comfyui, errors) as page:
+        page.evaluate("workflow => window.app.loadGraphData(workflow)", workflow)
+        page.wait_for_load_state("networkidle")
+        missing = page.evaluate("window.app.graph.nodes.filter(node => node.has_errors).map(node => node.type)")
+        shown = page.evaluate("async () => (await window.app.graphToPrompt()).output")
+        if folder := os.environ.get("SCREENSHOTS"):
+            take_screenshot(page, Path(folder) / "worldstereo_fp8.png")
+    for node in shown.values():
+        node["inputs"].pop("video-preview", None)  # the page's player in Load Video, present once it has loaded
+    assert errors == []
+    assert missing == []
+    assert shown == job.example_prompt(comfyui.object_info())
+
+
+def take_screenshot(page, path):
+    """The drawn workflow alone, as it stands in the README."""
+    page.evaluate("""async () => {
+        await window.app.extensionManager.command.execute("Workspace.ToggleFocusMode");
+        window.app.canvas.ds.scale = 1;
+        window.app.canvas.ds.offset = [50, 110]; // the groups begin at (-20, -80)
+        window.app.canvas.show_info = false;
+        window.app.canvas.setDirty(true, true);
+    }""")
+    page.wait_for_timeout(3000)
+    page.screenshot(path=path, clip={"x": 0, "y": 0, "width": 2160, "height": 1390})
+
+
+def test_camera_upload(comfyui, tmp_path):
+    """The upload button of WorldStereo Load Camera puts a file into the input folder and chooses it."""
+    file = tmp_path / "my_cameras.json"
+    file.write_bytes((comfyui.base / "input" / "camera.json").read_bytes())
+    errors = []
+    with page_of(comfyui, errors) as page:
+        with page.expect_file_chooser() as chooser:
+            page.evaluate("""() => {
+                const node = window.LiteGraph.createNode("WorldStereoLoadCamera");
+                window.app.graph.add(node);
+                node.widgets.find(widget => widget.name === "upload camera file").callback();
+            }""")
+        chooser.value.set_files(file)
+        page.wait_for_function(
+            "window.app.graph.nodes.some(node => node.widgets?.some(widget => widget.value === 'my_cameras.json'))"
+        )
+    assert errors == []
+    assert (comfyui.base / "input" / "my_cameras.json").read_bytes() == file.read_bytes()
