@@ -1,0 +1,161 @@
+"""The camera and render nodes on a real ComfyUI server, and the files they write."""
+
+import json
+from pathlib import Path
+
+import comfy.cli_args
+import folder_paths
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from worldstereo_fp8.demo import server
+from worldstereo_fp8.nodes import camera_file, camera_files
+from worldstereo_fp8.worldstereo.cameras import read_camera_json, rigid_inverse
+
+COMFYUI = Path(comfy.cli_args.__file__).parents[1]
+WIDTH, HEIGHT, KEYFRAMES = 96, 64, 5
+
+
+@pytest.fixture(scope="module")
+def comfyui(tmp_path_factory):
+    base = tmp_path_factory.mktemp("comfyui")
+    (base / "input").mkdir()
+    gradient = np.linspace(40, 250, WIDTH * HEIGHT * 3).reshape(HEIGHT, WIDTH, 3).astype(np.uint8)
+    Image.fromarray(gradient).save(base / "input" / "picture.png")
+    Image.fromarray(gradient).resize((1024, 512)).save(base / "input" / "panorama.png")
+    Image.fromarray(gradient.mean(-1).astype(np.uint8)).save(base / "input" / "depth.png")
+    (base / "input" / "cameras.txt").write_text("1 PINHOLE 96 64 80 80 48 32")
+    (base / "input" / "images.txt").write_text("1 1 0 0 0 0 0 0 1 a.png\n\n2 1 0 0 0 0.1 0 0 1 b.png\n")
+    with server.Server(COMFYUI, base) as running:
+        yield running
+
+
+def graph(**nodes):
+    """A prompt of nodes by name, each (class type, inputs); a link is ("name", output)."""
+    return {name: {"class_type": kind, "inputs": {
+        key: list(value) if isinstance(value, tuple) else value for key, value in inputs.items()}}
+        for name, (kind, inputs) in nodes.items()}
+
+
+def defaults(comfyui, kind, **inputs):
+    """The inputs of a node: these, and the default of every other widget."""
+    declared = comfyui.object_info()[kind]["input"]
+    values = {}
+    for name, (type_, *options) in (declared.get("required", {}) | declared.get("optional", {})).items():
+        options = options[0] if options else {}
+        if "default" in options:
+            values[name] = options["default"]
+        elif type_ == "COMBO":
+            values[name] = options["options"][0]
+    return kind, values | inputs
+
+
+def test_from_a_picture_to_the_files(comfyui):
+    render = dict(image=("picture", 0), depth=("moge", 0), cameras=("path", 0), width=WIDTH, height=HEIGHT, radius=0.04)
+    outputs = comfyui.run(graph(
+        picture=("LoadImage", {"image": "picture.png"}),
+        moge=("WorldStereoDemoGeometry", {"image": ("picture", 0)}),
+        path=defaults(comfyui, "WorldStereoCameraPath", image=("picture", 0), scene=("moge", 0), keyframes=KEYFRAMES),
+        render=defaults(comfyui, "WorldStereoRender", **render),
+        mask=("MaskToImage", {"mask": ("render", 1)}),
+        frames=("SaveImage", {"images": ("render", 0), "filename_prefix": "render"}),
+        holes=("SaveImage", {"images": ("mask", 0), "filename_prefix": "holes"}),
+        camera=defaults(comfyui, "WorldStereoSaveCamera", cameras=("path", 0)),
+        cloud=defaults(comfyui, "WorldStereoSavePointCloud", points=("render", 2)),
+        viewer=("PreviewPointCloud", {"model_3d": ("cloud", 0), "viewport_state": {}, "width": 64, "height": 64}),
+        folder=defaults(comfyui, "WorldStereoSaveFrames", images=("render", 0), cameras=("path", 0)),
+        named=defaults(comfyui, "WorldStereoSaveFrames", images=("render", 0), cameras=("path", 0),
+                       filename_prefix="a/b"),
+    ))
+    output = comfyui.base / "output"
+    frames = [np.asarray(Image.open(output / saved["filename"])) for saved in outputs["frames"]["images"]]
+    holes = [np.asarray(Image.open(output / saved["filename"])) for saved in outputs["holes"]["images"]]
+    assert len(frames) == len(holes) == KEYFRAMES
+    assert (frames[0] == np.asarray(Image.open(comfyui.base / "input" / "picture.png"))).all() and not holes[0].any()
+    assert 0 < (holes[-1] > 127).mean() < 0.5 and not frames[-1][holes[-1][..., 0] > 127].any()
+    assert outputs["path"]["images"][0]["type"] == "temp"  # the drawing, on the node
+
+    cameras = read_camera_json(output / "worldstereo" / "camera_00001_.json")
+    assert (len(cameras), cameras.width, cameras.height) == (KEYFRAMES, WIDTH, HEIGHT)
+    assert cameras.K[0, 0, 0].item() == pytest.approx(0.9 * WIDTH)  # the lens of the geometry
+
+    saved = outputs["cloud"]["3d"][0]
+    header, _, body = (output / saved["subfolder"] / saved["filename"]).read_bytes().partition(b"end_header\n")
+    assert f"element vertex {len(body) // 15}\n".encode() in header and len(body) % 15 == 0 < len(body)
+    viewed = next((comfyui.base / "temp").glob("preview_pointcloud_*.ply"))
+    assert viewed.read_bytes() == header + b"end_header\n" + body
+
+    folder = output / "worldstereo" / "frames_00001_"
+    content = json.loads((folder / "cameras.json").read_text())
+    names = [picture.stem for picture in sorted((folder / "images").iterdir())]
+    assert names == [camera["camera_id"] for camera in content["extrinsics"]]
+    assert names == [camera["camera_id"] for camera in content["intrinsics"]] and len(names) == KEYFRAMES
+    c2w = torch.tensor([camera["matrix"] for camera in content["extrinsics"]])
+    torch.testing.assert_close(rigid_inverse(c2w), cameras.w2c)
+    assert (output / "a" / "b_00001_" / "cameras.json").is_file()
+
+
+def test_a_panorama_starts_a_path(comfyui):
+    outputs = comfyui.run(graph(
+        picture=("LoadImage", {"image": "panorama.png"}),
+        moge=("WorldStereoDemoPanoramaGeometry", {"image": ("picture", 0)}),
+        start=defaults(comfyui, "WorldStereoPanorama", moge_geometry=("moge", 0), yaw=40.0, pitch=10.0, width=WIDTH,
+                       height=HEIGHT),
+        path=defaults(comfyui, "WorldStereoCameraPath", image=("start", 0), scene=("start", 1), start=("start", 2),
+                      preset="dolly in", keyframes=KEYFRAMES),
+        render=defaults(comfyui, "WorldStereoRender", image=("start", 0), depth=("start", 1), cameras=("path", 0),
+                        width=WIDTH, height=HEIGHT, radius=0.08),
+        frames=("SaveImage", {"images": ("render", 0), "filename_prefix": "panorama"}),
+    ))
+    frames = [np.asarray(Image.open(comfyui.base / "output" / saved["filename"]), np.float32)
+              for saved in outputs["frames"]["images"]]
+    assert len(frames) == KEYFRAMES
+    assert abs(frames[1] - frames[0]).mean() < 25  # a short step: much the same picture, though one is a render
+    assert frames[-1].mean() > 30
+
+
+def test_paths_are_chained_and_files_loaded(comfyui):
+    comfyui.run(graph(
+        picture=("LoadImage", {"image": "picture.png"}),
+        depth=("LoadImage", {"image": "depth.png"}),
+        file=("WorldStereoLoadCamera", {"camera": "images.txt"}),
+        path=defaults(comfyui, "WorldStereoCameraPath", image=("picture", 0), start=("file", 0), keyframes=4),
+        camera=defaults(comfyui, "WorldStereoSaveCamera", cameras=("path", 0), filename_prefix="chained"),
+        render=defaults(comfyui, "WorldStereoRender", image=("picture", 0), depth=("depth", 0), cameras=("path", 0),
+                        width=WIDTH, height=HEIGHT),
+        cloud=defaults(comfyui, "WorldStereoSavePointCloud", points=("render", 2), filename_prefix="chained"),
+    ))
+    cameras = read_camera_json(comfyui.base / "output" / "chained_00001_.json")
+    assert len(cameras) == 2 + 4 - 1 and cameras.K[-1, 0, 0] == 80
+
+
+@pytest.mark.parametrize("kind, changes, message", [
+    ("WorldStereoSaveCamera", {"filename_prefix": "../camera"}, "outside the output folder"),
+    ("WorldStereoSavePointCloud", {"filename_prefix": "/tmp/points"}, "outside the output folder"),
+    ("WorldStereoSaveFrames", {"filename_prefix": "a/../../frames"}, "outside the output folder"),
+])
+def test_nothing_is_written_outside_the_output_folder(comfyui, kind, changes, message):
+    with pytest.raises(server.ServerError, match=f"(?s){kind}.*{message}"):
+        comfyui.run(graph(
+            picture=("LoadImage", {"image": "picture.png"}),
+            moge=("WorldStereoDemoGeometry", {"image": ("picture", 0)}),
+            path=defaults(comfyui, "WorldStereoCameraPath", image=("picture", 0), keyframes=2),
+            render=defaults(comfyui, "WorldStereoRender", image=("picture", 0), depth=("moge", 0), cameras=("path", 0),
+                            width=WIDTH, height=HEIGHT),
+            save=defaults(comfyui, kind, **{name: link for name, link in (
+                ("cameras", ("path", 0)), ("points", ("render", 2)), ("images", ("render", 0)),
+            ) if name in comfyui.object_info()[kind]["input"]["required"]}, **changes),
+        ))
+
+
+def test_only_the_files_of_the_input_folder_are_read(monkeypatch, tmp_path):
+    (tmp_path / "input").mkdir()
+    for file in ("camera.json", "input/camera.json", "input/picture.png"):
+        (tmp_path / file).touch()
+    monkeypatch.setattr(folder_paths, "input_directory", str(tmp_path / "input"))
+    assert camera_files() == ["camera.json"]
+    assert camera_file("camera.json") == tmp_path / "input" / "camera.json"
+    for name in ("../camera.json", str(tmp_path / "camera.json"), "picture.png", ".", ""):
+        with pytest.raises(ValueError, match="no camera file in ComfyUI's input folder"):
+            camera_file(name)
