@@ -46,7 +46,7 @@ def pip(*arguments: str) -> None:
     if subprocess.run(command).returncode != 0:
         sys.exit(
             "\nA download or an installation failed; pip's message is above. Check the network (pip obeys HTTPS_PROXY\n"
-            "and PIP_INDEX_URL) and that 12 GB of disk are free, then run the same command again: it goes on from here."
+            "and PIP_INDEX_URL) and that 10 GB of disk are free, then run the same command again: it goes on from here."
         )
 
 
