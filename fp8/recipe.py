@@ -59,12 +59,12 @@ def quantise(weight: torch.Tensor, recipe: str = "default") -> tuple[torch.Tenso
 
 
 def encode(values: torch.Tensor, divisor: torch.Tensor) -> torch.Tensor:
-    """FP32 values over an FP32 scalar, rounded to the nearest float8_e4m3fn. [any shape] → the same shape.
+    """Floating-point values over an FP32 scalar, rounded to the nearest float8_e4m3fn. [any shape] → the same shape.
 
     The divisor stays a tensor on the values' device: CUDA divides by a Python number through its reciprocal, which
     gives other bytes than the CPU.
     """
-    return (values / divisor).clamp_(-FP8_MAX, FP8_MAX).to(FP8)
+    return values.to(torch.float32, copy=True).div_(divisor).clamp_(-FP8_MAX, FP8_MAX).to(FP8)
 
 
 def dequantise(values: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
