@@ -10,6 +10,8 @@ linked into its custom_nodes. A ComfyUI of yours is used instead if COMFYUI_PATH
 its custom_nodes; then so is the Python that runs this file, if it can import what that ComfyUI requires.
 """
 
+from __future__ import annotations  # so that an older Python gets as far as the message in main()
+
 import hashlib
 import json
 import os
@@ -61,9 +63,9 @@ def find_own_comfyui() -> Path | None:
     return comfyui if ROOT.parent.name == "custom_nodes" and (comfyui / "main.py").is_file() else None
 
 
-def missing_modules(python: str, comfyui: Path) -> list[str]:
-    """Distributions of ComfyUI's requirements.txt that `python` has not installed."""
-    names = re.findall(r"^[A-Za-z0-9_.-]+", (comfyui / "requirements.txt").read_text("utf-8"), re.MULTILINE)
+def missing_packages(python: str, requirements: Path) -> list[str]:
+    """The packages of a requirements.txt that `python` has not installed, in whatever version."""
+    names = re.findall(r"^[A-Za-z0-9_.-]+", requirements.read_text("utf-8"), re.MULTILINE)
     code = """
 import importlib.metadata, json, sys
 missing = []
@@ -124,7 +126,7 @@ def link_pack(comfyui: Path) -> None:
 def set_up() -> tuple[Path, str]:
     """Make everything ready and return ComfyUI's folder and the Python to run it with."""
     own = find_own_comfyui()
-    if own and not missing_modules(sys.executable, own):
+    if own and not missing_packages(sys.executable, own / "requirements.txt"):
         step(f"Using ComfyUI at {own} and the Python that runs this")
         link_pack(own)
         return own, sys.executable
@@ -157,7 +159,10 @@ def main() -> int:
 
     comfyui, python = set_up()
     if command == "test":
-        run = [python, "-m", "pytest", *arguments]
+        if python == sys.executable and (missing := missing_packages(python, TEST_REQUIREMENTS)):
+            sys.exit(f"This Python has no {', '.join(missing)}. Install what the tests need:\n"
+                     f"{python} -m pip install -r {TEST_REQUIREMENTS}")  # fmt: skip
+        run = [python, "-m", "pytest", "-rs", *arguments]
     elif command == "start":
         run = [python, str(comfyui / "main.py"), "--auto-launch", *arguments]
         if subprocess.run([python, "-c", "import torch; raise SystemExit(not torch.cuda.is_available())"]).returncode:
@@ -169,4 +174,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)

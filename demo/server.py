@@ -112,6 +112,8 @@ class Server:
                         outputs[data["node"]] = data["output"]
                     elif event["type"] == "execution_error":
                         raise ServerError(f"{data['node_type']} failed: {data['exception_type']}: {data['exception_message']}")
+                    elif event["type"] == "execution_interrupted":
+                        raise ServerError("The run was interrupted.")
                     elif event["type"] == "execution_success":
                         return outputs
         raise ServerError(f"ComfyUI went away. The end of {self.log}:\n{self.log_tail()}")

@@ -101,21 +101,25 @@ def thumbnails(frames):
     return np.stack([np.asarray(picture).ravel() / 255 for picture in small])
 
 
-def find_chromium():
-    for name in ("chromium", "chromium-browser", "google-chrome", "chrome", "msedge"):
+def launch_browser(sync_api, playwright):
+    """A headless Chromium, Chrome or Edge. The test is skipped where there is none."""
+    for name in ("chromium", "chromium-browser"):
         if path := shutil.which(name):
-            return path
-    return None
+            return playwright.chromium.launch(executable_path=path, args=CHROMIUM_FLAGS)
+    for channel in ("chrome", "msedge"):
+        try:
+            return playwright.chromium.launch(channel=channel, args=CHROMIUM_FLAGS)
+        except sync_api.Error:  # not installed
+            continue
+    return pytest.skip("there is no Chromium, Chrome or Edge on this machine, so the web page was not tested")
 
 
 @contextmanager
 def page_of(comfyui, errors):
-    """ComfyUI's web page, ready, in a fresh headless Chromium; its console errors and exceptions go to `errors`."""
+    """ComfyUI's web page, ready, in a fresh browser; its console errors and exceptions go to `errors`."""
     sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed; see tests/requirements.txt")
-    if not (chromium := find_chromium()):
-        pytest.skip("there is no Chromium on this machine, so the web page was not tested")
     with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=CHROMIUM_FLAGS)
+        browser = launch_browser(sync_api, playwright)
         page = browser.new_page(viewport={"width": 2160, "height": 1500})
         page.goto(f"http://{comfyui.address}")
         page.wait_for_function("window.app?.extensionManager && window.app.canvas?.graph", timeout=90_000)

@@ -1,0 +1,87 @@
+"""What dev.py does to files, without downloading anything."""
+
+import importlib.util
+import io
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def dev(monkeypatch, tmp_path):
+    """dev.py as a module whose checkout is tmp_path/custom_nodes/pack."""
+    spec = importlib.util.spec_from_file_location("dev", ROOT / "dev.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    checkout = tmp_path / "custom_nodes" / "pack"
+    checkout.mkdir(parents=True)
+    monkeypatch.setattr(module, "ROOT", checkout)
+    monkeypatch.setattr(module, "DEV", checkout / ".dev")
+    monkeypatch.delenv("COMFYUI_PATH", raising=False)
+    return module
+
+
+def test_whose_comfyui(dev, monkeypatch, tmp_path):
+    assert dev.find_own_comfyui() is None
+    (tmp_path / "main.py").touch()
+    assert dev.find_own_comfyui() == tmp_path
+
+    other = tmp_path / "other"
+    other.mkdir()
+    monkeypatch.setenv("COMFYUI_PATH", str(other))
+    with pytest.raises(SystemExit, match="no main.py"):
+        dev.find_own_comfyui()
+    (other / "main.py").touch()
+    assert dev.find_own_comfyui() == other
+
+
+def test_link_is_made_once(dev, tmp_path):
+    comfyui = dev.DEV / "ComfyUI"
+    (comfyui / "custom_nodes").mkdir(parents=True)
+    dev.link_pack(comfyui)
+    dev.link_pack(comfyui)
+    (link,) = (comfyui / "custom_nodes").iterdir()
+    assert link.name == dev.PACK and link.resolve() == dev.ROOT
+    dev.link_pack(tmp_path)  # the checkout lies there already
+    assert [entry.name for entry in (tmp_path / "custom_nodes").iterdir()] == ["pack"]
+
+
+def test_windows_without_symbolic_links_gets_a_junction(dev, monkeypatch, tmp_path):
+    commands = []
+
+    def refuse(*_, **__):
+        raise OSError("A required privilege is not held by the client")
+
+    monkeypatch.setattr(dev.Path, "symlink_to", refuse)
+    monkeypatch.setattr(dev.subprocess, "run", lambda command, check: commands.append(command))
+    monkeypatch.setattr(dev, "WINDOWS", True)
+    (tmp_path / "ComfyUI" / "custom_nodes").mkdir(parents=True)
+    dev.link_pack(tmp_path / "ComfyUI")
+    assert commands == [["cmd", "/c", "mklink", "/J", str(tmp_path / "ComfyUI" / "custom_nodes" / dev.PACK), str(dev.ROOT)]]
+
+
+def test_comfyui_is_taken_out_of_the_archive_and_nothing_else(dev, monkeypatch, tmp_path):
+    def pip(*arguments):
+        assert "--require-hashes" in arguments
+        with tarfile.open(Path(arguments[arguments.index("-d") + 1]) / "comfy.tar.gz", "w:gz") as archive:
+            for name in ("c-1/vendor/ComfyUI/main.py", "c-1/vendor/ComfyUI/comfy/sd.py", "c-1/setup.py",
+                         "c-1/vendor/ComfyUI/../../../escaped.py"):  # fmt: skip
+                member = tarfile.TarInfo(name)
+                member.size = len(name)
+                archive.addfile(member, io.BytesIO(name.encode()))
+
+    monkeypatch.setattr(dev, "pip", pip)
+    dev.download_comfyui(dev.DEV / "ComfyUI")
+    files = [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()]
+    prefix = "custom_nodes/pack/.dev/ComfyUI"
+    assert sorted(files) == [f"{prefix}/comfy/sd.py", f"{prefix}/main.py"]
+
+
+def test_missing_packages(dev, tmp_path):
+    requirements = tmp_path / "requirements.txt"
+    requirements.write_text("pytest>=1\n# a comment\nno-such-package~=1.0\ntorch\n", "utf-8")
+    assert dev.missing_packages(sys.executable, requirements) == ["no-such-package"]
