@@ -1,0 +1,241 @@
+"""Activations between FP8 matmuls: quantised token by token, the element-wise work before it in the same pass.
+
+Each function has three backends, taken in this order:
+
+- triton: one kernel each (`kernels`); NVIDIA GPUs.
+- kitchen: comfy-kitchen's CUDA kernels; it quantises with one scale for the whole tensor. For machines without Triton,
+  as Windows is.
+- eager: plain torch operations, the reference for the other two.
+
+`backend` tells which one a device gets and why not a better one.
+"""
+
+import functools
+import os
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional as F
+
+from .recipe import FP8, FP8_MAX
+
+try:
+    from . import kernels
+except ImportError as e:
+    kernels, KERNELS_MISSING = None, f"Triton cannot be imported ({e})"
+
+try:
+    import comfy_kitchen
+except ImportError as e:
+    comfy_kitchen, KITCHEN_MISSING = None, f"comfy-kitchen cannot be imported ({e})"
+
+FORCE = "WORLDSTEREO_FP8_BACKEND"
+forced = os.environ.get(FORCE)  # the name of the only backend to take, for benchmarks and tests
+
+
+@dataclass(frozen=True)
+class QuantisedTokens:
+    """Activations in FP8: values · scale, of M tokens with K channels."""
+
+    values: torch.Tensor  # float8_e4m3fn [M, K], contiguous
+    scale: torch.Tensor  # float32, [M, 1] for a scale a token or [1, 1] for one scale in all
+    shape: tuple[int, ...]  # of the activations as they came, [..., K]
+    dtype: torch.dtype  # of the activations as they came
+
+    @property
+    def device(self) -> torch.device:
+        return self.values.device
+
+    def dequantise(self) -> torch.Tensor:
+        """The activations in their original shape and dtype."""
+        return (self.values.float() * self.scale).to(self.dtype).reshape(self.shape)
+
+    def rows(self, start: int, stop: int) -> "QuantisedTokens":
+        """Tokens start to stop (of M), as activations [stop − start, K]."""
+        values = self.values[start:stop]
+        scale = self.scale if len(self.scale) == 1 else self.scale[start:stop]
+        return QuantisedTokens(values, scale, tuple(values.shape), self.dtype)
+
+
+def quantise(x: torch.Tensor) -> QuantisedTokens:
+    """Activations to FP8.
+
+    x: [..., K], float32, bfloat16 or float16. The scale is amax/448 of a token, or of the tensor where the backend has
+    no scale for each token; 1 where that is no normal number (zeros). A NaN stays one in the token's values or scale.
+    """
+    return _implementation(x.device).quantise(x)
+
+
+def gelu_quantise(x: torch.Tensor) -> QuantisedTokens:
+    """`quantise` of GELU(x) in its tanh form. x: [..., K]."""
+    return _implementation(x.device).gelu_quantise(x)
+
+
+def layer_norm_modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, eps: float) -> torch.Tensor:
+    """LayerNorm over C without weights, times 1 + scale, plus shift.
+
+    x: [B, L, C]; shift, scale: [B or 1, L or 1, C], of any float dtype. Returns x's shape and dtype.
+    """
+    return _implementation(x.device).layer_norm_modulate(x, shift, scale, eps)
+
+
+def layer_norm_quantise(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, eps: float) -> QuantisedTokens:
+    """`quantise` of `layer_norm_modulate`."""
+    return _implementation(x.device).layer_norm_quantise(x, shift, scale, eps)
+
+
+def rms_rope(x: torch.Tensor, weight: torch.Tensor, freqs: torch.Tensor, heads: int, eps: float) -> torch.Tensor:
+    """RMSNorm over all channels, then the rotary embedding of each head; x may be overwritten.
+
+    x: [B, L, C], C = heads · d. weight: [C]. freqs: float32 [B or 1, L, 1, d/2, 2, 2], the rotations of neighbouring
+    channel pairs as ComfyUI's EmbedND gives them. Returns x's shape and dtype.
+    """
+    return _implementation(x.device).rms_rope(x, weight, freqs, heads, eps)
+
+
+class Eager:
+    @staticmethod
+    def refusal(device: torch.device) -> str | None:
+        return None
+
+    @classmethod
+    def quantise(cls, x):
+        rows = x.reshape(-1, x.shape[-1]).float()
+        scale = _scale(rows.abs().amax(dim=1, keepdim=True))
+        return QuantisedTokens((rows * scale.reciprocal()).to(FP8), scale, tuple(x.shape), x.dtype)
+
+    @classmethod
+    def gelu_quantise(cls, x):
+        return cls.quantise(F.gelu(x, approximate="tanh"))
+
+    @classmethod
+    def layer_norm_modulate(cls, x, shift, scale, eps):
+        return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=eps), 1 + scale).to(x.dtype)
+
+    @classmethod
+    def layer_norm_quantise(cls, x, shift, scale, eps):
+        return cls.quantise(cls.layer_norm_modulate(x, shift, scale, eps))
+
+    @classmethod
+    def rms_rope(cls, x, weight, freqs, heads, eps):
+        pairs = F.rms_norm(x, weight.shape, weight.to(x.dtype), eps).unflatten(-1, (heads, -1, 1, 2)).to(freqs.dtype)
+        out = freqs[..., 0] * pairs[..., 0]
+        out.addcmul_(freqs[..., 1], pairs[..., 1])
+        return out.reshape(x.shape).to(x.dtype)
+
+
+class Kitchen(Eager):
+    @staticmethod
+    def refusal(device: torch.device) -> str | None:
+        if comfy_kitchen is None:
+            return KITCHEN_MISSING
+        if device.type != "cuda":
+            return "comfy-kitchen's kernels need a CUDA device"
+        cuda = comfy_kitchen.list_backends()["cuda"]
+        return None if cuda["available"] else f"comfy-kitchen has no CUDA kernels here ({cuda['unavailable_reason']})"
+
+    @classmethod
+    def quantise(cls, x):
+        if x.numel() == 0:  # which has no largest value
+            return super().quantise(x)
+        rows = x.reshape(-1, x.shape[-1])
+        scale = _scale(torch.linalg.vector_norm(rows, float("inf"), dtype=torch.float32))
+        return QuantisedTokens(comfy_kitchen.quantize_per_tensor_fp8(rows, scale), scale.reshape(1, 1), tuple(x.shape),
+                               x.dtype)
+
+    @classmethod
+    def layer_norm_modulate(cls, x, shift, scale, eps):
+        return comfy_kitchen.adaln(x, scale.to(x.dtype), shift.to(x.dtype), eps)
+
+    @classmethod
+    def rms_rope(cls, x, weight, freqs, heads, eps):
+        x = F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
+        return comfy_kitchen.apply_rope1_(x.unflatten(-1, (heads, -1)), freqs).flatten(-2)
+
+
+class Triton(Eager):
+    @staticmethod
+    def refusal(device: torch.device) -> str | None:
+        if kernels is None:
+            return KERNELS_MISSING
+        if kernels.INTERPRETED:
+            return None if device.type == "cpu" else "TRITON_INTERPRET is set, which is for the CPU"
+        if device.type != "cuda" or torch.version.hip is not None:
+            return "the Triton kernels need an NVIDIA GPU"
+        row = torch.zeros(1, 1, 16, device=device)
+        try:  # Triton compiles at the first call, which fails without a C compiler, among other reasons
+            kernels.layer_norm(row, row, row, 1e-6, quantised=False)
+        except Exception as e:
+            return f"Triton cannot compile or run a kernel ({type(e).__name__}: {e})"
+        return None
+
+    @classmethod
+    def quantise(cls, x):
+        return QuantisedTokens(*kernels.quantise(_dense(x.reshape(-1, x.shape[-1]))), tuple(x.shape), x.dtype)
+
+    @classmethod
+    def gelu_quantise(cls, x):
+        return QuantisedTokens(*kernels.quantise(_dense(x.reshape(-1, x.shape[-1])), gelu=True), tuple(x.shape), x.dtype)
+
+    @classmethod
+    def layer_norm_modulate(cls, x, shift, scale, eps):
+        shift, scale = (_dense(t).expand(x.shape) for t in (shift, scale))
+        return kernels.layer_norm(_dense(x), shift, scale, eps, quantised=False)[0]
+
+    @classmethod
+    def layer_norm_quantise(cls, x, shift, scale, eps):
+        shift, scale = (_dense(t).expand(x.shape) for t in (shift, scale))
+        return QuantisedTokens(*kernels.layer_norm(_dense(x), shift, scale, eps, quantised=True), tuple(x.shape), x.dtype)
+
+    @classmethod
+    def rms_rope(cls, x, weight, freqs, heads, eps):
+        x = _dense(x)
+        kernels.rms_rope_(x, weight.contiguous(), freqs.contiguous().expand(len(x), *freqs.shape[1:]), heads, eps)
+        return x
+
+
+def _scale(amax: torch.Tensor) -> torch.Tensor:
+    scale = amax * (1 / FP8_MAX)
+    return torch.where(scale < torch.finfo(torch.float32).tiny, 1.0, scale)
+
+
+def _dense(x: torch.Tensor) -> torch.Tensor:
+    """x itself if its last axis has stride 1, else a contiguous copy."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+BACKENDS = {"triton": Triton, "kitchen": Kitchen, "eager": Eager}  # the best first
+
+
+def backend(device: torch.device) -> tuple[str, str]:
+    """The name of the backend that tensors on `device` get, and why no better one, "" for the best.
+
+    Raises ValueError where the environment variable WORLDSTEREO_FP8_BACKEND asks for one that cannot be had.
+    """
+    return _choose(device, forced)
+
+
+@functools.cache
+def _choose(device: torch.device, forced: str | None) -> tuple[str, str]:
+    if forced is not None:
+        if forced not in BACKENDS:
+            raise ValueError(f"{FORCE} is {forced!r}, expected one of {', '.join(BACKENDS)}. Correct or unset it.")
+        refusal = BACKENDS[forced].refusal(device)
+        if refusal is not None:
+            raise ValueError(f"{FORCE} is {forced}, but {refusal}. Unset it, or name another of {', '.join(BACKENDS)}.")
+        return forced, f"{FORCE} is set"
+    reasons = []
+    for name, implementation in BACKENDS.items():
+        refusal = implementation.refusal(device)
+        if refusal is None:
+            return name, "; ".join(reasons)
+        reasons.append(refusal)
+
+
+@torch.compiler.assume_constant_result
+def _name(device: torch.device) -> str:
+    return _choose(device, forced)[0]
+
+
+def _implementation(device: torch.device) -> type[Eager]:
+    return BACKENDS[_name(device)]

@@ -1,0 +1,117 @@
+"""The Triton kernels behind `activations`: one program a token, its whole row in registers, all arithmetic in FP32.
+
+Every tensor's last axis has stride 1; rows may have any stride.
+"""
+
+import os
+
+import torch
+import triton
+import triton.language as tl
+
+from .recipe import FP8
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # the kernels run in Python, on the CPU
+
+INVERSE_FP8_MAX = tl.constexpr(1 / 448)
+SMALLEST_NORMAL = tl.constexpr(torch.finfo(torch.float32).tiny)
+
+
+@triton.jit
+def _store_quantised(y, values_ptr, scale_ptr, row, column, width):
+    scale = tl.max(tl.abs(y), 0) * INVERSE_FP8_MAX
+    scale = tl.where(scale < SMALLEST_NORMAL, 1.0, scale)
+    tl.store(scale_ptr + row, scale)
+    values = (y * tl.div_rn(1.0, scale)).to(tl.float8e4nv)
+    tl.store(values_ptr + row * width + column, values, mask=column < width)
+
+
+@triton.jit
+def _quantise(x_ptr, values_ptr, scale_ptr, row_stride, width, GELU: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + row * row_stride + column, mask=column < width, other=0.0).to(tl.float32)
+    if GELU:  # x/2 · (1 + tanh(u)) = x · sigmoid(2u)
+        x *= tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+    _store_quantised(x, values_ptr, scale_ptr, row, column, width)
+
+
+@triton.jit
+def _layer_norm(x_ptr, shift_ptr, scale_ptr, out_ptr, out_scale_ptr, tokens, width, x_batch, x_token, shift_batch,
+                shift_token, scale_batch, scale_token, eps, QUANTISE: tl.constexpr, BLOCK: tl.constexpr):
+    token, batch = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    mask = column < width
+    x = tl.load(x_ptr + batch * x_batch + token * x_token + column, mask=mask, other=0.0).to(tl.float32)
+    shift = tl.load(shift_ptr + batch * shift_batch + token * shift_token + column, mask=mask, other=0.0).to(tl.float32)
+    scale = tl.load(scale_ptr + batch * scale_batch + token * scale_token + column, mask=mask, other=0.0).to(tl.float32)
+    x = tl.where(mask, x - tl.sum(x, 0) / width, 0.0)
+    x *= tl.rsqrt(tl.sum(x * x, 0) / width + eps)
+    y = x * (1.0 + scale) + shift
+    row = batch * tokens + token
+    if QUANTISE:
+        _store_quantised(y, out_ptr, out_scale_ptr, row, column, width)
+    else:
+        tl.store(out_ptr + row * width + column, y, mask=mask)
+
+
+@triton.jit
+def _rms_rope(x_ptr, weight_ptr, freqs_ptr, x_batch, x_token, freqs_batch, freqs_token, heads, head_dim, eps,
+              HEADS: tl.constexpr, PAIRS: tl.constexpr):
+    token, batch = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    head, channel = tl.arange(0, HEADS)[:, None], tl.arange(0, 2 * PAIRS)[None, :]
+    mask = (head < heads) & (channel < head_dim)
+    column = head * head_dim + channel
+    x_ptr += batch * x_batch + token * x_token
+    x = tl.load(x_ptr + column, mask=mask, other=0.0).to(tl.float32)
+    x *= tl.rsqrt(tl.sum(tl.sum(x * x, 1), 0) / (heads * head_dim) + eps)
+    x *= tl.load(weight_ptr + column, mask=mask, other=0.0).to(tl.float32)
+    first, second = tl.split(tl.reshape(x, (HEADS, PAIRS, 2)))
+
+    pair = tl.arange(0, PAIRS)[None, :]
+    rotates = 2 * pair < head_dim
+    matrix = freqs_ptr + batch * freqs_batch + token * freqs_token + 4 * pair  # of 2×2, row by row
+    first, second = (
+        tl.load(matrix, mask=rotates, other=0.0) * first + tl.load(matrix + 1, mask=rotates, other=0.0) * second,
+        tl.load(matrix + 2, mask=rotates, other=0.0) * first + tl.load(matrix + 3, mask=rotates, other=0.0) * second,
+    )
+    tl.store(x_ptr + column, tl.reshape(tl.join(first, second), (HEADS, 2 * PAIRS)), mask=mask)
+
+
+def _block(width: int) -> dict[str, int]:
+    """The block that holds a row, and its warps: 32 values a thread."""
+    block = triton.next_power_of_2(width)
+    return {"BLOCK": block, "num_warps": min(max(block // 1024, 1), 16)}
+
+
+def quantise(x: torch.Tensor, gelu: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """x [M, K] to float8_e4m3fn [M, K] and its scales, float32 [M, 1]; gelu: GELU(tanh) first."""
+    rows, width = x.shape
+    values = torch.empty(rows, width, dtype=FP8, device=x.device)
+    scale = torch.empty(rows, 1, dtype=torch.float32, device=x.device)
+    _quantise[(rows,)](x, values, scale, x.stride(0), width, GELU=gelu, **_block(width))
+    return values, scale
+
+
+def layer_norm(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, eps: float,
+               quantised: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """x [B, L, C], shift and scale expanded to its shape, to LayerNorm(x)·(1 + scale) + shift: float8_e4m3fn [B·L, C]
+    and its scales [B·L, 1], or [B, L, C] in x's dtype and None."""
+    batch, tokens, width = x.shape
+    if quantised:
+        out = torch.empty(batch * tokens, width, dtype=FP8, device=x.device)
+        out_scale = torch.empty(batch * tokens, 1, dtype=torch.float32, device=x.device)
+    else:
+        out, out_scale = torch.empty(x.shape, dtype=x.dtype, device=x.device), None
+    _layer_norm[(tokens, batch)](x, shift, scale, out, out_scale, tokens, width, *x.stride()[:2], *shift.stride()[:2],
+                                 *scale.stride()[:2], eps, QUANTISE=quantised, **_block(width))
+    return out, out_scale
+
+
+def rms_rope_(x: torch.Tensor, weight: torch.Tensor, freqs: torch.Tensor, heads: int, eps: float):
+    """x [B, L, C] in place: RMSNorm over C with weight [C], then rotated by freqs [B, L, 1, C/heads/2, 2, 2]."""
+    batch, tokens, width = x.shape
+    head_dim = width // heads
+    padded_heads, pairs = triton.next_power_of_2(heads), triton.next_power_of_2(head_dim // 2)
+    _rms_rope[(tokens, batch)](x, weight, freqs, *x.stride()[:2], *freqs.stride()[:2], heads, head_dim, eps,
+                               HEADS=padded_heads, PAIRS=pairs, num_warps=_block(padded_heads * 2 * pairs)["num_warps"])
