@@ -4,11 +4,15 @@ The weight is core's QuantizedTensor (per-tensor float8_e4m3fn), so offload, dyn
 core's. What is ours is the product: native FP8 matmul with a dynamic scale for each token, or the weight upcast.
 """
 
+import contextlib
+import functools
+
 import comfy.model_management
 import comfy.ops
 import torch
 from comfy.quant_ops import QuantizedTensor
 
+from .activations import QuantisedTokens
 from .matmul import scaled_linear, why_not_native
 from .recipe import FP8
 
@@ -61,20 +65,33 @@ def operations(storage_dtype: torch.dtype, native: bool):
                     return "the file asks for full precision"
                 return why_not_native(self.in_features, self.out_features)
 
-            def forward(self, input):
+            @contextlib.contextmanager
+            def held(self, device: torch.device, dtype: torch.dtype):
+                """The layer's product, a function of tensors or QuantisedTokens, while the weight is fetched (streamed,
+                patched, dequantised) once: for inputs that come in several parts. One layer at a time: core's offload
+                streams reuse their buffers."""
                 comfy.ops.run_every_op()
-                if input.numel() == 0 or self.why_not_native() is not None:
-                    return self.forward_comfy_cast_weights(input, input.dtype)
-                # As core's own FP8 layers ask for it: a weight with a LoRA comes back requantised where core streams
-                # it, or dequantised with the LoRA added.
+                native = self.why_not_native() is None
+                # A weight with a LoRA comes back requantised where core streams it, else dequantised with it added.
                 weight, bias, stream = comfy.ops.cast_bias_weight(
-                    self, dtype=self.weight.dtype, device=input.device, bias_dtype=input.dtype, offloadable=True,
-                    compute_dtype=input.dtype, want_requant=True)
-                if isinstance(weight, QuantizedTensor):
-                    output = scaled_linear(input, weight._qdata, weight._params.scale, bias)
+                    self, dtype=self.weight.dtype if native else dtype, device=device, bias_dtype=dtype,
+                    offloadable=True, compute_dtype=dtype, want_requant=native)
+                if isinstance(weight, QuantizedTensor) and native:
+                    product = functools.partial(scaled_linear, weight=weight._qdata, scale=weight._params.scale)
                 else:
-                    output = torch.nn.functional.linear(input, weight.to(input.dtype), bias)
-                comfy.ops.uncast_bias_weight(self, weight, bias, stream)
-                return output
+                    weight = weight.dequantize() if isinstance(weight, QuantizedTensor) else weight
+                    product = functools.partial(_plain_linear, weight=weight.to(dtype))
+                try:
+                    yield functools.partial(product, bias=bias)
+                finally:
+                    comfy.ops.uncast_bias_weight(self, weight, bias, stream)
+
+            def forward(self, input):
+                with self.held(input.device, input.dtype) as product:
+                    return product(input)
 
     return Operations
+
+
+def _plain_linear(x: torch.Tensor | QuantisedTokens, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return torch.nn.functional.linear(x.dequantise() if isinstance(x, QuantisedTokens) else x, weight, bias)

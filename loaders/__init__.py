@@ -6,16 +6,17 @@ import os
 from pathlib import Path
 
 import comfy.model_management
-import comfy.model_patcher
 import torch
 from comfy.quant_ops import QuantizedTensor
 
 from ..fp8.linear import native_refusal, operations
+from ..worldstereo.attention import cudnn_is_faster, prefer_cudnn
 from ..worldstereo.config import WorldStereoConfig, read_config
 from ..worldstereo.layout import backbone_shapes, native_shapes
 from ..worldstereo.model import WorldStereoModelConfig
 from . import lora
 from .checkpoint import Checkpoint, some
+from .patcher import make_patcher
 
 lora.register()
 
@@ -142,8 +143,9 @@ def load_worldstereo(path: str | os.PathLike, compute: str = "auto", dtype: torc
     model_config.custom_operations = operations(storage_dtype, native=refusal is None)
     model = model_config.get_model(tensors)
     offload_device = comfy.model_management.unet_offload_device()
-    patcher_class = comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
-    patcher = patcher_class(model, load_device=device, offload_device=offload_device)
+    patcher = make_patcher(model, device, offload_device, disable_dynamic)
+    if cudnn_is_faster(device):
+        patcher.model_options["transformer_options"]["optimized_attention_override"] = prefer_cudnn
     if not comfy.model_management.is_device_cpu(offload_device):
         model.to(offload_device)
     model.load_model_weights(tensors, assign=True)  # memory-mapped, each in the file's own dtype

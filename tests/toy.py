@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import comfy.model_management
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -65,12 +66,14 @@ def save(tensors: dict, path: Path, config: dict | None = None) -> Path:
 
 
 def run(patcher, inputs: dict, dtype=torch.float32) -> torch.Tensor:
-    """The diffusion model on inputs named as the goldens'; FP32 output."""
+    """The diffusion model on inputs named as the goldens', on its own device; FP32 output on the CPU."""
+    comfy.model_management.load_models_gpu([patcher])
     inputs = {k: v.to(dtype) if v.is_floating_point() and k != "timestep" else v for k, v in inputs.items()}
+    inputs = {k: v.to(patcher.load_device) for k, v in inputs.items()}
     image = inputs.pop("encoder_hidden_states_image", None)
     with torch.no_grad():
         return patcher.model.diffusion_model(inputs.pop("hidden_states"), inputs.pop("timestep"),
-                                             inputs.pop("encoder_hidden_states"), clip_fea=image, **inputs).float()
+                                             inputs.pop("encoder_hidden_states"), clip_fea=image, **inputs).float().cpu()
 
 
 def relative_error(out, reference) -> float:

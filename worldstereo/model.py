@@ -6,28 +6,36 @@ Letters in the shapes: B batch, F keyframes, R reference views, h×w latent size
 width, D control width.
 """
 
+import dataclasses
+import math
+
 import comfy.conds
-import comfy.latent_formats
 import comfy.model_base
+import comfy.ops
 import comfy.supported_models
 import torch
+from comfy.ldm.flux.layers import EmbedND
+from comfy.ldm.modules.attention import optimized_attention
 from comfy.ldm.wan.model import (
     MLPProj,
     WanAttentionBlock,
     WanI2VCrossAttention,
     WanModel,
     WanSelfAttention,
-    WanT2VCrossAttention,
     sinusoidal_embedding_1d,
 )
-from comfy.ldm.flux.layers import EmbedND
 from comfy.model_management import cast_to
 from torch import nn
 
+from ..fp8.activations import QuantisedTokens, gelu_quantise, layer_norm_modulate, layer_norm_quantise, quantise, rms_rope
 from .config import CAMERA_QT, IN_CHANNELS, LATENT_CHANNELS, MASK_CAM_CHANNELS, PATCH, SPATIAL_DOWNSCALE, WorldStereoConfig
+from .constants import TIMESTEPS, WEIGHTS, Constants, KeysValues, Prompt, Time
 
 NORM_EPS = 1e-5  # LayerNorms of the control branch
 ROPE_THETA = 10000.0
+CHUNK = 16384  # tokens that wide intermediates are made for at once
+
+Tokens = torch.Tensor | QuantisedTokens  # [1, L, C]
 
 
 def _rope_embedder(head_dim: int) -> EmbedND:
@@ -41,13 +49,114 @@ def _tokens(x: torch.Tensor) -> torch.Tensor:
     return x.flatten(2).transpose(1, 2)
 
 
-class CrossAttention(WanI2VCrossAttention):
-    """Wan's cross-attention over text and picture, or over the text alone where no picture features are given."""
+def _spans(length: int) -> list[slice]:
+    """Equal parts of at most CHUNK tokens."""
+    count = math.ceil(length / CHUNK)
+    step = math.ceil(length / max(count, 1))
+    return [slice(start, min(start + step, length)) for start in range(0, length, step)]
 
-    def forward(self, x, context, context_img_len, transformer_options={}):
-        if context_img_len is None:
-            return WanT2VCrossAttention.forward(self, x, context, transformer_options=transformer_options)
-        return super().forward(x, context, context_img_len, transformer_options=transformer_options)
+
+def _part(x: Tokens, span: slice) -> Tokens:
+    """A span of a single sample's tokens, [1, span, C]."""
+    if isinstance(x, QuantisedTokens):
+        return dataclasses.replace(x.rows(span.start, span.stop), shape=(1, span.stop - span.start, x.shape[-1]))
+    return x[:, span]
+
+
+def _norm_weights(norm: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """A norm's weight and bias on x's device, copied: they outlive the next layer's turn in core's offload buffers."""
+    weight, bias, stream = comfy.ops.cast_bias_weight(norm, x, offloadable=True)
+    copies = weight.clone(), None if bias is None else bias.clone()
+    comfy.ops.uncast_bias_weight(norm, weight, bias, stream)
+    return copies
+
+
+def _normed(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, eps: float, layer: nn.Module) -> Tokens:
+    """LayerNorm(x)·(1 + scale) + shift for `layer`: in FP8 if it multiplies so. shift, scale: [1, 1, C]."""
+    function = layer_norm_quantise if layer.why_not_native() is None else layer_norm_modulate
+    return function(x, shift, scale, eps)
+
+
+def _for(x: torch.Tensor, layer: nn.Module) -> Tokens:
+    """x as `layer` takes it, kept until its turn comes: FP8 is half as large."""
+    return quantise(x) if layer.why_not_native() is None else x
+
+
+class SelfAttention(WanSelfAttention):
+    """Wan's self-attention, added to the residual stream in spans of queries."""
+
+    def add_to(self, x, h: Tokens, gate, freqs, transformer_options):
+        """x += gate · attention(h), in place. x: [1,L,C], h: its normed tokens, gate: [1,1,C], freqs: [1,L,1,d/2,2,2].
+
+        With an `attn1_patch`, which wants whole tensors, x may have a batch and is not split.
+        """
+        patches = transformer_options.get("patches", {}).get("attn1_patch", [])
+        norm_q, norm_k = _norm_weights(self.norm_q, x)[0], _norm_weights(self.norm_k, x)[0]
+        with self.k.held(x.device, x.dtype) as product:
+            k = rms_rope(product(h), norm_k, freqs, self.num_heads, self.eps)
+        with self.v.held(x.device, x.dtype) as product:
+            v = product(h)
+        spans = [slice(0, x.shape[1])] if patches else _spans(x.shape[1])
+        attended = []
+        with self.q.held(x.device, x.dtype) as product:
+            for span in spans:
+                part = h if len(spans) == 1 else _part(h, span)
+                q = rms_rope(product(part), norm_q, freqs[:, span], self.num_heads, self.eps)
+                y = optimized_attention(q, k, v, heads=self.num_heads, transformer_options=transformer_options)
+                for patch in patches:
+                    y = patch({"x": y, "q": q.unflatten(-1, (self.num_heads, -1)),
+                               "k": k.unflatten(-1, (self.num_heads, -1)), "transformer_options": transformer_options})
+                attended.append(_for(y, self.o))
+        del h, q, k, v, y
+        with self.o.held(x.device, x.dtype) as product:
+            for span, y in zip(spans, attended):
+                x[:, span].addcmul_(product(y), gate)
+
+
+class CrossAttention(WanI2VCrossAttention):
+    """Wan's cross-attention over text and picture, or over the text alone where no picture features are given. Keys
+    and values come apart from the queries: they are the prompt's (see `constants`)."""
+
+    def keys_values(self, text, image) -> KeysValues:
+        """text: [B,T,C]; image: [B,I,C] or None, both embedded."""
+        k_img = None if image is None else self.norm_k_img(self.k_img(image))
+        v_img = None if image is None else self.v_img(image)
+        return KeysValues(self.norm_k(self.k(text)), self.v(text), k_img, v_img)
+
+    def add_to(self, x, norm, kv: KeysValues, transformer_options):
+        """x += attention(norm(x), kv), in place. x: [B,L,C]."""
+        weight, bias = _norm_weights(norm, x)
+        scale, shift = (weight.float() - 1)[None, None], bias[None, None]
+        norm_q = _norm_weights(self.norm_q, x)[0]
+        spans = _spans(x.shape[1])
+        attended = []
+        with self.q.held(x.device, x.dtype) as product:
+            for span in spans:
+                h = _normed(x[:, span], shift, scale, norm.eps, self.q)
+                q = nn.functional.rms_norm(product(h), norm_q.shape, norm_q, self.eps)
+                y = optimized_attention(q, kv.k, kv.v, heads=self.num_heads, transformer_options=transformer_options)
+                if kv.k_img is not None:
+                    y = y + optimized_attention(q, kv.k_img, kv.v_img, heads=self.num_heads,
+                                                transformer_options=transformer_options)
+                attended.append(_for(y, self.o))
+        with self.o.held(x.device, x.dtype) as product:
+            for span, y in zip(spans, attended):
+                x[:, span] += product(y)
+
+
+def add_feed_forward(ffn: nn.Sequential, x, shift, scale, gate, eps: float):
+    """x += gate · ffn(LayerNorm(x)·(1 + scale) + shift), in place. x: [B,L,C]; the others [B,1,C]."""
+    first, _, second = ffn
+    spans = _spans(x.shape[1])
+    hidden = []
+    with first.held(x.device, x.dtype) as product:
+        for span in spans:
+            h = product(_normed(x[:, span], shift, scale, eps, first))
+            hidden.append(gelu_quantise(h) if second.why_not_native() is None else nn.functional.gelu(h, approximate="tanh"))
+    del h
+    with second.held(x.device, x.dtype) as product:
+        for span, h in zip(spans, hidden):
+            x[:, span].addcmul_(product(h), gate)
 
 
 class Block(WanAttentionBlock):
@@ -57,28 +166,29 @@ class Block(WanAttentionBlock):
                  operation_settings={}):
         super().__init__(cross_attn_type, dim, ffn_dim, num_heads, window_size, qk_norm, cross_attn_norm, eps,
                          operation_settings=operation_settings)
-        self.cross_attn = CrossAttention(dim, num_heads, window_size, qk_norm, eps,
-                                         operation_settings=operation_settings)
+        self.self_attn = SelfAttention(dim, num_heads, eps=eps, operation_settings=operation_settings)
+        self.cross_attn = CrossAttention(dim, num_heads, eps=eps, operation_settings=operation_settings)
 
-    def forward(self, x, e, freqs, context, context_img_len=None, ref_len=0, transformer_options={}):
-        """x: [B, ref_len + F·n, C], references first. e: [B, 1, 6, C]. Returns x's shape."""
+    def forward(self, x, e, freqs, kv: list[KeysValues], ref_len=0, transformer_options={}):
+        """x: [B, ref_len + F·n, C], references first; overwritten with the result. e: [B,1,6,C]. kv: of each sample."""
         patches = transformer_options.get("patches", {})
         modulation = cast_to(self.modulation, dtype=x.dtype, device=x.device).unsqueeze(0) + e
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = modulation.unbind(2)
-
-        y = self.self_attn(torch.addcmul(shift, self.norm1(x), 1 + scale), freqs,
-                           transformer_options=transformer_options)
-        x = torch.addcmul(x, y, gate)
-        del y
-
-        target = x[:, ref_len:]
-        target += self.cross_attn(self.norm3(target), context, context_img_len=context_img_len,
-                                  transformer_options=transformer_options)
+        # One sample at a time, so that a batch (CFG) needs no more memory than one; patches want the batch whole.
+        samples = [slice(0, len(x))] if patches.get("attn1_patch") else [slice(b, b + 1) for b in range(len(x))]
+        for sample in samples:
+            part = x[sample]
+            h = _normed(part, shift[sample], scale[sample], self.eps, self.self_attn.q)
+            self.self_attn.add_to(part, h, gate[sample], freqs if len(freqs) == 1 else freqs[sample], transformer_options)
+            del h
+        for b in range(len(x)):
+            self.cross_attn.add_to(x[b:b + 1, ref_len:], self.norm3, kv[b], transformer_options)
         for patch in patches.get("attn2_patch", []):
             x = patch({"x": x, "transformer_options": transformer_options})
-
-        y = self.ffn(torch.addcmul(ffn_shift, self.norm2(x), 1 + ffn_scale))
-        return torch.addcmul(x, y, ffn_gate)
+        for b in range(len(x)):
+            sample = slice(b, b + 1)
+            add_feed_forward(self.ffn, x[sample], ffn_shift[sample], ffn_scale[sample], ffn_gate[sample], self.eps)
+        return x
 
 
 class AdaptiveNorm(nn.Module):
@@ -90,10 +200,13 @@ class AdaptiveNorm(nn.Module):
         self.linear = ops.Linear(time_dim, 3 * dim, **factory)
         self.norm = ops.LayerNorm(dim, eps=NORM_EPS, **factory)
 
-    def forward(self, x, temb):
-        """x: [B, L, D]; temb: [B, 1, C], SiLU applied. Returns the modulated x and the gate [B, 1, D]."""
+    def forward(self, temb):
+        """temb: [S,1,C], SiLU applied. Returns shift, scale (FP32) and gate, [S,1,D] each, for a LayerNorm without
+        weights of its own: (LN·w + b)·(1 + scale) + shift = LN·(1 + [w·(1 + scale) − 1]) + [b·(1 + scale) + shift]."""
+        weight, bias = _norm_weights(self.norm, temb)
         shift, scale, gate = self.linear(temb).chunk(3, dim=-1)
-        return torch.addcmul(shift, self.norm(x), 1 + scale), gate
+        scale = 1 + scale.float()
+        return bias.float() * scale + shift.float(), weight.float() * scale - 1, gate
 
 
 class ControlBlock(nn.Module):
@@ -102,17 +215,22 @@ class ControlBlock(nn.Module):
         ops, factory = operation_settings["operations"], {k: operation_settings[k] for k in ("device", "dtype")}
         dim = config.control_dim
         self.norm1 = AdaptiveNorm(dim, config.dim, operation_settings)
-        self.self_attn = WanSelfAttention(dim, config.control_num_heads, eps=config.eps,
-                                          operation_settings=operation_settings)
+        self.self_attn = SelfAttention(dim, config.control_num_heads, eps=config.eps, operation_settings=operation_settings)
         self.norm2 = AdaptiveNorm(dim, config.dim, operation_settings)
         self.ffn = nn.Sequential(ops.Linear(dim, config.control_ffn_dim, **factory), nn.GELU(approximate="tanh"),
                                  ops.Linear(config.control_ffn_dim, dim, **factory))
 
-    def forward(self, x, temb, freqs, transformer_options):
-        y, gate = self.norm1(x, temb)
-        x = torch.addcmul(x, self.self_attn(y, freqs, transformer_options=transformer_options), gate)
-        y, gate = self.norm2(x, temb)
-        return torch.addcmul(x, self.ffn(y), gate)
+    def modulation(self, temb) -> tuple[torch.Tensor, ...]:
+        """Shift, scale and gate of the attention, then of the FFN: [S,1,D] each."""
+        return *self.norm1(temb), *self.norm2(temb)
+
+    def forward(self, x, modulation, freqs, transformer_options):
+        """x: [1, F·n, D]; overwritten with the result."""
+        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = modulation
+        h = _normed(x, shift, scale, NORM_EPS, self.self_attn.q)
+        self.self_attn.add_to(x, h, gate, freqs, transformer_options)
+        add_feed_forward(self.ffn, x, ffn_shift, ffn_scale, ffn_gate, NORM_EPS)
+        return x
 
 
 class MaskCamEmbedding(nn.Module):
@@ -159,10 +277,14 @@ class ControlBranch(nn.Module):
         x = self.controlnet_patch_embedding(torch.cat([x, render_latent], dim=1))
         return self.proj_in(_tokens(x + self.controlnet_mask_embedding(render_mask, camera_embedding)))
 
-    def block(self, i, x, temb, freqs, transformer_options):
-        """Runs block i. Returns the branch's next tokens and the residual for the backbone, [B, F·n, C]."""
-        x = self.controlnet_blocks[i](x, temb, freqs, transformer_options)
-        return x, self.proj_out[i](x)
+    def block(self, i, x, times: list[Time], freqs, transformer_options, target):
+        """Runs block i on the branch's tokens x [B, F·n, D], in place, and adds its residual to the backbone's target
+        tokens [B, F·n, C], in place. times: of each sample."""
+        for b, time in enumerate(times):
+            self.controlnet_blocks[i](x[b:b + 1], time.control[i], freqs, transformer_options)
+        with self.proj_out[i].held(x.device, x.dtype) as product:
+            for span in _spans(x.shape[1]):
+                target[:, span] += product(x[:, span])
 
 
 class WorldStereoModel(WanModel):
@@ -184,6 +306,7 @@ class WorldStereoModel(WanModel):
                 operations.Linear(config.camera_mlp_dim, config.dim, **factory), nn.SiLU(),
                 operations.Linear(config.dim, config.dim, **factory))
         self.controlnet = ControlBranch(config, settings)
+        self.constants = Constants()
 
     def _positions(self, times, height, width, first_column=0):
         """Rotary positions of whole frames. times: [b, frames]. Returns [b, frames·height·width, 3] (t, y, x)."""
@@ -258,15 +381,17 @@ class WorldStereoModel(WanModel):
 
         freqs = self.rope_encode(*x.shape[2:], device=x.device, dtype=torch.float32,
                                  transformer_options=transformer_options)
-        temb = self.time_embedding(sinusoidal_embedding_1d(self.freq_dim, timestep.flatten()).to(x.dtype)).unsqueeze(1)
-        e = self.time_projection(temb).unflatten(2, (6, self.dim))
+        constants = self._constants(transformer_options)
+        times = self._times(constants, timestep.flatten().expand(len(x)), x.dtype, x.device, transformer_options)
+        prompts = [self._prompt(constants, context[b:b + 1], None if clip_fea is None else clip_fea[b:b + 1])
+                   for b in range(len(x))]
+        e, temb = (torch.cat([getattr(time, name) for time in times]) for name in ("e", "temb"))
 
         control = None
         if render_latent is not None:
             control = self.controlnet.embed(x[:, :LATENT_CHANNELS + 4], render_latent, render_mask, camera_embedding)
-            times = torch.arange(frames, device=x.device, dtype=torch.float32)[None]
-            control_freqs = self.controlnet.rope_embedder(self._positions(times, rows, columns)).movedim(1, 2)
-            control_temb = nn.functional.silu(temb)
+            frame_times = torch.arange(frames, device=x.device, dtype=torch.float32)[None]
+            control_freqs = self.controlnet.rope_embedder(self._positions(frame_times, rows, columns)).movedim(1, 2)
             # Patches are written for the backbone's tokens; an attention override serves both.
             control_options = {k: v for k, v in transformer_options.items() if not k.startswith("patches")}
 
@@ -276,19 +401,12 @@ class WorldStereoModel(WanModel):
         if reference_latent is not None:
             references = self._embed_frames(reference_latent, camera_qt_ref)
             ref_len = references.shape[1]
-            times = torch.atleast_2d(ref_index).to(device=x.device, dtype=torch.float32) + 1
-            positions = self._positions(times, rows, columns, first_column=columns)
-            ref_freqs = self.rope_embedder(positions).movedim(1, 2)
-            freqs = torch.cat([ref_freqs, freqs.expand(ref_freqs.shape[0], *freqs.shape[1:])], dim=1)
+            ref_times = torch.atleast_2d(ref_index).to(device=x.device, dtype=torch.float32) + 1
+            ref_freqs = self.rope_embedder(self._positions(ref_times, rows, columns, first_column=columns)).movedim(1, 2)
+            freqs = torch.cat([ref_freqs, freqs.expand(len(ref_freqs), *freqs.shape[1:])], dim=1)
             x = torch.cat([references, x], dim=1)
             if self.config.update_ref:
                 references = None
-
-        context = self.text_embedding(context)
-        context_img_len = None
-        if clip_fea is not None:
-            context = torch.cat([self.img_emb(clip_fea), context], dim=1)
-            context_img_len = clip_fea.shape[-2]
 
         patches = transformer_options.get("patches", {})
         blocks_replace = transformer_options.get("patches_replace", {}).get("dit", {})
@@ -299,28 +417,67 @@ class WorldStereoModel(WanModel):
             if references is not None and i > 0:
                 x[:, :ref_len] = references
 
-            def run(args):
-                return {"img": block(args["img"], context=args["txt"], e=args["vec"], freqs=args["pe"],
-                                     context_img_len=context_img_len, ref_len=ref_len,
-                                     transformer_options=args["transformer_options"])}
-
-            args = {"img": x, "txt": context, "vec": e, "pe": freqs, "transformer_options": transformer_options}
             if ("double_block", i) in blocks_replace:
+                txt = torch.cat([prompt.context for prompt in prompts])
+
+                def run(args):
+                    kv = self._keys_values(block, args["txt"], clip_fea)
+                    return {"img": block(args["img"].clone(), args["vec"], args["pe"], kv, ref_len=ref_len,
+                                         transformer_options=args["transformer_options"])}
+
+                args = {"img": x, "txt": txt, "vec": e, "pe": freqs, "transformer_options": transformer_options}
                 x = blocks_replace[("double_block", i)](args, {"original_block": run})["img"].clone()  # it may keep its own
             else:
-                x = run(args)["img"]
-            del args
+                x = block(x, e, freqs, [prompt.blocks[i] for prompt in prompts], ref_len=ref_len,
+                          transformer_options=transformer_options)
 
             if control is not None and i < len(self.controlnet.controlnet_blocks):
-                control, residual = self.controlnet.block(i, control, control_temb, control_freqs, control_options)
-                x[:, ref_len:] += residual
-                del residual
+                self.controlnet.block(i, control, times, control_freqs, control_options, x[:, ref_len:])
 
             for patch in patches.get("double_block", []):
                 x = patch({"img": x, "x": model_input, "vec": temb, "block_index": i, "img_offset": ref_len,
                            "transformer_options": transformer_options})["img"]
 
         return self.unpatchify(self.head(x[:, ref_len:], temb), grid)
+
+    def _constants(self, transformer_options) -> Constants:
+        """The kept constants if the sampling model vouches for the weights, else fresh ones for this call alone."""
+        weights = transformer_options.get(WEIGHTS)
+        if weights is None:
+            return Constants()
+        self.constants.use_weights(weights)
+        return self.constants
+
+    def _times(self, constants: Constants, timestep, dtype, device, transformer_options) -> list[Time]:
+        """The constants of each sample's timestep."""
+
+        def compute(timesteps: list[float]) -> list[Time]:
+            t = torch.tensor(timesteps, device=device)
+            temb = self.time_embedding(sinusoidal_embedding_1d(self.freq_dim, t).to(dtype)).unsqueeze(1)
+            e = self.time_projection(temb).unflatten(2, (6, self.dim))
+            activated = nn.functional.silu(temb)
+            control = [block.modulation(activated) for block in self.controlnet.controlnet_blocks]
+            return [Time(temb[s:s + 1], e[s:s + 1], [tuple(m[s:s + 1] for m in block) for block in control])
+                    for s in range(len(timesteps))]
+
+        return constants.timesteps(timestep.float().tolist(), transformer_options.get(TIMESTEPS, []), (dtype, device), compute)
+
+    def _prompt(self, constants: Constants, context, clip_fea) -> Prompt:
+        """The constants of one sample's text [1,512,text_dim] and picture [1,257,image_dim] or None."""
+
+        def compute() -> Prompt:
+            text = self.text_embedding(context)
+            image = None if clip_fea is None else self.img_emb(clip_fea)
+            embedded = text if image is None else torch.cat([image, text], dim=1)
+            return Prompt(embedded, [block.cross_attn.keys_values(text, image) for block in self.blocks])
+
+        return constants.prompt((context, clip_fea), compute)
+
+    def _keys_values(self, block: Block, context, clip_fea) -> list[KeysValues]:
+        """Of a patched, embedded context [B, I+T, C], for each sample."""
+        image_len = 0 if clip_fea is None else clip_fea.shape[1]
+        return [block.cross_attn.keys_values(sample[:, image_len:], sample[:, :image_len] if image_len else None)
+                for sample in context.split(1)]
 
 
 CONDITION_LATENTS = ("render_latent", "reference_latent")
@@ -338,7 +495,16 @@ class WorldStereo(comfy.model_base.WAN21):
         super(comfy.model_base.WAN21, self).__init__(model_config, comfy.model_base.ModelType.FLOW, device=device,
                                                      unet_model=WorldStereoModel)
         self.image_to_video = True
+        self.keep_constants = True  # see constants.py
         self.memory_usage_factor_conds = ("reference_latent",)
+
+    def _apply_model(self, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options={}, **kwargs):
+        # Hooks change weights without a trace in the uuid, so nothing is kept under them.
+        if self.keep_constants and self.current_patcher is not None and not self.current_patcher.current_hooks:
+            sigmas = transformer_options.get("sample_sigmas", t)
+            coming = self.model_sampling.timestep(sigmas[sigmas > 0]).float().tolist()
+            transformer_options = transformer_options | {WEIGHTS: self.current_weight_patches_uuid, TIMESTEPS: coming}
+        return super()._apply_model(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
 
     def extra_conds(self, **kwargs):
         out = super().extra_conds(**kwargs)

@@ -1,0 +1,37 @@
+"""ComfyUI's ModelPatcher, told which weights can do without VRAM."""
+
+import comfy.model_patcher
+from comfy.patcher_extension import CallbacksMP
+
+from ..worldstereo.constants import PROMPT_MODULES, TIME_MODULES
+
+CONSTANTS = tuple(f".{name}" for name in PROMPT_MODULES + TIME_MODULES)
+
+
+class ConstantsLast:
+    """Where not all weights fit, those that are used once a prompt or once a timestep are the first to stay in RAM:
+    core streams them through when they are wanted."""
+
+    def _load_list(self, for_dynamic=False, default_device=None):
+        entries = super()._load_list(for_dynamic, default_device)
+        # Core's keys: with dynamic VRAM ascending, the first item False for small modules; else descending by size.
+        last = 2 if for_dynamic else -1
+        return [(last, *entry[1:]) if entry[-3].endswith(CONSTANTS) else entry for entry in entries]
+
+
+class WorldStereoPatcher(ConstantsLast, comfy.model_patcher.ModelPatcher):
+    pass
+
+
+class WorldStereoPatcherDynamic(ConstantsLast, comfy.model_patcher.ModelPatcherDynamic):
+    pass
+
+
+def make_patcher(model, load_device, offload_device, disable_dynamic: bool):
+    """A patcher of the kind ComfyUI runs with: dynamic VRAM where that is on, unless `disable_dynamic`."""
+    dynamic = issubclass(comfy.model_patcher.CoreModelPatcher, comfy.model_patcher.ModelPatcherDynamic)
+    patcher_class = WorldStereoPatcherDynamic if dynamic and not disable_dynamic else WorldStereoPatcher
+    patcher = patcher_class(model, load_device=load_device, offload_device=offload_device)
+    patcher.add_callback(CallbacksMP.ON_PRE_RUN, lambda p: p.model.diffusion_model.constants.start_run())
+    patcher.add_callback(CallbacksMP.ON_DETACH, lambda p, unpatch_all: p.model.diffusion_model.constants.forget())
+    return patcher

