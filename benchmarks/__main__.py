@@ -1,0 +1,32 @@
+"""Benchmarks, each in a process of its own:
+
+    python dev.py bench                      all of them
+    python dev.py bench linear [--quick]     the FP8 Linear, the kernels around it, attention
+    python dev.py bench step [arguments]     denoising steps of the whole model
+
+Each prints a Markdown table; all need a CUDA GPU.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+BENCHMARKS = ("linear", "step")
+
+
+def main() -> int:
+    names, arguments = BENCHMARKS, sys.argv[1:]
+    if arguments and arguments[0] in ("-h", "--help"):
+        print(__doc__)
+        return 0
+    if arguments:
+        names, arguments = arguments[:1], arguments[1:]
+        if names[0] not in BENCHMARKS:
+            print(f"There is no benchmark {names[0]!r}, only {', '.join(BENCHMARKS)}.", file=sys.stderr)
+            return 2
+    folder = Path(__file__).resolve().parent
+    return int(any([subprocess.run([sys.executable, folder / f"{name}.py", *arguments]).returncode for name in names]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
