@@ -1,6 +1,8 @@
-"""The camera and render nodes on a real ComfyUI server, and the files they write."""
+"""The camera and render nodes on a real ComfyUI server, the files they write, and the example workflows with them."""
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 import comfy.cli_args
@@ -9,21 +11,32 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from worldstereo_fp8.demo import server
+from test_workflow import PLACEHOLDERS, page_of
+from worldstereo_fp8.demo import job, scene, server
 from worldstereo_fp8.nodes import camera_file, camera_files
 from worldstereo_fp8.worldstereo.cameras import read_camera_json, rigid_inverse
 
 COMFYUI = Path(comfy.cli_args.__file__).parents[1]
+EXAMPLES = Path(__file__).parents[1] / "example_workflows"
+WORKFLOWS = ("worldstereo_one_picture", "worldstereo_camera_unipc", "worldstereo_panorama")
 WIDTH, HEIGHT, KEYFRAMES = 96, 64, 5
 
 
 @pytest.fixture(scope="module")
 def comfyui(tmp_path_factory):
     base = tmp_path_factory.mktemp("comfyui")
-    (base / "input").mkdir()
+    job.prepare(base)
+    for name in (*PLACEHOLDERS, "diffusion_models/WorldStereo-camera-fp8_e4m3fn_scaled.safetensors",
+                 "geometry_estimation/moge_2_vitl_normal_fp16.safetensors"):
+        (base / "models" / name).parent.mkdir(exist_ok=True)
+        (base / "models" / name).touch()
+    settings = base / "user" / "default" / "comfy.settings.json"
+    settings.parent.mkdir(parents=True)
+    settings.write_text(json.dumps({"Comfy.TutorialCompleted": True, "Comfy.Minimap.Visible": False}))
     gradient = np.linspace(40, 250, WIDTH * HEIGHT * 3).reshape(HEIGHT, WIDTH, 3).astype(np.uint8)
     Image.fromarray(gradient).save(base / "input" / "picture.png")
     Image.fromarray(gradient).resize((1024, 512)).save(base / "input" / "panorama.png")
+    shutil.copyfile(COMFYUI / "input" / "example.png", base / "input" / "example.png")
     Image.fromarray(gradient.mean(-1).astype(np.uint8)).save(base / "input" / "depth.png")
     (base / "input" / "cameras.txt").write_text("1 PINHOLE 96 64 80 80 48 32")
     (base / "input" / "images.txt").write_text("1 1 0 0 0 0 0 0 1 a.png\n\n2 1 0 0 0 0.1 0 0 1 b.png\n")
@@ -159,3 +172,47 @@ def test_only_the_files_of_the_input_folder_are_read(monkeypatch, tmp_path):
     for name in ("../camera.json", str(tmp_path / "camera.json"), "picture.png", ".", ""):
         with pytest.raises(ValueError, match="no camera file in ComfyUI's input folder"):
             camera_file(name)
+
+
+def example(comfyui, name):
+    """The API form of an example workflow."""
+    return server.to_api(json.loads((EXAMPLES / f"{name}.json").read_text("utf-8")), comfyui.object_info())
+
+
+@pytest.mark.parametrize("name", WORKFLOWS)
+def test_an_example_workflow_runs_at_toy_size(comfyui, name):
+    """With the toy model, stand-ins for the encoders and MoGe, and a small render."""
+    stand_ins = job.STAND_INS | {"MoGeInference": "WorldStereoDemoGeometry",
+                                 "MoGePanoramaInference": "WorldStereoDemoPanoramaGeometry"}
+    prompt = example(comfyui, name)
+    for node in prompt.values():
+        kind, inputs = node["class_type"], node["inputs"]
+        if kind in stand_ins:
+            node["class_type"] = stand_ins[kind]
+            node["inputs"] = {"image": inputs["image"]} if "image" in inputs else {}
+        for widget, value in {"LoadWorldStereoFP8": ("model_name", job.MODEL), "VAELoader": ("vae_name", job.VAE),
+                              "KSampler": ("steps", 2)}.items():
+            if kind == widget:
+                inputs[value[0]] = value[1]
+        if kind == "WorldStereoRender":
+            inputs |= {"width": 256, "height": 160}
+    prompt = {number: node for number, node in prompt.items() if node["class_type"] != "LoadMoGeModel"}
+    video = scene.read_video(job.saved_video(comfyui.base, comfyui.run(prompt)))
+    assert len(video) == 21
+    assert np.std(video[-1]) > 5  # it shows something
+
+
+@pytest.mark.parametrize("name", WORKFLOWS)
+def test_an_example_workflow_opens_in_the_web_page(comfyui, name):
+    """Without an error, with every node known, and with the same API form as the file's."""
+    errors = []
+    with page_of(comfyui, errors) as page:
+        page.evaluate("workflow => window.app.loadGraphData(workflow)", json.loads((EXAMPLES / f"{name}.json").read_text()))
+        page.wait_for_load_state("networkidle")
+        missing = page.evaluate("window.app.graph.nodes.filter(node => node.has_errors).map(node => node.type)")
+        shown = page.evaluate("async () => (await window.app.graphToPrompt()).output")
+        if folder := os.environ.get("SCREENSHOTS"):
+            page.screenshot(path=Path(folder) / f"{name}.png")
+    assert errors == []
+    assert missing == []
+    assert shown == example(comfyui, name)
