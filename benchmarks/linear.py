@@ -32,6 +32,7 @@ SHAPES = ((5120, 5120), (5120, 13824), (13824, 5120))
 TOKENS = 32760  # of the Linear
 ALL_TOKENS = 41760  # of a 480×768 target and eight references
 DIM, FFN_DIM, HEADS = 5120, 13824, 40
+CHUNKS = (4224, 8448)  # with tiles of 128×256 whole waves on 132 multiprocessors
 ERROR_TOKENS = 2048
 CALLS = 3  # in a row, each timing
 DEVICE = torch.device("cuda")
@@ -121,8 +122,8 @@ class Layer:
         for _ in range(3):
             self.product(x)
 
-    def in_chunks(self, x, rows: int = 8192):
-        """The quantised activations of each chunk are still in the L2 cache when they are multiplied."""
+    def in_chunks(self, x, rows: int):
+        """The quantised activations of a chunk may still be in the L2 cache when they are multiplied."""
         activations.forced = None
         for part in x.split(rows):
             scaled_linear(part, self.weight, self.scale, self.bias)
@@ -155,7 +156,7 @@ def linear(rounds: int, backends: list[str]):
             "ComfyUI's FP8": lambda: layer.comfy(x),
             **{f"**ours, {name}**": lambda name=name: layer.ours(x, name) for name in backends},
             f"ours, {best}, one quantisation for three products": lambda: layer.shared(x, best),
-            f"ours, {best}, in chunks of 8192 tokens": lambda: layer.in_chunks(x),
+            **{f"ours, {best}, in chunks of {n} tokens": lambda n=n: layer.in_chunks(x, n) for n in CHUNKS},
             "product alone, a scale a token": lambda: layer.product(by_token),
             "product alone, a scale a token, no bias": lambda: layer.product(by_token, bias=False),
             "product alone, a scale a token, tokens padded to 256": lambda: layer.product(padded_tokens),

@@ -131,11 +131,12 @@ def modulation(*shape, dtype):
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 333), (2, 1, 333), (2, 6, 333), (1, 6, 333)])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype, scale_dtype", [(dtype, dtype) for dtype in DTYPES] + [(torch.bfloat16, torch.float32)])
 @pytest.mark.parametrize("magnitude", [1e-3, 1.0, 1e3])
-def test_layer_norm(name, shape, dtype, magnitude):
+def test_layer_norm(name, shape, dtype, scale_dtype, magnitude):
     x = tokens(2, 6, 333, dtype=dtype, magnitude=magnitude)
     shift, scale = modulation(*shape, dtype=dtype)
+    scale = scale.to(scale_dtype)
     normal = F.layer_norm(x.double(), (333,), eps=EPS)
     exact = shift.double() + normal * (1 + scale.double())
     out = layer_norm_modulate(x, shift, scale, EPS)
