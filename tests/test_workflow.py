@@ -3,13 +3,13 @@
 import json
 import os
 import shutil
-from contextlib import contextmanager
 from pathlib import Path
 
 import comfy.cli_args
 import numpy as np
 import pytest
 from PIL import Image
+from web_page import open_workflow, page_of
 from worldstereo_fp8.demo import job, scene, server
 
 COMFYUI = Path(comfy.cli_args.__file__).parents[1]
@@ -20,13 +20,6 @@ PLACEHOLDERS = (
     "clip_vision/clip_vision_h.safetensors",
     "vae/wan_2.1_vae.safetensors",
 )
-CHROMIUM_FLAGS = (
-    "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync",
-    "--no-first-run",
-)  # fmt: skip
-# What ComfyUI's page itself reports as an error on a fresh server, without any custom node: it asks for the user's own
-# files, of which there are none, and for its graph too early.
-PAGES_OWN_ERRORS = ("/user.css", "/userdata", "ComfyApp graph accessed before initialization")
 
 
 @pytest.fixture(scope="module")
@@ -104,56 +97,16 @@ def thumbnails(frames):
     return np.stack([np.asarray(picture).ravel() / 255 for picture in small])
 
 
-def launch_browser(sync_api, playwright):
-    """A headless Chromium, Chrome or Edge. The test is skipped where there is none."""
-    for name in ("chromium", "chromium-browser"):
-        if path := shutil.which(name):
-            return playwright.chromium.launch(executable_path=path, args=CHROMIUM_FLAGS)
-    for channel in ("chrome", "msedge"):
-        try:
-            return playwright.chromium.launch(channel=channel, args=CHROMIUM_FLAGS)
-        except sync_api.Error:  # not installed
-            continue
-    return pytest.skip("there is no Chromium, Chrome or Edge on this machine, so the web page was not tested")
-
-
-@contextmanager
-def page_of(comfyui, errors):
-    """ComfyUI's web page, ready, in a fresh browser; its console errors and exceptions go to `errors`."""
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed; see tests/requirements.txt")
-    with sync_api.sync_playwright() as playwright:
-        browser = launch_browser(sync_api, playwright)
-        page = browser.new_page(viewport={"width": 2160, "height": 1500})
-
-        def on_console(message):
-            error = f"{message.text} ({message.location['url']})"
-            if message.type == "error" and not any(own in error for own in PAGES_OWN_ERRORS):
-                errors.append(error)
-
-        page.on("console", on_console)
-        page.on("pageerror", lambda error: errors.append(str(error)))
-        page.goto(f"http://{comfyui.address}")
-        page.wait_for_function("window.app?.extensionManager?.workflow?.activeWorkflow", timeout=90_000)
-        page.wait_for_load_state("networkidle")
-        yield page
-        browser.close()
-
-
-def test_workflow_in_the_web_page(comfyui, tmp_path):
+def test_workflow_in_the_web_page(comfyui):
     """The page shows the example workflow without an error and makes the same API form of it as the demo."""
     errors = []
     workflow = json.loads(job.WORKFLOW.read_text("utf-8"))
     with page_of(comfyui, errors) as page:
-        page.evaluate("workflow => window.app.loadGraphData(workflow)", workflow)
-        page.wait_for_load_state("networkidle")
-        missing = page.evaluate("window.app.graph.nodes.filter(node => node.has_errors).map(node => node.type)")
-        shown = page.evaluate("async () => (await window.app.graphToPrompt()).output")
+        faulty, shown = open_workflow(page, workflow)
         if folder := os.environ.get("SCREENSHOTS"):
             take_screenshot(page, Path(folder) / "worldstereo_fp8.png")
-    for node in shown.values():
-        node["inputs"].pop("video-preview", None)  # the page's player in Load Video, present once it has loaded
     assert errors == []
-    assert missing == []
+    assert faulty == []
     assert shown == job.example_prompt(comfyui.object_info())
 
 

@@ -1,0 +1,63 @@
+"""ComfyUI's web page in a headless browser."""
+
+import shutil
+from contextlib import contextmanager
+
+import pytest
+
+CHROMIUM_FLAGS = (
+    "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync",
+    "--no-first-run",
+)  # fmt: skip
+# What ComfyUI's page itself reports as an error on a fresh server, without any custom node: it asks for the user's own
+# files, of which there are none, and for its graph too early.
+PAGES_OWN_ERRORS = ("/user.css", "/userdata", "ComfyApp graph accessed before initialization")
+
+
+def launch_browser(sync_api, playwright):
+    """A headless Chromium, Chrome or Edge. The test is skipped where there is none."""
+    for name in ("chromium", "chromium-browser"):
+        if path := shutil.which(name):
+            return playwright.chromium.launch(executable_path=path, args=CHROMIUM_FLAGS)
+    for channel in ("chrome", "msedge"):
+        try:
+            return playwright.chromium.launch(channel=channel, args=CHROMIUM_FLAGS)
+        except sync_api.Error:  # not installed
+            continue
+    return pytest.skip("there is no Chromium, Chrome or Edge on this machine, so the web page was not tested")
+
+
+@contextmanager
+def page_of(comfyui, errors):
+    """ComfyUI's web page, ready, in a fresh browser; its console errors and exceptions go to `errors`."""
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed; see tests/requirements.txt")
+    with sync_api.sync_playwright() as playwright:
+        browser = launch_browser(sync_api, playwright)
+        page = browser.new_page(viewport={"width": 2160, "height": 1500})
+
+        def on_console(message):
+            error = f"{message.text} ({message.location['url']})"
+            if message.type == "error" and not any(own in error for own in PAGES_OWN_ERRORS):
+                errors.append(error)
+
+        page.on("console", on_console)
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.goto(f"http://{comfyui.address}")
+        page.wait_for_function("window.app?.extensionManager?.workflow?.activeWorkflow", timeout=90_000)
+        page.wait_for_load_state("networkidle")
+        yield page
+        browser.close()
+
+
+def open_workflow(page, workflow):
+    """Load a saved workflow into the page. Returns the types of the nodes that the page does not know or marks as faulty
+    (a file that is not there, for one), and the API form that Run would post."""
+    page.evaluate("workflow => window.app.loadGraphData(workflow)", workflow)
+    page.wait_for_load_state("networkidle")
+    faulty = page.evaluate("""window.app.graph.nodes
+        .filter(node => node.has_errors || !(node.type in window.LiteGraph.registered_node_types))
+        .map(node => node.type)""")
+    prompt = page.evaluate("async () => (await window.app.graphToPrompt()).output")
+    for node in prompt.values():
+        node["inputs"].pop("video-preview", None)  # the page's player in Load Video, present once it has loaded
+    return faulty, prompt
