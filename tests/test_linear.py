@@ -147,5 +147,5 @@ def test_native_accuracy_on_a_gpu(monkeypatch, backend, magnitude):
     assert torch.equal(scaled_linear(quantise_tokens(x.reshape(4, 64, 2048)), weight, scale.float(), None),
                        out.reshape(4, 64, 1024))
     # A part of the tokens, its scales anywhere in memory.
-    part = scaled_linear(quantise_tokens(x).rows(3, 101), weight, scale.float(), None)
-    assert torch.allclose(part.float(), out[3:101].float(), rtol=2**-7, atol=1e-3 * magnitude)
+    part = scaled_linear(quantise_tokens(x).rows(3, 101), weight, scale.float(), None).float()
+    assert (part - out[3:101].float()).norm() / out[3:101].float().norm() < 2**-8  # BF16's, and another order of summation
