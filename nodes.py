@@ -86,9 +86,9 @@ class LoadWorldStereoFP8(io.ComfyNode):
                                tooltip="A WorldStereo .safetensors file in models/diffusion_models. The scaled-FP8 "
                                        "file takes 20 GB of disk, the BF16 source 35 GB."),
                 io.Combo.Input("compute", options=list(COMPUTE), default=COMPUTE[0],
-                               tooltip="How FP8 layers multiply. auto: native FP8 where the card has it (GeForce RTX 40, "
-                                       "Hopper and newer), else the weight is upcast for each product. fp8: native, "
-                                       "or an error. bf16: always upcast."),
+                               tooltip="How FP8 layers multiply. auto: native FP8 where the card has it (GeForce RTX "
+                                       "40, Hopper and newer), else the weight is upcast for each product. fp8: "
+                                       "native, or an error. bf16: always upcast."),
                 io.Combo.Input("base_model", options=[NO_BASE, *diffusion_models()], default=NO_BASE, optional=True,
                                advanced=True,
                                tooltip="Only for an overlay file that holds a part of the backbone: the "
@@ -120,9 +120,9 @@ class WorldStereoConditioning(io.ComfyNode):
                 io.Conditioning.Input("negative"),
                 io.Vae.Input("vae", tooltip="The Wan 2.1 VAE."),
                 io.Image.Input("image", tooltip="The one picture to start from. Camera 0 took it."),
-                io.Image.Input("render_video", tooltip="The point cloud seen by each camera, as many frames as cameras. "
-                                                       "More than the model's 21 keyframes are thinned evenly. The "
-                                                       "first frame is replaced by the picture."),
+                io.Image.Input("render_video", tooltip="The point cloud seen by each camera, as many frames as "
+                                                       "cameras. More than the model's 21 keyframes are thinned "
+                                                       "evenly. The first frame is replaced by the picture."),
                 io.Mask.Input("render_mask", tooltip="For each frame of the render, 1 (white) where no point fell."),
                 Cameras.Input("cameras", tooltip="One camera a frame: world-to-camera, OpenCV axes."),
                 io.ClipVisionOutput.Input("clip_vision_output", optional=True,
@@ -223,8 +223,8 @@ class WorldStereoLoadCamera(io.ComfyNode):
             node_id="WorldStereoLoadCamera",
             display_name="WorldStereo Load Camera",
             category=CATEGORY,
-            description="Reads a camera path: camera.json, NeRF's transforms.json, or COLMAP's images.txt with cameras.txt "
-                        "beside it. Cameras are world-to-camera in OpenCV axes (x right, y down, z forward).",
+            description="Reads a camera path: camera.json, NeRF's transforms.json, or COLMAP's images.txt with "
+                        "cameras.txt beside it. World-to-camera, OpenCV axes (x right, y down, z forward).",
             search_aliases=["camera.json", "colmap", "nerf", "transforms.json", "trajectory"],
             inputs=[
                 io.Combo.Input("camera", options=camera_files(),
@@ -256,14 +256,14 @@ class WorldStereoCameraPath(io.ComfyNode):
             node_id="WorldStereoCameraPath",
             display_name="WorldStereo Camera Path",
             category=CATEGORY,
-            description="A camera path from a preset, starting where the picture was taken. Chain several through start. "
-                        "Cameras are world-to-camera in OpenCV axes (x right, y down, z forward).",
+            description="A camera path from a preset, starting where the picture was taken. Chain several through "
+                        "start. Cameras are world-to-camera in OpenCV axes (x right, y down, z forward).",
             search_aliases=["camera trajectory", "orbit", "dolly", "pan", "camera motion"],
             inputs=[
                 io.Image.Input("image", tooltip="The picture the path starts from: its size is the cameras' size."),
                 io.Combo.Input("preset", options=list(PRESETS),
-                               tooltip="orbit and arc circle the centre of the scene; dolly, truck, pedestal and spiral "
-                                       "travel; pan, tilt and roll turn on the spot; ellipse loop comes back."),
+                               tooltip="orbit and arc circle the centre of the scene; dolly, truck, pedestal and "
+                                       "spiral travel; pan, tilt and roll turn on the spot; ellipse loop comes back."),
                 io.Float.Input("degrees", default=30.0, min=-720.0, max=720.0, step=1.0,
                                tooltip="How far orbit, arc, pan, tilt and roll turn, in degrees."),
                 io.Float.Input("distance", default=0.3, min=-100.0, max=100.0, step=0.01,
@@ -274,23 +274,23 @@ class WorldStereoCameraPath(io.ComfyNode):
                                      "evenly."),
                 io.Combo.Input("easing", options=list(EASINGS), tooltip="How the speed changes along the path."),
                 io.Combo.Input("look_at_centre", options=list(LOOK_AT),
-                               tooltip="on: turn to keep the centre of the scene in the middle. off: keep the direction. "
-                                       "auto: on for orbit, arc, spiral and ellipse loop. Dolly, pan, tilt and roll "
-                                       "keep their own."),
+                               tooltip="on: turn to keep the centre of the scene in the middle. off: keep the "
+                                       "direction. auto: on for orbit, arc, spiral and ellipse loop. Dolly, pan, tilt "
+                                       "and roll keep their own."),
                 io.Combo.Input("lens", options=list(LENSES),
-                               tooltip=f"auto: MoGe's estimate or the 3-D viewer's, else {DEFAULT_FOV:g} degrees wide. A "
-                                       "path in start keeps its lens."),
+                               tooltip=f"auto: MoGe's estimate or the 3-D viewer's, else {DEFAULT_FOV:g} degrees wide. "
+                                       "A path in start keeps its lens."),
                 io.Float.Input("lens_value", default=DEFAULT_FOV, min=1.0, max=1000.0, step=0.5,
                                tooltip="The number for lens: degrees, or mm on 36 mm wide film. Not used by auto."),
                 io.Float.Input("scene_depth", default=0.0, min=0.0, max=1e6, step=0.01, advanced=True,
                                tooltip="Distance from the camera to the centre of the scene, in scene units. 0: the "
                                        "median depth of scene, else the 3-D viewer's distance to its target, else 1."),
                 io.Float.Input("start_pitch", default=0.0, min=-89.0, max=89.0, step=1.0, advanced=True,
-                               tooltip="How far up (down: below 0) the picture's camera looks, in degrees, so that orbits "
-                                       "and pans stay level. Not used with start."),
+                               tooltip="How far up (down: below 0) the picture's camera looks, in degrees, so that "
+                                       "orbits and pans stay level. Not used with start."),
                 io.MultiType.Input("scene", types=[MoGeGeometry, Points], optional=True,
-                                   tooltip="MoGe's geometry of the picture, or a point cloud: gives the depth (and MoGe "
-                                           "the lens), and is drawn into the picture of the path."),
+                                   tooltip="MoGe's geometry of the picture, or a point cloud: gives the depth (and "
+                                           "MoGe the lens), and is drawn into the picture of the path."),
                 io.MultiType.Input("start", types=[Cameras, io.Load3DCamera], optional=True,
                                    tooltip="Where to start: after the last camera of another path, which stays in "
                                            "front, or at the camera of core's 3-D viewer."),
@@ -318,26 +318,26 @@ class WorldStereoRender(io.ComfyNode):
             display_name="WorldStereo Render",
             category=CATEGORY,
             description="Makes a point cloud of the picture and its depth and shows what each camera sees of it: the "
-                        "render and the holes that WorldStereo fills. The first camera is the one that took the picture.",
+                        "render and the holes that WorldStereo fills. The first camera is the one that took it.",
             search_aliases=["point cloud render", "warp", "novel view", "moge"],
             inputs=[
                 io.Image.Input("image", tooltip="The picture to start from. It is also the first frame."),
                 io.MultiType.Input("depth", types=[MoGeGeometry, io.Image, Points],
-                                   tooltip="MoGe's geometry of the picture, a grey depth or disparity picture, or a point "
-                                           "cloud in the cameras' world."),
+                                   tooltip="MoGe's geometry of the picture, a grey depth or disparity picture, or a "
+                                           "point cloud in the cameras' world."),
                 Cameras.Input("cameras", tooltip="One camera a frame: world-to-camera, OpenCV axes."),
                 io.Combo.Input("depth_picture", options=list(DEPTH_PICTURES),
-                               tooltip="For a depth picture: what its grey means. Depth Anything and MiDaS give disparity."),
+                               tooltip="For a depth picture: what its grey means. Depth Anything gives disparity."),
                 io.Float.Input("near", default=1.0, min=0.0, max=1e6, step=0.01,
-                               tooltip="For a depth picture: the depth of its nearest grey, in scene units. 0 for a metric "
-                                       "depth map."),
+                               tooltip="For a depth picture: the depth of its nearest grey, in scene units. 0 for a "
+                                       "metric depth map."),
                 io.Float.Input("far", default=10.0, min=0.0, max=1e6, step=0.01,
-                               tooltip="For a depth picture: the depth of its farthest grey, in scene units; for a metric "
-                                       "depth map, the depth that white stands for."),
+                               tooltip="For a depth picture: the depth of its farthest grey, in scene units; for a "
+                                       "metric depth map, the depth that white stands for."),
                 io.Int.Input("width", default=0, min=0, max=8192, step=16, advanced=True,
-                             tooltip="Width of the render in pixels. 0: the model's size nearest to the picture's shape."),
+                             tooltip="Of the render, in pixels. 0: the model's size nearest to the picture's shape."),
                 io.Int.Input("height", default=0, min=0, max=8192, step=16, advanced=True,
-                             tooltip="Height of the render in pixels. 0: the model's size nearest to the picture's shape."),
+                             tooltip="Of the render, in pixels. 0: the model's size nearest to the picture's shape."),
                 io.Float.Input("radius", default=RADIUS, min=0.0005, max=0.2, step=0.0005, round=0.0001, advanced=True,
                                tooltip="Radius of a point, where the shorter side of the picture is 2. The model was "
                                        f"trained with {RADIUS}."),
@@ -363,11 +363,12 @@ class WorldStereoRender(io.ComfyNode):
             tuple(channel / 255 for channel in ImageColor.getrgb(background)[:3]),
             comfy.model_management.get_torch_device(), progress.update)
         empty = mostly_holes(holes)
+        numbers = ", ".join(map(str, empty))
         if empty:
             logging.warning("WorldStereo Render: more than half of these frames is holes: %s. The model has to invent "
-                            "them; a shorter path keeps more of the picture.", ", ".join(map(str, empty)))
-        tell(cls, f"{len(cloud):,} points, {holes.mean():.0%} holes\n" + (
-            f"mostly holes: frames {', '.join(map(str, empty))}" if empty else f"at most {holes.mean((1, 2)).max():.0%}"))
+                            "them; a shorter path keeps more of the picture.", numbers)
+        most = f"mostly holes: frames {numbers}" if empty else f"at most {holes.mean((1, 2)).max():.0%} in a frame"
+        tell(cls, f"{len(cloud):,} points, {holes.mean():.0%} holes\n{most}")
         return io.NodeOutput(video, holes, cloud)
 
 
@@ -378,8 +379,8 @@ class WorldStereoPanorama(io.ComfyNode):
             node_id="WorldStereoPanorama",
             display_name="WorldStereo Panorama",
             category=CATEGORY,
-            description="Starts from an equirectangular panorama: the point cloud of all around, and an ordinary picture "
-                        "in a chosen direction with its camera, for Camera Path and Render.",
+            description="Starts from an equirectangular panorama: the point cloud of all around, and an ordinary "
+                        "picture in a chosen direction with its camera, for Camera Path and Render.",
             search_aliases=["360", "equirectangular", "panorama to perspective"],
             inputs=[
                 MoGeGeometry.Input("moge_geometry", tooltip="From core's MoGe Panorama Inference."),
@@ -394,7 +395,7 @@ class WorldStereoPanorama(io.ComfyNode):
             ],
             outputs=[
                 io.Image.Output(display_name="image", tooltip="The start picture."),
-                Points.Output(display_name="points", tooltip="For depth of WorldStereo Render and scene of Camera Path."),
+                Points.Output(display_name="points", tooltip="For depth of Render and scene of Camera Path."),
                 Cameras.Output(display_name="camera", tooltip="The start picture's camera, for start of Camera Path."),
             ],
         )
@@ -477,8 +478,8 @@ class WorldStereoSaveFrames(io.ComfyNode):
             search_aliases=["worldmirror", "reconstruction", "gaussian splatting", "export frames"],
             inputs=[
                 io.Image.Input("images", tooltip="The decoded keyframes."),
-                Cameras.Input("cameras", tooltip="One camera a frame. Where there are more, they are thinned as WorldStereo "
-                                                 "Conditioning thinned them."),
+                Cameras.Input("cameras", tooltip="One camera a frame. Where there are more, they are thinned as "
+                                                 "WorldStereo Conditioning thinned them."),
                 io.String.Input("filename_prefix", default="worldstereo/frames",
                                 tooltip="Of a new folder in ComfyUI's output folder; a number is added, nothing is "
                                         "overwritten."),

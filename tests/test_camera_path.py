@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from worldstereo_fp8.worldstereo.camera_path import (
-    DEFAULT_FOV, EASINGS, LENSES, PRESETS, Move, camera_of_moge, camera_of_viewer, depth_of_scene, draw_path, focal_length,
-    move_on, pinhole,
+    DEFAULT_FOV, EASINGS, LENSES, PRESETS, Move, camera_of_moge, camera_of_viewer, depth_of_scene, draw_path,
+    focal_length, move_on, pinhole,
 )
 from worldstereo_fp8.worldstereo.cameras import centres
 from worldstereo_fp8.worldstereo.pointcloud import PointCloud
@@ -162,7 +162,8 @@ def test_the_viewers_target_stands_in_for_its_rotation():
 
 
 @pytest.mark.parametrize("changes, message", [
-    ({"cameraType": "orthographic"}, "orthographic"), ({"position": {}}, "cannot be used"), ({"fov": "wide"}, "cannot be"),
+    ({"cameraType": "orthographic"}, "orthographic"), ({"position": {}}, "cannot be used"),
+    ({"fov": "wide"}, "cannot be used"),
 ])
 def test_unusable_viewer_cameras_are_named(changes, message):
     with pytest.raises(ValueError, match=message):

@@ -207,7 +207,8 @@ def test_an_example_workflow_opens_in_the_web_page(comfyui, name):
     """Without an error, with every node known, and with the same API form as the file's."""
     errors = []
     with page_of(comfyui, errors) as page:
-        page.evaluate("workflow => window.app.loadGraphData(workflow)", json.loads((EXAMPLES / f"{name}.json").read_text()))
+        workflow = json.loads((EXAMPLES / f"{name}.json").read_text("utf-8"))
+        page.evaluate("workflow => window.app.loadGraphData(workflow)", workflow)
         page.wait_for_load_state("networkidle")
         missing = page.evaluate("window.app.graph.nodes.filter(node => node.has_errors).map(node => node.type)")
         shown = page.evaluate("async () => (await window.app.graphToPrompt()).output")

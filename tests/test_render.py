@@ -5,9 +5,10 @@ import torch
 
 from worldstereo_fp8.worldstereo import render as render_module
 from worldstereo_fp8.worldstereo.cameras import Cameras, quaternion_to_rotation
-from worldstereo_fp8.worldstereo.depth import points_from_depth
+from worldstereo_fp8.worldstereo.conditioning import resize_pictures
+from worldstereo_fp8.worldstereo.depth import DEPTH_PICTURES, points_from_depth
 from worldstereo_fp8.worldstereo.pointcloud import PointCloud
-from worldstereo_fp8.worldstereo.render import render
+from worldstereo_fp8.worldstereo.render import mostly_holes, render, render_start
 
 
 def cameras_of(count=3, width=40, height=24, focal=35.0, seed=0):
@@ -54,14 +55,14 @@ def brute_force(cloud, cameras, radius, points_per_pixel, background):
 
 
 @pytest.mark.parametrize("radius, points_per_pixel, tile, chunk", [
-    (0.15, 20, 1 << 16, 1 << 18),
-    (0.15, 3, 1 << 16, 1 << 18),  # more points than a pixel takes
-    (0.3, 4, 90, 64),  # several tiles, several chunks each, full pixels from one chunk to the next
-    (0.02, 20, 1 << 16, 1 << 18),  # smaller than a pixel
+    (0.15, 20, 1 << 16, 1 << 22),
+    (0.15, 3, 1 << 16, 1 << 22),  # more points than a pixel takes
+    (0.3, 4, 90, 4096),  # several tiles, several chunks each, full pixels from one chunk to the next
+    (0.02, 20, 1 << 16, 1 << 22),  # smaller than a pixel
 ])
 def test_equals_the_brute_force_reference(monkeypatch, radius, points_per_pixel, tile, chunk):
     monkeypatch.setattr(render_module, "TILE_PIXELS", tile)
-    monkeypatch.setattr(render_module, "CHUNK_POINTS", chunk)
+    monkeypatch.setattr(render_module, "CHUNK_CELLS", chunk)
     cloud, cameras, background = cloud_of(), cameras_of(), (0.2, 0.4, 0.6)
     pictures, holes = render(cloud, cameras, radius, points_per_pixel, background)
     expected, expected_holes = brute_force(cloud, cameras, radius, points_per_pixel, background)
@@ -111,3 +112,43 @@ def test_the_first_camera_sees_its_own_picture():
     pictures, holes = render(cloud, cameras, radius=0.1)  # one pixel: a splat ends at its neighbours' centres
     torch.testing.assert_close(pictures[0], picture, atol=1e-3, rtol=0)
     assert not holes.any()
+
+
+def start_of(image, scene, cameras, progress=lambda frames: None, **changes):
+    """`render_start` with the node's defaults."""
+    options = {"depth_picture": DEPTH_PICTURES[1], "near": 1.0, "far": 3.0, "width": 0, "height": 0, "radius": 0.01,
+               "points_per_pixel": 20, "background": (0.0, 0.0, 0.0), "device": "cpu"} | changes
+    return render_start(image, scene, cameras, progress=progress, **options)
+
+
+def test_the_first_frame_is_the_picture():
+    image = torch.rand(1, 24, 32, 3, generator=torch.Generator().manual_seed(3))
+    depth = torch.linspace(0, 1, 48)[None, :, None, None].expand(1, 48, 64, 3)
+    cameras = cameras_of(2, width=64, height=48)
+    video, holes, cloud = start_of(image, depth, cameras, width=48, height=36)
+    assert torch.equal(video[0], resize_pictures(image, 36, 48)[0]) and not holes[0].any()
+    assert 0 < holes[1].mean() < 1
+    again, _, same = start_of(image, cloud, cameras, width=48, height=36)  # its points in place of the depth
+    assert same is cloud
+    torch.testing.assert_close(again, video)
+
+
+def test_the_render_has_the_models_size_nearest_to_the_pictures_shape():
+    video, holes, _ = start_of(torch.zeros(1, 48, 64, 3), cloud_of(10), cameras_of(1))
+    assert video.shape == (1, 512, 720, 3) and holes.shape == (1, 512, 720)
+
+
+def test_frames_that_are_mostly_holes_are_named():
+    holes = torch.zeros(4, 2, 4)
+    holes[1] = 1
+    holes[2, 0] = 1  # half
+    holes[3, 0], holes[3, 1, 0] = 1, 1
+    assert mostly_holes(holes) == [1, 3]
+
+
+@pytest.mark.parametrize("count, shape, message", [
+    (2, (48, 64), "image holds 2 pictures"), (1, (48, 48), "depth is 48x48 and image 64x48"),
+])
+def test_a_picture_and_its_depth_must_belong_together(count, shape, message):
+    with pytest.raises(ValueError, match=message):
+        start_of(torch.zeros(count, 48, 64, 3), torch.zeros(1, *shape, 3), cameras_of(1))

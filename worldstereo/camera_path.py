@@ -117,7 +117,7 @@ def depth_of_scene(cloud: PointCloud, camera: Cameras) -> float:
 
 
 def move_on(start: Cameras, move: Move, depth: float) -> Cameras:
-    """`start` and, from its last camera on, the preset's path of `keyframes` cameras, the first of which is that camera.
+    """`start` and, from its last camera on, the preset's path of `keyframes` cameras, the first of them that camera.
 
     The centre of the scene lies `depth` straight ahead of where the preset starts. Raises ValueError for fewer than 2
     keyframes and a depth that is not positive.
@@ -169,13 +169,13 @@ def _turn(axis, angles) -> torch.Tensor:
 
 
 def _looking_at(eyes, centre, down) -> torch.Tensor:
-    """Camera-to-world rotations [N, 3, 3] that look from eyes [N, 3] at the centre, their y axis as near to `down` as can
-    be. Raises ValueError where that is the very line of sight."""
+    """Camera-to-world rotations [N, 3, 3] that look from eyes [N, 3] at the centre, their y axis as near to `down` as
+    can be. Raises ValueError where that is the very line of sight."""
     forward = torch.nn.functional.normalize(centre - eyes, dim=1)
     right = torch.linalg.cross(down.expand_as(forward), forward)
     if (right.norm(dim=1) < 1e-6).any():
-        raise ValueError("Somewhere the path looks at the centre of the scene straight from above or below, where it has "
-                         "no upright: shorten the path, or set look_at_centre off.")
+        raise ValueError("Somewhere the path looks at the centre of the scene straight from above or below, where it "
+                         "has no upright: shorten the path, or set look_at_centre off.")
     right = torch.nn.functional.normalize(right, dim=1)
     return torch.stack([right, torch.linalg.cross(forward, right), forward], dim=2)
 
@@ -206,7 +206,7 @@ def plan_path(image: torch.Tensor, move: Move, lens: str, lens_value: float, sce
     else:
         first = pinhole(width, height, focal_length(lens, lens_value, width), pitch=start_pitch)
     if picture_depth is not None:
-        scene = points_from_depth(image[0], picture_depth, first.w2c[0], first.scaled_to(width, height).K[0])
+        scene = points_from_depth(image[0, ..., :3], picture_depth, first.w2c[0], first.scaled_to(width, height).K[0])
     if scene is not None:
         depth = depth_of_scene(scene, first)
     cameras = move_on(first, move, scene_depth or depth)
@@ -227,8 +227,8 @@ INK, PAPER, GRID = (225, 225, 225), (24, 24, 27), (70, 70, 75)
 
 
 def draw_path(cameras: Cameras, depth: float, cloud: PointCloud | None = None) -> torch.Tensor:
-    """The path from above and from the side, [1, PANEL, 2 PANEL, 3] in 0..1: every camera as a frustum, coloured from the
-    first (blue) to the last (red), over the scene's points, with the scale in scene units."""
+    """The path from above and from the side, [1, PANEL, 2 PANEL, 3] in 0..1: every camera as a frustum, coloured from
+    the first (blue) to the last (red), over the scene's points, with the scale in scene units."""
     views = [("from above", (0, 2), (1, -1), "x right, z forward"),
              ("from the side", (2, 1), (1, 1), "z forward, y down")]
     panels = []
@@ -268,7 +268,7 @@ def draw_path(cameras: Cameras, depth: float, cloud: PointCloud | None = None) -
 
 
 def _frusta(cameras: Cameras, length: float) -> torch.Tensor:
-    """One stroke a camera, [N, points, 3]: from the centre to each corner of its picture at depth `length`, and around."""
+    """One stroke a camera, [N, points, 3]: from its centre to its picture's corners at depth `length`, and around."""
     w, h = cameras.width, cameras.height
     corners = torch.tensor([[0.0, 0, 1], [w, 0, 1], [w, h, 1], [0, h, 1]])
     rays = (torch.linalg.inv(cameras.K) @ corners.T * length).mT

@@ -20,8 +20,8 @@ def depth_of_moge(geometry: dict) -> torch.Tensor:
     if "depth" not in geometry:
         raise ValueError("The MoGe geometry holds no depth.")
     if "intrinsics" not in geometry:
-        raise ValueError("This MoGe geometry is of a panorama: connect it to WorldStereo Panorama, and that node's point "
-                         "cloud here.")
+        raise ValueError("This MoGe geometry is of a panorama: connect it to WorldStereo Panorama, and that node's "
+                         "point cloud here.")
     depth = geometry["depth"].float().cpu()
     if len(depth) != 1:
         raise ValueError(f"The MoGe geometry holds {len(depth)} pictures; WorldStereo starts from one.")
@@ -38,7 +38,7 @@ def depth_of_picture(image: torch.Tensor, kind: str, near: float, far: float) ->
         raise ValueError(f"The depth picture is a batch of {len(image)}; WorldStereo starts from one picture.")
     image = image[0, ..., :3].float().cpu()
     if (image.amax(-1) - image.amin(-1)).max() > GREY_TOLERANCE:
-        raise ValueError("The depth picture is coloured: give the grey depth or disparity itself, not a colour map of it.")
+        raise ValueError("The depth picture is coloured: give the grey depth or disparity, not a colour map of it.")
     value = image.mean(-1)
     if not near < far:
         raise ValueError(f"near is {near} and far {far}: far must be the larger.")

@@ -19,7 +19,8 @@ from .pointcloud import PointCloud
 RADIUS = 0.008  # of a splat, in units in which the shorter side of the picture spans 2
 POINTS_PER_PIXEL = 20
 TILE_PIXELS = 1 << 16  # pixels composited at a time
-CHUNK_POINTS = 1 << 18  # points splatted at a time; with the tile, this bounds the memory
+CHUNK_CELLS = 1 << 22  # pixels that points may cover, looked at at a time; with the tile, this bounds the memory
+SHAPE_TOLERANCE = 0.05  # relative, of height/width: depth models round the sides of their maps
 
 
 def render_start(image: torch.Tensor, scene: dict | torch.Tensor | PointCloud, cameras: Cameras, depth_picture: str,
@@ -40,6 +41,10 @@ def render_start(image: torch.Tensor, scene: dict | torch.Tensor | PointCloud, c
     cameras = cameras.scaled_to(width, height)
     if not isinstance(scene, PointCloud):
         depth = depth_of_moge(scene) if isinstance(scene, dict) else depth_of_picture(scene, depth_picture, near, far)
+        stretch = depth.shape[0] / depth.shape[1] / (image.shape[1] / image.shape[2])
+        if abs(stretch - 1) > SHAPE_TOLERANCE:
+            raise ValueError(f"depth is {depth.shape[1]}x{depth.shape[0]} and image {image.shape[2]}x{image.shape[1]}: "
+                             "they have different shapes. Take the depth of this very picture, uncropped.")
         scene = points_from_depth(picture[0], depth, cameras.w2c[0], cameras.K[0])
     video, holes = render(scene, cameras, radius, points_per_pixel, background, device, progress)
     video[0], holes[0] = picture[0], 0
@@ -98,7 +103,8 @@ def _splat(u, v, colors, index, top, bottom, width, radius, points_per_pixel, ba
     passed = colors.new_ones(pixels)  # the light that passes all points so far
     taken = torch.zeros(pixels, dtype=torch.long, device=colors.device)
     span = math.ceil(2 * radius)  # the pixel centres that a splat can cover on an axis
-    for chunk in ((v > top - radius) & (v < bottom + radius)).nonzero().squeeze(1).split(CHUNK_POINTS):
+    reaching = ((v > top - radius) & (v < bottom + radius)).nonzero().squeeze(1)
+    for chunk in reaching.split(max(1, CHUNK_CELLS // span**2)):
         column, dx2 = _covered(u[chunk], span, radius, 0, width)
         row, dy2 = _covered(v[chunk], span, radius, top, bottom)
         d2 = (dy2[:, :, None] + dx2[:, None, :]).flatten()
