@@ -223,15 +223,17 @@ def extent(cameras: Cameras) -> float:
 
 PANEL = 512  # pixels a side of each view
 MARGIN = 36
+FRUSTA = 21  # more would hide each other
 INK, PAPER, GRID = (225, 225, 225), (24, 24, 27), (70, 70, 75)
 
 
 def draw_path(cameras: Cameras, depth: float, cloud: PointCloud | None = None) -> torch.Tensor:
-    """The path from above and from the side, [1, PANEL, 2 PANEL, 3] in 0..1: every camera as a frustum, coloured from
-    the first (blue) to the last (red), over the scene's points, with the scale in scene units."""
+    """The path from above and from the side, [1, PANEL, 2 PANEL, 3] in 0..1: cameras as frusta, coloured from the
+    first (blue) to the last (red), over the scene's points, with the scale in scene units."""
     views = [("from above", (0, 2), (1, -1), "x right, z forward"),
              ("from the side", (2, 1), (1, 1), "z forward, y down")]
     panels = []
+    cameras = cameras.thinned(FRUSTA)
     frusta = _frusta(cameras, 0.12 * depth)
     for title, axes, signs, names in views:
         sign = np.array(signs)
