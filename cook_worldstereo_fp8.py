@@ -1,0 +1,193 @@
+"""Makes the scaled-FP8 file of a WorldStereo model, and checks such files. Needs torch and safetensors only.
+
+    python cook_worldstereo_fp8.py SRC DST [--recipe default|published] [--convs fp8|bf16]
+    python cook_worldstereo_fp8.py --verify FILE SRC    does FILE come out of SRC, byte for byte?
+    python cook_worldstereo_fp8.py --compare A B        the error of B's weights against A's
+
+SRC is a .safetensors file, or the .safetensors.index.json of a model in shards.
+"""
+
+import argparse
+import importlib.util
+import json
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+if not __package__:  # run as a script: make this folder the package that it is inside ComfyUI
+    spec = importlib.util.spec_from_file_location("worldstereo_fp8", ROOT / "__init__.py",
+                                                  submodule_search_locations=[str(ROOT)])
+    sys.modules["worldstereo_fp8"] = importlib.util.module_from_spec(spec)
+    __package__ = "worldstereo_fp8"
+
+from . import remap
+from .fp8.cook import CONFIG_FILE, CONVS, FORMAT_VERSION, TOOL_VERSION, Options, Progress, cook, find_config, verify
+from .fp8.files import open_files
+from .fp8.recipe import EXCLUDED, RECIPES
+from .fp8.report import Report, compare
+
+SOURCE_PAGE = "https://huggingface.co/hanshanxue/WorldStereo"
+BASE_PAGE = "https://github.com/Wan-Video/Wan2.1"
+APACHE_LICENSE = "LICENSE-Apache-2.0"
+PICTURE = "report.png"
+SECONDS_BETWEEN_LINES = 2.0
+
+
+def is_foreign(name: str) -> bool:
+    """Whether a tensor's name is native Wan's, alone or behind the prefix that ComfyUI's Save nodes write."""
+    return remap.is_native(name.split("diffusion_model.")[-1])
+
+
+def write_report(report: Report, folder: Path):
+    """report.json, report.txt and report.png in `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "report.json").write_text(json.dumps(report.as_dict(), indent=1), encoding="utf-8")
+    (folder / "report.txt").write_text(report.as_text(), encoding="utf-8")
+    report.picture().save(folder / PICTURE)
+
+
+def write_card(report: Report, folder: Path, options: Options, config: str | None):
+    """What a model repository owes beside the file: README.md, config.json, LICENSE, the Apache License, NOTICE."""
+    folder.mkdir(parents=True, exist_ok=True)
+    facts = dict(report.heading)
+    kinds = [f"| `{kind}` | {error.relative:.3%} | {error.rms:.3e} | {error.max:.3e} | {error.zeroed / error.count:.4%} |"
+             for kind, error in report.errors_by_kind()]
+    worst = [f"| `{error.name}` | {error.relative:.3%} | {error.rms:.3e} | {error.max:.3e} | {error.scale:.4g} |"
+             for error in report.worst()]
+    total = report.total(report.errors)
+    readme = f"""---
+license: apache-2.0
+base_model: hanshanxue/WorldStereo
+base_model_relation: quantized
+pipeline_tag: image-to-video
+tags: [worldstereo, wan, fp8, comfyui]
+---
+
+# WorldStereo, scaled FP8
+
+A [WorldStereo]({SOURCE_PAGE}) checkpoint with its large weights in FP8 (`float8_e4m3fn`, one BF16 `scale_weight` for each),
+for the node Load WorldStereo FP8 in ComfyUI.
+
+| | |
+|---|---|
+{chr(10).join(f"| {what} | {value} |" for what, value in facts.items() if what != "time")}
+
+## What it cost
+
+Against the source's weights, over all FP8 weights: relative RMS error {total.relative:.3%}, SQNR {total.sqnr or 0:.2f} dB,
+{total.zeroed / total.count:.4%} of the values became zero, {total.saturated / total.count:.4%} saturated.
+{report.gain() if report.published else ""}
+
+| kind of weight | relative RMS error | RMS error | largest error | became zero |
+|---|---|---|---|---|
+{chr(10).join(kinds)}
+
+The worst:
+
+| weight | relative RMS error | RMS error | largest error | scale |
+|---|---|---|---|---|
+{chr(10).join(worst)}
+
+## How it was made
+
+`python cook_worldstereo_fp8.py SRC DST --recipe {options.recipe} --convs {options.convs}` (format {FORMAT_VERSION}, version
+{TOOL_VERSION}). The same source gives the same bytes; `--verify FILE SRC` checks them. Tensors stay BF16 if their names
+contain any of: {", ".join(EXCLUDED)}.
+
+## Licence
+
+The base model Wan2.1-I2V-14B is under the Apache License 2.0 ({APACHE_LICENSE}); NOTICE says what was changed. What this
+repository adds to it is under the MIT License (LICENSE). The terms of the source are on [its own page]({SOURCE_PAGE}).
+"""
+    notice = f"""WorldStereo, scaled FP8
+
+This product includes weights of Wan2.1-I2V-14B ({BASE_PAGE}), Copyright (c) Alibaba Wan Team, licensed under
+the Apache License, Version 2.0; see {APACHE_LICENSE}.
+
+It is made from WorldStereo ({SOURCE_PAGE}),
+source SHA-256: {facts["source SHA-256"]}
+
+Statement of changes: {len(report.errors)} weights were converted to float8_e4m3fn with one scale each, by the recipe
+"{options.recipe}" with convolutions in {options.convs}. All other tensors are the source's, in BF16.
+"""
+    files = {"README.md": readme, "NOTICE": notice}
+    files |= {name: (ROOT / name).read_text(encoding="utf-8") for name in ("LICENSE", APACHE_LICENSE)}
+    if config is not None:
+        files[CONFIG_FILE] = config
+    for name, text in files.items():
+        (folder / name).write_text(text, encoding="utf-8")
+
+
+class _Line:
+    """Prints progress: one line that is rewritten on a terminal, a line now and then elsewhere."""
+
+    def __init__(self):
+        self.printed = time.monotonic()
+
+    def __call__(self, progress: Progress):
+        finished = progress.nbytes == progress.total_nbytes
+        if finished or time.monotonic() - self.printed > (0.2 if sys.stderr.isatty() else SECONDS_BETWEEN_LINES):
+            self.printed = time.monotonic()
+            end = "\n" if finished or not sys.stderr.isatty() else "\r"
+            print(f"{progress}   ", end=end, file=sys.stderr, flush=True)
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("first", metavar="SRC", help="the source (with --verify: the FP8 file)")
+    parser.add_argument("second", metavar="DST", help="the result (with --verify: the source)")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--verify", action="store_true", help="check an FP8 file against its source, writing nothing")
+    what.add_argument("--compare", action="store_true", help="compare two files, BF16 or FP8, of the same names")
+    parser.add_argument("--recipe", choices=RECIPES, help="default: smaller error, the same format; published: bit for "
+                        "bit as the published files. With --verify: what the file says, else published")
+    parser.add_argument("--convs", choices=sorted(set(CONVS.values())),
+                        help="convolution weights; default recipe: bf16, published: fp8")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing DST")
+    parser.add_argument("--config", type=Path, help="the model's config.json; else the one beside SRC or in its metadata")
+    parser.add_argument("--report", type=Path, metavar="DIR", help="write report.json, report.txt and report.png (Pillow)")
+    parser.add_argument("--card", type=Path, metavar="DIR", help="write README, config.json, LICENSE and NOTICE for a "
+                        "model repository")
+    options = parser.parse_args(arguments)
+    if options.card and (options.verify or options.compare):
+        parser.error("--card needs a cook: SRC DST")
+    if options.verify and options.convs and not options.recipe:
+        parser.error("--verify with --convs needs --recipe")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line. Returns the exit status: 1 where something failed or a verified file differs."""
+    given = parse_arguments(arguments)
+    try:
+        if given.compare:
+            report = compare(given.first, given.second)
+            print(report.as_text())
+            if given.report:
+                write_report(report, given.report)
+            return 0
+        if given.verify:
+            options = Options(given.recipe, given.convs) if given.recipe else None
+            differences = verify(given.first, given.second, options, is_foreign=is_foreign, on_progress=_Line())
+            print("\n".join(differences) or f"{given.first} is what the recipe makes of {given.second}, byte for byte.")
+            return 1 if differences else 0
+        options = Options(given.recipe or RECIPES[0], given.convs)
+        report = cook(given.first, given.second, options, overwrite=given.overwrite, config=given.config,
+                      is_foreign=is_foreign, on_progress=_Line())
+        print(report.as_text())
+        if given.report:
+            write_report(report, given.report)
+        if given.card:
+            write_card(report, given.card, options, find_config(open_files(given.first), given.config))
+        return 0
+    except (ValueError, OSError) as e:
+        print(f"\nerror: {e}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\ncancelled; nothing was written", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,276 @@
+"""What FP8 cost: the error of every weight, as numbers, as text and as one picture."""
+
+import math
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from .files import DTYPES, Tensor, TensorFiles, open_files
+from .recipe import MARKER, SCALE_SUFFIX
+
+WORST = 10  # weights named in the text
+COMPARED = 2**19  # elements compared at once
+SCALE_SUFFIXES = (f"weight.{SCALE_SUFFIX}", SCALE_SUFFIX, "weight_scale")  # a weight's scale, as several tools name it
+OTHER_SUFFIXES = (MARKER, "scale_input", "input_scale", "comfy_quant")  # of scaled-FP8 files, but no weight
+
+# The picture's colours from small to large errors, and its sizes in pixels.
+COLOURS = ((38, 70, 120), (42, 140, 150), (140, 190, 110), (240, 200, 90), (215, 80, 60))
+CELL, MARGIN, FONT_SIZE, LEGEND = (24, 20), 20, 13, 240
+
+
+@dataclass
+class WeightError:
+    """The error of one weight as a file holds it, against its reference. `scale` is None for a weight not in FP8."""
+
+    name: str
+    count: int
+    scale: float | None = None
+    max: float = 0.0
+    error_squares: float = 0.0
+    signal_squares: float = 0.0
+    zeroed: int = 0  # values other than 0 that became 0
+    saturated: int = 0  # values so far beyond the largest number of FP8 that they lost more than a rounding
+
+    def add(self, values: torch.Tensor, held: torch.Tensor, counts: torch.Tensor | int = 1, limit: float = math.inf):
+        """Takes in some reference values, FP32, the FP64 values held for them, and how often each pair occurs.
+
+        limit: the magnitude above which a value is saturated; see `saturation`.
+        """
+        values = values.double()
+        error = (held - values).abs_()
+        self.max = max(self.max, error.max().item())
+        self.error_squares += (error.square_() * counts).sum().item()
+        self.signal_squares += (values.square() * counts).sum().item()
+        self.zeroed += int((((held == 0) & (values != 0)) * counts).sum())
+        self.saturated += int(((values.abs_() > limit) * counts).sum())
+
+    @property
+    def rms(self) -> float:
+        return math.sqrt(self.error_squares / self.count)
+
+    @property
+    def relative(self) -> float:
+        """The RMS error as a share of the RMS of the weight."""
+        return math.sqrt(self.error_squares / self.signal_squares) if self.signal_squares else 0.0
+
+    @property
+    def sqnr(self) -> float | None:
+        """Signal to quantisation noise, dB; None without an error."""
+        return -20 * math.log10(self.relative) if self.relative else None
+
+    def as_dict(self) -> dict:
+        return {"name": self.name, "elements": self.count, "scale": self.scale, "max_error": self.max,
+                "rms_error": self.rms, "relative_rms_error": self.relative, "sqnr_db": self.sqnr,
+                "zeroed_share": self.zeroed / self.count, "saturated_share": self.saturated / self.count}
+
+
+def saturation(dtype: torch.dtype) -> float:
+    """Half a step beyond the largest number of an FP8 dtype (464 for float8_e4m3fn): up to there it is the nearest."""
+    info = torch.finfo(dtype)
+    return info.max + 2.0 ** math.floor(math.log2(info.max)) * info.eps / 2
+
+
+@dataclass
+class Report:
+    """The errors of the weights of one file.
+
+    heading: what was done, in lines of (what, value). published: for the same weights, what the published recipe
+    costs; empty where that is not known. notes: what else there is to say, such as tensors that were not compared.
+    """
+
+    heading: list[tuple[str, str]]
+    errors: list[WeightError]
+    published: list[WeightError] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def worst(self) -> list[WeightError]:
+        """The weights with the largest error relative to their size, worst first."""
+        return sorted(self.errors, key=lambda error: -error.relative)[:WORST]
+
+    def total(self, errors: list[WeightError]) -> WeightError:
+        """All weights taken together."""
+        total = WeightError("all", sum(error.count for error in errors), max=max(error.max for error in errors))
+        for error in errors:
+            total.error_squares += error.error_squares
+            total.signal_squares += error.signal_squares
+            total.zeroed += error.zeroed
+            total.saturated += error.saturated
+        return total
+
+    def as_dict(self) -> dict:
+        """For JSON."""
+        result = {"heading": dict(self.heading), "notes": self.notes,
+                  "total": self.total(self.errors).as_dict() if self.errors else None,
+                  "worst": [error.name for error in self.worst()],
+                  "weights": [error.as_dict() for error in self.errors]}
+        if self.published:
+            result["published_total"] = self.total(self.published).as_dict()
+            for entry, published in zip(result["weights"], self.published):
+                entry["published"] = {"max_error": published.max, "rms_error": published.rms}
+        return result
+
+    def as_text(self) -> str:
+        width = max(len(what) for what, _ in self.heading)
+        lines = [f"{what:<{width}}  {value}" for what, value in self.heading]
+        if self.errors:
+            lines += ["", *self.table(self.errors_by_kind())]
+            total = self.total(self.errors)
+            lines += ["", f"All {len(self.errors)} weights: relative RMS error {total.relative:.4%}, "
+                          f"SQNR {_decibels(total.sqnr)} dB, largest error {total.max:.3g}, "
+                          f"became zero {total.zeroed / total.count:.4%}, "
+                          f"saturated {total.saturated / total.count:.4%}."]
+            if self.published:
+                lines.append(self.gain())
+            lines += ["", f"The {len(self.worst())} weights with the largest relative error:",
+                      *self.table([(error.name, error) for error in self.worst()])]
+        return "\n".join([*lines, *([""] if self.notes else []), *self.notes]) + "\n"
+
+    def gain(self) -> str:
+        """How much smaller the errors are than the published recipe's."""
+        gains = [1 - error.rms / published.rms if published.rms else 0.0
+                 for error, published in zip(self.errors, self.published)]
+        whole = 1 - self.total(self.errors).rms / (self.total(self.published).rms or 1.0)
+        return (f"Against the published recipe: RMS error smaller by {whole:.2%} over all, by {min(gains):.2%} to "
+                f"{max(gains):.2%} a weight; larger in {sum(gain < 0 for gain in gains)} of {len(gains)} weights.")
+
+    def errors_by_kind(self) -> list[tuple[str, WeightError]]:
+        """The weights of one kind, which is their name without the layer number, taken together."""
+        kinds: dict[str, list[WeightError]] = {}
+        for error in self.errors:
+            kinds.setdefault(kind_and_layer(error.name)[0], []).append(error)
+        return [(kind, self.total(errors)) for kind, errors in kinds.items()]
+
+    @staticmethod
+    def table(rows: list[tuple[str, WeightError]]) -> list[str]:
+        width = max(len(name) for name, _ in rows)
+        lines = [f"{'':<{width}}  SQNR dB  relative   RMS error  max error  zero      scale"]
+        for name, error in rows:
+            scale = "" if error.scale is None else f"{error.scale:.4g}"
+            lines.append(f"{name:<{width}}  {_decibels(error.sqnr):>7}  {error.relative:8.4%}  {error.rms:9.3e}  "
+                         f"{error.max:9.3e}  {error.zeroed / error.count:8.4%}  {scale}".rstrip())
+        return lines
+
+    def picture(self):
+        """A PIL image: the relative RMS error of each weight, a row for each kind and a column for each layer."""
+        from PIL import Image, ImageDraw, ImageFont  # not at the top: cooking itself needs torch and safetensors only
+
+        cells: dict[str, dict[int, float]] = {}
+        for error in self.errors:
+            kind, layer = kind_and_layer(error.name)
+            cells.setdefault(kind, {})[layer] = error.relative
+        every = [value for row in cells.values() for value in row.values()] or [0.0]
+        low, high = min(every), max(every)
+
+        font = ImageFont.load_default(FONT_SIZE)
+        label = int(max((font.getlength(kind) for kind in cells), default=0)) + 12
+        columns = 1 + max((layer for row in cells.values() for layer in row), default=0)
+        top = MARGIN + 3 * CELL[1]
+        width = 2 * MARGIN + max(label + columns * CELL[0], 2 * LEGEND)
+        height = top + len(cells) * CELL[1] + 3 * CELL[1] + MARGIN
+        image = Image.new("RGB", (width, height), "white")
+        draw = ImageDraw.Draw(image)
+        text = lambda x, y, words, anchor="lm": draw.text((x, y), words, "black", font, anchor)
+
+        text(MARGIN, MARGIN + CELL[1] / 2, "Relative RMS error by layer (across) and kind of weight (down)")
+        for column in range(columns):
+            text(MARGIN + label + (column + 0.5) * CELL[0], top - CELL[1] / 2, str(column), "mm")
+        for row, (kind, values) in enumerate(cells.items()):
+            y = top + row * CELL[1]
+            text(MARGIN, y + CELL[1] / 2, kind)
+            for layer, value in values.items():
+                x = MARGIN + label + layer * CELL[0]
+                draw.rectangle((x, y, x + CELL[0] - 2, y + CELL[1] - 2), _colour(value, low, high))
+
+        y = height - MARGIN - CELL[1]
+        for x in range(LEGEND):
+            draw.line((MARGIN + x, y, MARGIN + x, y + CELL[1] / 2), _colour(x, 0, LEGEND - 1))
+        text(MARGIN, y + CELL[1], f"{low:.3%}")
+        text(MARGIN + LEGEND, y + CELL[1], f"{high:.3%}", "rm")
+        return image
+
+
+def _decibels(sqnr: float | None) -> str:
+    return "exact" if sqnr is None else f"{sqnr:.2f}"
+
+
+def _colour(value: float, low: float, high: float) -> tuple[int, ...]:
+    place = (value - low) / (high - low) * (len(COLOURS) - 1) if high > low else 0.0
+    i = min(int(place), len(COLOURS) - 2)
+    return tuple(round(a + (b - a) * (place - i)) for a, b in zip(COLOURS[i], COLOURS[i + 1]))
+
+
+def kind_and_layer(name: str) -> tuple[str, int]:
+    """`blocks.7.attn1.to_q.weight` → (`blocks.N.attn1.to_q`, 7); the layer is 0 for a name without a number."""
+    name = name.removesuffix(".weight")
+    number = re.search(r"(?<=\.)\d+(?=\.|$)", name)
+    return (name, 0) if number is None else (name[: number.start()] + "N" + name[number.end():], int(number.group()))
+
+
+def compare(first: str | Path, second: str | Path, progress=None) -> Report:
+    """The errors of the second file's weights against the first's. Either may be BF16, FP16, FP32, scaled FP8 or a mix.
+
+    progress: called with (bytes done, bytes in all, tensors done) after each slice.
+
+    Raises ValueError where the files have no weight name in common, or an FP8 weight's scale is not one number.
+    """
+    a, b = open_files(first), open_files(second)
+    a_weights, b_weights = ({name: tensor for name, tensor in files.tensors.items() if not _is_side_tensor(name)}
+                            for files in (a, b))
+    common = [name for name in b_weights if name in a_weights]
+    if not common:
+        raise ValueError(f"{a.path.name} and {b.path.name} have no tensor name in common. One of them may have diffusers "
+                         "names and the other native Wan names: compare files of the same names.")
+    notes = []
+    for files, mine, other in ((a, a_weights, b_weights), (b, b_weights, a_weights)):
+        alone = [name for name in mine if name not in other]
+        if alone:
+            notes.append(f"{len(alone)} tensors are only in {files.path.name}: {', '.join(alone[:WORST])}"
+                         f"{' …' if len(alone) > WORST else ''}")
+    errors, same, done = [], 0, 0
+    total = sum(b_weights[name].nbytes for name in common)
+    for number, name in enumerate(common):
+        mine, other = a_weights[name], b_weights[name]
+        if mine.shape != other.shape:
+            notes.append(f"{name} is {list(mine.shape)} in {a.path.name}, {list(other.shape)} in {b.path.name}")
+            continue
+        if not mine.count:
+            continue
+        a_scale, b_scale = _scale(a, mine), _scale(b, other)
+        error = WeightError(name, mine.count, b_scale)
+        limit = math.inf if b_scale is None else b_scale * saturation(DTYPES[other.dtype])
+        for x, y in zip(a.slices(mine, COMPARED), b.slices(other, COMPARED)):
+            x = x.double() if a_scale is None else x.double() * a_scale
+            y = y.double() if b_scale is None else y.double() * b_scale
+            error.add(x, y, limit=limit)
+            done += y.numel() * DTYPES[other.dtype].itemsize
+            if progress is not None:
+                progress(done, total, number)
+        if not math.isfinite(error.error_squares):
+            notes.append(f"{name} holds NaN or infinite values and is left out")
+        elif error.max == 0 and b_scale is None:
+            same += 1
+        else:
+            errors.append(error)
+    heading = [("reference", a.path.name), ("compared", b.path.name),
+               ("weights", f"{len(errors)} compared below, {same} more are equal in both and not FP8")]
+    return Report(heading, errors, notes=notes)
+
+
+def _is_side_tensor(name: str) -> bool:
+    return any(name == suffix or name.endswith("." + suffix) for suffix in (*SCALE_SUFFIXES, *OTHER_SUFFIXES))
+
+
+def _scale(files: TensorFiles, tensor: Tensor) -> float | None:
+    """The scale of an FP8 tensor, 1 where the file has none for it; None for a tensor that is not FP8."""
+    if not tensor.dtype.startswith("F8"):
+        return None
+    names = [tensor.name.removesuffix("weight") + suffix for suffix in SCALE_SUFFIXES]
+    found = [files.tensors[name] for name in names if name in files.tensors]
+    if not found:
+        return 1.0
+    if found[0].count != 1:
+        raise ValueError(f"{files.path.name}: {found[0].name} has the shape {list(found[0].shape)}. Only one scale for the "
+                         "whole weight can be compared.")
+    return next(files.slices(found[0])).item()
