@@ -3,15 +3,16 @@
     python dev.py bench                      all of them
     python dev.py bench linear [--quick]     the FP8 Linear, the kernels around it, attention
     python dev.py bench step [arguments]     denoising steps of the whole model
+    python dev.py bench render               the point-cloud render
 
-Each prints a Markdown table; all need a CUDA GPU.
+The first two print Markdown tables and need a CUDA GPU.
 """
 
 import subprocess
 import sys
 from pathlib import Path
 
-BENCHMARKS = ("linear", "step")
+BENCHMARKS = ("linear", "step", "render")
 
 
 def main() -> int:
