@@ -18,7 +18,7 @@ INPUTS = {"image": "image.png", "camera": "camera.json", "render": "render.mp4",
 
 
 def import_pack() -> None:
-    """Make this checkout, whatever its folder is called, importable as worldstereo_fp8, and ComfyUI's modules with it."""
+    """Make this checkout importable as worldstereo_fp8, whatever its folder is called, and ComfyUI's modules."""
     sys.path.insert(0, str(COMFYUI))
     import torch
     from comfy.cli_args import args

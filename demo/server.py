@@ -84,8 +84,8 @@ class Server:
     def run(self, prompt: dict, progress=lambda title, value, maximum: None) -> dict:
         """Run a workflow in API form to its end and return its outputs by node id.
 
-        `progress` is called with the title of a node when it starts, and with its steps as it advances. Raises ServerError with ComfyUI's own words if
-        the workflow is refused or fails.
+        `progress` is called with the title of a node when it starts, and with its steps as it advances. Raises
+        ServerError with ComfyUI's own words if the workflow is refused or fails.
         """
         return asyncio.run(self._run(prompt, progress))
 
@@ -111,7 +111,8 @@ class Server:
                     elif event["type"] == "executed":
                         outputs[data["node"]] = data["output"]
                     elif event["type"] == "execution_error":
-                        raise ServerError(f"{data['node_type']} failed: {data['exception_type']}: {data['exception_message']}")
+                        error = f"{data['exception_type']}: {data['exception_message']}"
+                        raise ServerError(f"{data['node_type']} failed: {error}")
                     elif event["type"] == "execution_interrupted":
                         raise ServerError("The run was interrupted.")
                     elif event["type"] == "execution_success":
@@ -139,7 +140,7 @@ def to_api(workflow: dict, object_info: dict) -> dict:
         if node["type"] in ("Note", "MarkdownNote"):
             continue
         if node["type"] not in object_info or node.get("mode", 0) != 0:
-            raise ValueError(f"Node {node['id']} is a {node['type']}, which is missing, switched off or not supported here.")
+            raise ValueError(f"Node {node['id']}, a {node['type']}, is missing, switched off or not supported here.")
         info = object_info[node["type"]]
         values = iter(node.get("widgets_values", []))
         inputs = {}

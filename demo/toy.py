@@ -19,7 +19,7 @@ from ..fp8 import recipe
 from ..worldstereo.config import SCALE_MAP, WorldStereoConfig
 from ..worldstereo.layout import tensor_shapes
 
-# Widths are multiples of 16, for FP8 matrix units. The widths that come from the encoders and the VAE are the real ones.
+# Widths are multiples of 16, for FP8 matrix units. Those that come from the encoders and the VAE are the real ones.
 CONFIG = WorldStereoConfig(
     dim=128, ffn_dim=256, num_heads=2, num_layers=3, camera_mlp_dim=64,
     control_dim=64, control_ffn_dim=128, control_num_heads=2, control_num_layers=2, mask_channels=16,
@@ -52,7 +52,7 @@ def weights(seed: int = 0) -> dict[str, torch.Tensor]:
             tensors[name] = torch.randn(shape, generator=generator) * 0.3 / math.sqrt(fan_in)
 
     token = torch.arange(PATCH_VALUES)
-    row, column, channel = token // 32, token // 16 % 2, token % 16  # the order in which the head's output is unpatchified
+    row, column, channel = token // 32, token // 16 % 2, token % 16  # the order in which core unpatchifies
     for layer, first_channel in (("patch_embedding", 0), ("controlnet.controlnet_patch_embedding", 20)):
         tensors[f"{layer}.weight"][:PATCH_VALUES] = 0
         tensors[f"{layer}.weight"][token, first_channel + channel, 0, row, column] = 1

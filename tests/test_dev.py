@@ -61,7 +61,8 @@ def test_windows_without_symbolic_links_gets_a_junction(dev, monkeypatch, tmp_pa
     monkeypatch.setattr(dev, "WINDOWS", True)
     (tmp_path / "ComfyUI" / "custom_nodes").mkdir(parents=True)
     dev.link_pack(tmp_path / "ComfyUI")
-    assert commands == [["cmd", "/c", "mklink", "/J", str(tmp_path / "ComfyUI" / "custom_nodes" / dev.PACK), str(dev.ROOT)]]
+    link = tmp_path / "ComfyUI" / "custom_nodes" / dev.PACK
+    assert commands == [["cmd", "/c", "mklink", "/J", str(link), str(dev.ROOT)]]
 
 
 def test_comfyui_is_taken_out_of_the_archive_and_nothing_else(dev, monkeypatch, tmp_path):

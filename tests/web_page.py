@@ -30,7 +30,7 @@ def launch_browser(sync_api, playwright):
 @contextmanager
 def page_of(comfyui, errors):
     """ComfyUI's web page, ready, in a fresh browser; its console errors and exceptions go to `errors`."""
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed; see tests/requirements.txt")
+    sync_api = pytest.importorskip("playwright.sync_api", reason="install tests/requirements.txt")
     with sync_api.sync_playwright() as playwright:
         browser = launch_browser(sync_api, playwright)
         page = browser.new_page(viewport={"width": 2160, "height": 1500})
@@ -50,8 +50,8 @@ def page_of(comfyui, errors):
 
 
 def open_workflow(page, workflow):
-    """Load a saved workflow into the page. Returns the types of the nodes that the page does not know or marks as faulty
-    (a file that is not there, for one), and the API form that Run would post."""
+    """Load a saved workflow into the page. Returns the types of the nodes that it does not know or marks as faulty (a
+    file that is not there, for one), and the API form that Run would post."""
     page.evaluate("workflow => window.app.loadGraphData(workflow)", workflow)
     page.wait_for_load_state("networkidle")
     faulty = page.evaluate("""window.app.graph.nodes
