@@ -2,18 +2,25 @@
 
 import logging
 import os
-from pathlib import Path
+import re
+from pathlib import Path, PureWindowsPath
 
 import comfy.model_management
 import comfy.utils
 import folder_paths
 import node_helpers
+import numpy as np
+import torch
 from comfy_api.latest import ComfyExtension, Types, io, ui
 from PIL import ImageColor
 from server import PromptServer
 from typing_extensions import override
 
+from .cook_worldstereo_fp8 import is_foreign
+from .fp8.cook import Options, cook
+from .fp8.files import INDEX_SUFFIX
 from .fp8.linear import COMPUTE
+from .fp8.recipe import CONVS, RECIPES
 from .loaders import load_worldstereo
 from .worldstereo.camera_files import files_of, read_cameras
 from .worldstereo.camera_path import (
@@ -31,6 +38,8 @@ from .worldstereo.schedule import dmd_sigmas
 CATEGORY = "WorldStereo"
 SAFETENSORS = (".safetensors", ".sft")
 NO_BASE = "none"
+SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
+CONVS_OF_RECIPE = "as the recipe"
 
 CAMERA_FILES = (".json", ".txt")
 PLY_AXES = ("y up (3-D viewers)", "OpenCV (y down, z forward)")
@@ -43,6 +52,20 @@ MoGeGeometry = io.Custom("MOGE_GEOMETRY")  # core's dict of comfy_extras/nodes_m
 def diffusion_models() -> list[str]:
     """The safetensors files in ComfyUI's diffusion_models folders."""
     return [name for name in folder_paths.get_filename_list("diffusion_models") if name.lower().endswith(SAFETENSORS)]
+
+
+def cook_sources() -> list[str]:
+    """What in the diffusion_models folders can be cooked: safetensors files, and the index of a model in shards."""
+    files = [name for folder in folder_paths.get_folder_paths("diffusion_models")
+             for name in folder_paths.recursive_search(folder, [".git"])[0] if name.endswith(INDEX_SUFFIX)]
+    return sorted({*files, *(name for name in diffusion_models() if not SHARD.search(name))})
+
+
+def file_name(name: str, suffix: str) -> str:
+    """A file's name with the suffix. Raises ValueError for one that has path parts, on any system."""
+    if not name.strip(". ") or PureWindowsPath(name).name != name:
+        raise ValueError(f"{name!r} is no file name: give a name alone, without a folder.")
+    return name.removesuffix(suffix) + suffix
 
 
 def camera_files() -> list[str]:
@@ -497,6 +520,54 @@ class WorldStereoSaveFrames(io.ComfyNode):
         return io.NodeOutput()
 
 
+class CookFP8(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="CookFP8",
+            display_name="Cook FP8",
+            category=CATEGORY,
+            description="Makes the 20 GB scaled-FP8 file from a WorldStereo BF16 model (35 GB), in less than 2 GB of memory, "
+                        "and says what it cost. The file appears under its name only when it is whole.",
+            search_aliases=["quantize", "convert", "fp8", "worldstereo"],
+            inputs=[
+                io.Combo.Input("source", options=cook_sources(),
+                               tooltip="A BF16, FP16 or FP32 WorldStereo model in models/diffusion_models, or the "
+                                       ".safetensors.index.json of one in shards."),
+                io.String.Input("result", default="worldstereo_fp8_scaled",
+                                tooltip="The name of the new file, without a folder. It is written beside the source."),
+                io.Combo.Input("recipe", options=list(RECIPES), default=RECIPES[0],
+                               tooltip="default: the scale is rounded before the division, so the error is smaller; loads "
+                                       "wherever published files load. published: bit for bit as the published files."),
+                io.Combo.Input("convs", options=[CONVS_OF_RECIPE, *CONVS.values()], default=CONVS_OF_RECIPE, advanced=True,
+                               tooltip="What becomes of the two convolution weights of the mask embedding. The recipe "
+                                       "default leaves them in BF16, published makes them FP8."),
+                io.Boolean.Input("overwrite", default=False, tooltip="Replace a file of that name."),
+            ],
+            outputs=[io.String.Output(display_name="report"), io.Image.Output(display_name="picture")],
+            hidden=[io.Hidden.unique_id],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, source, result, recipe, convs, overwrite) -> io.NodeOutput:
+        path = Path(folder_paths.get_full_path_or_raise("diffusion_models", source))
+        bar = comfy.utils.ProgressBar(100)
+
+        def on_progress(progress):
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            percent = 100 * progress.nbytes // progress.total_nbytes
+            if percent > bar.current:
+                bar.update_absolute(percent)
+                tell(cls, str(progress))
+
+        report = cook(path, path.with_name(file_name(result, ".safetensors")),
+                      Options(recipe, None if convs == CONVS_OF_RECIPE else convs), overwrite=overwrite,
+                      is_foreign=is_foreign, device=comfy.model_management.get_torch_device(), on_progress=on_progress)
+        picture = torch.from_numpy(np.array(report.picture(), dtype=np.float32) / 255)[None]
+        return io.NodeOutput(report.as_text(), picture)
+
+
 class WorldStereoExtension(ComfyExtension):
     @override
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
@@ -513,4 +584,5 @@ class WorldStereoExtension(ComfyExtension):
             WorldStereoSaveCamera,
             WorldStereoSavePointCloud,
             WorldStereoSaveFrames,
+            CookFP8,
         ]

@@ -10,8 +10,8 @@ CHROMIUM_FLAGS = (
     "--no-first-run",
 )  # fmt: skip
 # What ComfyUI's page itself reports as an error on a fresh server, without any custom node: it asks for the user's own
-# files, of which there are none, and for its graph too early.
-PAGES_OWN_ERRORS = ("/user.css", "/userdata", "ComfyApp graph accessed before initialization")
+# files, of which there are none, for its graph too early, and for the sizes of the models of its own first workflow.
+PAGES_OWN_ERRORS = ("/user.css", "/userdata", "ComfyApp graph accessed before initialization", "/missingModelDownload-")
 
 
 def launch_browser(sync_api, playwright):

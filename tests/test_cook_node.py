@@ -1,0 +1,126 @@
+"""Cook FP8 on a real ComfyUI server: what it writes, where, and how it is cancelled; the workflow in the web page."""
+
+import json
+import threading
+import time
+from pathlib import Path
+
+import comfy.cli_args
+import numpy as np
+import pytest
+import requests
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from toy import golden_weights, source
+from web_page import open_workflow, page_of
+from worldstereo_fp8.demo import server
+from worldstereo_fp8.fp8.cook import verify
+from worldstereo_fp8.nodes import file_name
+
+COMFYUI = Path(comfy.cli_args.__file__).parents[1]
+WORKFLOW = Path(server.__file__).parents[1] / "example_workflows" / "cook_fp8.json"
+CASE = "memory_dmd"
+
+
+@pytest.fixture(scope="module")
+def comfyui(tmp_path_factory):
+    base = tmp_path_factory.mktemp("comfyui")
+    models = base / "models" / "diffusion_models"
+    weights, config = source(CASE), golden_weights(CASE)[1]
+    folder = models / "worldstereo-memory-dmd"
+    folder.mkdir(parents=True)
+    save_file(weights, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "taken.safetensors").touch()
+    shards = models / "sharded"
+    shards.mkdir()
+    weight_map = {name: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, name in enumerate(weights)}
+    for shard in set(weight_map.values()):
+        save_file({name: weights[name] for name in weights if weight_map[name] == shard}, shards / shard)
+    (shards / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    settings = base / "user" / "default" / "comfy.settings.json"
+    settings.parent.mkdir(parents=True)
+    settings.write_text(json.dumps({"Comfy.TutorialCompleted": True}))
+    with server.Server(COMFYUI, base) as running:
+        yield running
+
+
+def workflow(comfyui, **changes):
+    """The example workflow in API form, with other inputs of its Cook FP8."""
+    prompt = server.to_api(json.loads(WORKFLOW.read_text("utf-8")), comfyui.object_info())
+    next(node for node in prompt.values() if node["class_type"] == "CookFP8")["inputs"] |= changes
+    return prompt
+
+
+def load(name: str) -> dict:
+    return {"load": {"class_type": "LoadWorldStereoFP8", "inputs": {"model_name": name, "compute": "auto"}},
+            "sigmas": {"class_type": "WorldStereoDMDSigmas", "inputs": {"model": ["load", 0]}},
+            "show": {"class_type": "PreviewAny", "inputs": {"source": ["sigmas", 0]}}}
+
+
+def test_cook_and_load(comfyui):
+    outputs = comfyui.run(workflow(comfyui, result="cooked"))
+    folder = comfyui.base / "models" / "diffusion_models" / "worldstereo-memory-dmd"
+    assert verify(folder / "cooked.safetensors", folder / "model.safetensors") == []
+    text = next(output["text"][0] for output in outputs.values() if "text" in output)
+    assert "43 of them FP8" in text and "larger in 0 of 43 weights" in text
+    picture = next(output["images"][0] for output in outputs.values() if "images" in output)
+    pixels = np.asarray(Image.open(comfyui.base / "temp" / picture["filename"]))
+    assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 20
+    comfyui.run(load("worldstereo-memory-dmd/cooked.safetensors"))
+
+
+def test_shards_by_their_index(comfyui):
+    sources = comfyui.object_info()["CookFP8"]["input"]["required"]["source"][1]["options"]
+    assert "sharded/model.safetensors.index.json" in sources and not any("-of-0000" in name for name in sources)
+    comfyui.run(workflow(comfyui, source="sharded/model.safetensors.index.json", result="cooked.safetensors", recipe="published"))
+    folder = comfyui.base / "models" / "diffusion_models" / "sharded"
+    assert verify(folder / "cooked.safetensors", folder / "model.safetensors.index.json") == []
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"result": "../escaped"}, "'../escaped' is no file name"),
+    ({"result": "/tmp/escaped"}, "is no file name"),
+    ({"result": "taken"}, "taken.safetensors exists already"),
+    ({"result": "model", "overwrite": True}, "is the source itself"),
+    ({"source": "../vae/model.safetensors"}, "not in list"),
+])
+def test_clear_errors(comfyui, changes, message):
+    before = sorted(comfyui.base.rglob("*.safetensors*"))
+    with pytest.raises(server.ServerError, match=f"(?s)CookFP8.*{message}"):
+        comfyui.run(workflow(comfyui, **changes))
+    assert sorted(comfyui.base.rglob("*.safetensors*")) == before
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "a\\b", "C:\\a", "C:a", "/a", "../a", "a/"])
+def test_names_with_path_parts(name):
+    with pytest.raises(ValueError, match="is no file name"):
+        file_name(name, ".safetensors")
+
+
+def test_interrupt_leaves_nothing(comfyui):
+    folder = comfyui.base / "models" / "diffusion_models" / "large"
+    folder.mkdir()
+    weight = torch.randn(4096, 4096).to(torch.bfloat16)
+    save_file({f"blocks.{i}.attn1.to_q.weight": weight.clone() for i in range(24)}, folder / "model.safetensors")
+
+    def interrupt():
+        while not list(folder.glob("*.cooking")):
+            time.sleep(0.005)
+        requests.post(f"http://{comfyui.address}/interrupt", timeout=10)
+
+    thread = threading.Thread(target=interrupt, daemon=True)
+    thread.start()
+    with pytest.raises(server.ServerError, match="interrupted"):
+        comfyui.run(workflow(comfyui, source="large/model.safetensors"))
+    thread.join()
+    assert [path.name for path in folder.iterdir()] == ["model.safetensors"]
+
+
+def test_the_workflow_in_the_web_page(comfyui):
+    errors = []
+    with page_of(comfyui, errors) as page:
+        faulty, prompt = open_workflow(page, json.loads(WORKFLOW.read_text("utf-8")))
+    assert errors == [] and faulty == []
+    assert prompt == workflow(comfyui)
