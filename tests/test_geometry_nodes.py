@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_workflow import PLACEHOLDERS, page_of
+from test_workflow import PLACEHOLDERS
+from web_page import open_workflow, page_of
 from worldstereo_fp8.demo import job, scene, server
 from worldstereo_fp8.nodes import camera_file, camera_files
 from worldstereo_fp8.worldstereo.cameras import read_camera_json, rigid_inverse
@@ -208,10 +209,7 @@ def test_an_example_workflow_opens_in_the_web_page(comfyui, name):
     errors = []
     with page_of(comfyui, errors) as page:
         workflow = json.loads((EXAMPLES / f"{name}.json").read_text("utf-8"))
-        page.evaluate("workflow => window.app.loadGraphData(workflow)", workflow)
-        page.wait_for_load_state("networkidle")
-        missing = page.evaluate("window.app.graph.nodes.filter(node => node.has_errors).map(node => node.type)")
-        shown = page.evaluate("async () => (await window.app.graphToPrompt()).output")
+        missing, shown = open_workflow(page, workflow)
         if folder := os.environ.get("SCREENSHOTS"):
             page.screenshot(path=Path(folder) / f"{name}.png")
     assert errors == []
