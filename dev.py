@@ -170,7 +170,11 @@ def main() -> int:
             run.append("--cpu")
     else:
         run = [python, str(ROOT / {"demo": "demo", "bench": "benchmarks"}[command]), *arguments]
-    return subprocess.run(run, cwd=ROOT, env=os.environ | {"COMFYUI_PATH": str(comfyui)}).returncode
+    environment = os.environ | {"COMFYUI_PATH": str(comfyui)}
+    if command in ("demo", "test"):
+        # Toy models are many small steps: threads that spin between them starve each other where others work too.
+        environment.setdefault("OMP_WAIT_POLICY", "passive")
+    return subprocess.run(run, cwd=ROOT, env=environment).returncode
 
 
 if __name__ == "__main__":
