@@ -203,42 +203,44 @@ def kernels(rounds: int, backends: list[str]):
     shift, scale, gate = torch.randn(3, 1, 1, DIM, device=DEVICE).bfloat16()
     weight = torch.ones(DIM, device=DEVICE).bfloat16()
     freqs = comfy.ldm.flux.math.rope(torch.arange(float(ALL_TOKENS), device=DEVICE)[None], DIM // HEADS, 10000)[:, :, None]
+    y = torch.randn_like(x)
     quantised_bytes = x.nbytes + x.numel()
     functions = {
         "quantise": (lambda b: b.quantise(x), quantised_bytes),
         "layer_norm_quantise": (lambda b: b.layer_norm_quantise(x, shift, scale, 1e-6), quantised_bytes),
         "layer_norm_modulate": (lambda b: b.layer_norm_modulate(x, shift, scale, 1e-6), 2 * x.nbytes),
         "gelu_quantise": (lambda b: b.gelu_quantise(hidden), hidden.nbytes + hidden.numel()),
+        "gated_add_": (lambda b: b.gated_add_(x, y, gate), 3 * x.nbytes),
         "rms_rope": (lambda b: b.rms_rope(x, weight, freqs, HEADS, 1e-6), 2 * x.nbytes + freqs.nbytes),
     }
     rows = []
     for name, (function, nbytes) in functions.items():
         times = time_in_turns({b: lambda b=b: function(BACKENDS[b]) for b in backends}, rounds)
         rows.append([name, f"{nbytes / 1e9:.2f}", *(f"{ms:.3f} ({nbytes / ms / 1e6:.0f} GB/s)" for ms in times.values())])
-    y = torch.randn_like(x)
-    ms = time_in_turns({"gate": lambda: x.addcmul_(y, gate)}, rounds)["gate"]
-    rows.append(["x.addcmul_(y, gate)", f"{3 * x.nbytes / 1e9:.2f}",
-                 *[f"{ms:.3f} ({3 * x.nbytes / ms / 1e6:.0f} GB/s)"] * len(backends)])
     table(f"Kernels at {ALL_TOKENS} tokens, ms", ["function", "GB moved at least", *backends], rows)
 
 
 def attention(rounds: int):
-    q, k, v = (torch.randn(1, ALL_TOKENS, HEADS, DIM // HEADS, device=DEVICE).bfloat16().transpose(1, 2) for _ in range(3))
-    some = slice(0, 256)
-    scores = q[:, :, some].float() @ k.float().transpose(2, 3) * (DIM // HEADS) ** -0.5
-    reference = scores.softmax(-1) @ v.float()
-    del scores
-    def run(backend):
-        with sdpa_kernel(backend):
-            return F.scaled_dot_product_attention(q, k, v)
-
+    """Self-attention of all tokens, and the text's and the picture's cross-attention of a span of them."""
     backends = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION)
-    times = time_in_turns({backend: lambda backend=backend: run(backend) for backend in backends}, rounds)
     rows = []
-    for backend, ms in times.items():
-        error = (run(backend)[:, :, some].float() - reference).norm() / reference.norm()
-        rows.append([backend.name, f"{ms:.1f}", f"{error.item():.2e}"])
-    table(f"Self-attention, {ALL_TOKENS} tokens, {HEADS} heads of {DIM // HEADS}, BF16", ["PyTorch's", "ms", "error"], rows)
+    for queries, keys, repeats in ((ALL_TOKENS, ALL_TOKENS, max(rounds // 8, 1)), (15_120, 512, rounds), (15_120, 257, rounds)):
+        q = torch.randn(1, queries, HEADS, DIM // HEADS, device=DEVICE).bfloat16().transpose(1, 2)
+        k, v = (torch.randn(1, keys, HEADS, DIM // HEADS, device=DEVICE).bfloat16().transpose(1, 2) for _ in range(2))
+        some = slice(0, 256)
+        scores = q[:, :, some].float() @ k.float().transpose(2, 3) * (DIM // HEADS) ** -0.5
+        reference = scores.softmax(-1) @ v.float()
+        del scores
+
+        def run(backend, q=q, k=k, v=v):
+            with sdpa_kernel(backend):
+                return F.scaled_dot_product_attention(q, k, v)
+
+        times = time_in_turns({backend: lambda backend=backend: run(backend) for backend in backends}, repeats)
+        for backend, ms in times.items():
+            error = (run(backend)[:, :, some].float() - reference).norm() / reference.norm()
+            rows.append([f"{queries} × {keys}", backend.name, f"{ms:.2f}", f"{error.item():.2e}"])
+    table(f"Attention, {HEADS} heads of {DIM // HEADS}, BF16", ["queries × keys", "PyTorch's", "ms", "error"], rows)
 
 
 def machine() -> str:
@@ -266,7 +268,7 @@ def main():
     with torch.inference_mode():
         linear(rounds, backends)
         kernels(rounds, backends)
-        attention(max(rounds // 8, 1))
+        attention(rounds)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,17 @@
 """One denoising step of the 14 B memory-dmd model through ComfyUI's sampler: seconds, VRAM, weights moved.
 
-    python benchmarks/step.py [--references 0 8] [--vram 15.0 22.5 0] [--compute auto bf16] [--checkpoint FILE]
+    python dev.py bench step [--references 0 8] [--vram 15.0 22.5 0] [--weights fp8 bf16] [--compute auto bf16] [--runs 2]
 
-The weights are random, in the published scaled-FP8 format and shapes; the file is made on the GPU the first time.
+The weights are random, of the published shapes; the files are made on the GPU the first time, in --folder.
 --vram: how much memory in GiB the card is taken to have (0: all of it); the process is capped at that.
+--load: instead, how long a file takes to reach the GPU, against ComfyUI's own loader on a plain Wan file.
 """
 
 import argparse
 import gc
+import itertools
 import json
 import math
-import os
 import statistics
 import sys
 import tempfile
@@ -23,10 +24,14 @@ sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
 import conftest  # noqa: E402, F401  makes ComfyUI and the pack importable
 import comfy.model_management  # noqa: E402
 import comfy.sample  # noqa: E402
+import comfy.sd  # noqa: E402
 import torch  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
+from worldstereo_fp8.fp8.activations import backend  # noqa: E402
+from worldstereo_fp8.fp8.linear import COMPUTE  # noqa: E402
 from worldstereo_fp8.fp8.recipe import MARKER, is_quantised, quantise, scale_name  # noqa: E402
 from worldstereo_fp8.loaders import load_worldstereo  # noqa: E402
+from worldstereo_fp8.remap import to_native  # noqa: E402
 from worldstereo_fp8.worldstereo.config import WorldStereoConfig  # noqa: E402
 from worldstereo_fp8.worldstereo.layout import tensor_shapes  # noqa: E402
 
@@ -34,19 +39,29 @@ GIB = 2**30
 HEIGHT, WIDTH, FRAMES, STEPS = 480, 768, 21, 4
 
 
-def make_checkpoint(path: Path):
-    """Random weights of the published shapes and format, drawn on the GPU: activations stay near unit size."""
-    tensors = {MARKER: torch.zeros(1, dtype=torch.bfloat16)}
+def make_checkpoint(path: Path, fp8: bool = True, plain_wan: bool = False):
+    """Random weights of the published shapes, drawn on the GPU: activations stay near unit size.
+
+    fp8: in the published scaled-FP8 format, else BF16. plain_wan: the backbone alone, with native names.
+    """
+    if path.exists():
+        return
+    start = time.perf_counter()
+    tensors = {MARKER: torch.zeros(1, dtype=torch.bfloat16)} if fp8 else {}
     torch.manual_seed(0)
     for name, shape in tensor_shapes(WorldStereoConfig()).items():
+        if plain_wan and name.startswith(("controlnet.", "camera_embedding.")):
+            continue
         value = torch.randn(shape, device="cuda", dtype=torch.bfloat16) * math.prod(shape[1:]) ** -0.5
         if len(shape) == 1:
             value = value * 0.02 + (1 if "norm" in name and name.endswith("weight") else 0)
-        if is_quantised(name, shape, "bf16"):
+        target = to_native(name) if plain_wan else name
+        if fp8 and is_quantised(name, shape, "bf16"):
             value, scale = quantise(value)
-            tensors[scale_name(name)] = scale.cpu()
-        tensors[name] = value.cpu()
+            tensors[scale_name(target)] = scale.cpu()
+        tensors[target] = value.cpu()
     save_file(tensors, path, {"config": json.dumps({"model_type": "worldstereo-memory-dmd"})})
+    print(f"made {path}, {path.stat().st_size / 1e9:.2f} GB, in {time.perf_counter() - start:.0f} s", flush=True)
 
 
 def conditioning(references: int):
@@ -84,89 +99,113 @@ def as_if_the_card_had(gib: float):
     comfy.model_management.get_free_memory = get_free_memory
 
 
-def weights_on_gpu(model) -> int:
-    return sum(p.nbytes for p in model.parameters() if p.device.type == "cuda")
-
-
-def measure(path: Path, references: int, vram: float, compute: str, runs: int = 3) -> dict:
+def unload():
     comfy.model_management.unload_all_models()
     gc.collect()
     torch.cuda.empty_cache()
-    as_if_the_card_had(vram)
+
+
+def to_gpu(load) -> float:
+    """Seconds from the file to all weights on the GPU."""
+    unload()
     start = time.perf_counter()
-    patcher = load_worldstereo(path, compute=compute)
-    row = {"references": references, "vram": vram or "all", "compute": compute, "load_s": time.perf_counter() - start}
-    cond = conditioning(references)
-    latent = torch.zeros(1, 16, FRAMES, HEIGHT // 8, WIDTH // 8)
-    noise = torch.randn_like(latent)
-    with torch.inference_mode():
-        for run in range(runs):
-            torch.cuda.reset_peak_memory_stats()
-            stamps, moved = [time.perf_counter()], []
-
-            def callback(*_):
-                torch.cuda.synchronize()
-                stamps.append(time.perf_counter())
-                moved.append(comfy_bytes_moved())
-
-            start = time.perf_counter()
-            out = comfy.sample.sample(patcher, noise, STEPS, 1.0, "euler", "simple", cond, cond, latent, seed=0,
-                                      callback=callback, disable_pbar=True)
-            total = time.perf_counter() - start
-            steps = [b - a for a, b in zip(stamps, stamps[1:])]
-            row[f"run{run}"] = [round(s, 3) for s in steps] + [round(total, 3)]
-            row[f"peak{run}"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
-            row[f"moved{run}"] = [round((b - a) / 1e9, 2) for a, b in zip([0, *moved], moved)]
-    assert out.isfinite().all()
-    row["resident"] = round(weights_on_gpu(patcher.model) / 1e9, 2)
-    row["step"] = statistics.median(row[f"run{runs - 1}"][1:STEPS])
-    return row
+    comfy.model_management.load_models_gpu([load()], force_full_load=True)
+    torch.cuda.synchronize()
+    return time.perf_counter() - start
 
 
-_moved = 0
+def measure_load(folder: Path):
+    """Each loader twice in turns; the second turn has warm files and a warm allocator."""
+    ours, plain = folder / "worldstereo_fp8.safetensors", folder / "plain_wan_fp8.safetensors"
+    make_checkpoint(ours)
+    make_checkpoint(plain, plain_wan=True)
+    print("| loader | file GB | s | s a GB |\n|---|---:|---:|---:|")
+    for turn in range(2):
+        for name, path, load in (("ComfyUI's, plain Wan", plain, lambda: comfy.sd.load_diffusion_model(str(plain))),
+                                 ("ours", ours, lambda: load_worldstereo(ours))):
+            seconds, size = to_gpu(load), path.stat().st_size / 1e9
+            if turn == 1:
+                print(f"| {name} | {size:.2f} | {seconds:.2f} | {seconds / size:.3f} |", flush=True)
 
 
-def comfy_bytes_moved() -> int:
-    """Bytes of weights copied to the GPU so far by core's casts of offloaded layers."""
-    return _moved
+moved = 0  # bytes of offloaded weights that core copied to the GPU
 
 
 def count_moves():
-    """Counts what core's cast of offloaded weights copies: every such copy goes through cast_to."""
+    """Counts the weights that core copies to the GPU for a product: each such copy goes through cast_to."""
     original = comfy.model_management.cast_to
 
     def cast_to(weight, dtype=None, device=None, *args, **kwargs):
-        global _moved
-        if device is not None and weight.device != device and device.type == "cuda" and isinstance(weight, torch.nn.Parameter):
-            _moved += weight.nbytes
+        global moved
+        if device is not None and weight.device != device and isinstance(weight, torch.nn.Parameter):
+            moved += weight.nbytes
         return original(weight, dtype, device, *args, **kwargs)
 
     comfy.model_management.cast_to = cast_to
 
 
+def measure(path: Path, references: int, vram: float, compute: str, runs: int) -> dict:
+    """Four steps, `runs` times; the figures are the last run's, the first also compiles kernels and loads weights."""
+    unload()
+    as_if_the_card_had(vram)
+    patcher = load_worldstereo(path, compute=compute)
+    cond = conditioning(references)
+    latent = torch.zeros(1, 16, FRAMES, HEIGHT // 8, WIDTH // 8)
+    noise = torch.randn_like(latent)
+    torch.cuda.reset_peak_memory_stats()
+    for _ in range(runs):
+        stamps, copied = [time.perf_counter()], [moved]
+
+        def callback(*_):
+            torch.cuda.synchronize()
+            stamps.append(time.perf_counter())
+            copied.append(moved)
+
+        with torch.inference_mode():
+            out = comfy.sample.sample(patcher, noise, STEPS, 1.0, "euler", "simple", cond, cond, latent, seed=0,
+                                      callback=callback, disable_pbar=True)
+        total = time.perf_counter() - stamps[0]
+    assert out.isfinite().all()
+    steps = [b - a for a, b in zip(stamps, stamps[1:])]
+    return {
+        "step s": f"{statistics.median(steps[1:]):.3f}", "first step s": f"{steps[0]:.2f}", "four steps s": f"{total:.2f}",
+        "four / 4 single": f"{total / (4 * statistics.median(steps[1:])):.3f}",
+        "peak GB": f"{torch.cuda.max_memory_allocated() / 1e9:.2f}",
+        "weights on the GPU GB": f"{sum(p.nbytes for p in patcher.model.parameters() if p.device.type == 'cuda') / 1e9:.2f}",
+        "copied in step 1 GB": f"{(copied[1] - copied[0]) / 1e9:.2f}",
+        "copied in steps 2-4 GB": f"{(copied[-1] - copied[1]) / 1e9:.2f}",
+    }
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--references", type=int, nargs="+", default=[0, 8])
-    parser.add_argument("--vram", type=float, nargs="+", default=[15.0, 22.5])
-    parser.add_argument("--compute", nargs="+", default=["auto"])
-    parser.add_argument("--checkpoint", type=Path, default=Path(tempfile.gettempdir()) / "worldstereo_random.safetensors")
+    parser.add_argument("--references", type=int, nargs="+", default=[8, 0])
+    parser.add_argument("--vram", type=float, nargs="+", default=[15.0, 22.5, 0])
+    parser.add_argument("--weights", choices=["fp8", "bf16"], nargs="+", default=["fp8"])
+    parser.add_argument("--compute", choices=COMPUTE, nargs="+", default=["auto"])
+    parser.add_argument("--runs", type=int, default=2)
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
+    parser.add_argument("--load", action="store_true")
     args = parser.parse_args()
-    if not args.checkpoint.exists():
-        start = time.perf_counter()
-        make_checkpoint(args.checkpoint)
-        print(f"made {args.checkpoint} in {time.perf_counter() - start:.0f} s, {args.checkpoint.stat().st_size / 1e9:.2f} GB")
+    print(f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}, CUDA {torch.version.cuda}, "
+          f"kernels {backend(torch.device('cuda'))[0]}; {WIDTH}×{HEIGHT}, {FRAMES} frames, euler, {STEPS} steps, cfg 1\n")
+    if args.load:
+        return measure_load(args.folder)
     count_moves()
-    rows = []
-    for compute in args.compute:
-        for references in args.references:
-            for vram in args.vram:
-                try:
-                    rows.append(measure(args.checkpoint, references, vram, compute))
-                except torch.OutOfMemoryError as e:
-                    rows.append({"references": references, "vram": vram, "compute": compute, "error": str(e)[:300]})
-                print(json.dumps(rows[-1]), flush=True)
-    if os.environ.get("OUT"):
-        Path(os.environ["OUT"], "step.json").write_text(json.dumps(rows, indent=1))
+    header = None
+    for weights, compute, references, vram in itertools.product(args.weights, args.compute, args.references, args.vram):
+        path = args.folder / f"worldstereo_{weights}.safetensors"
+        make_checkpoint(path, fp8=weights == "fp8")
+        setting = {"weights": weights, "compute": compute, "references": references, "VRAM GiB": vram or "all"}
+        try:
+            row = setting | measure(path, references, vram, compute, args.runs)
+        except torch.OutOfMemoryError as e:
+            print(f"{setting}: {e}")
+            continue
+        if header is None:
+            header = "| " + " | ".join(row) + " |\n" + "|---" * len(row) + "|"
+            print(header)
+        print("| " + " | ".join(map(str, row.values())) + " |", flush=True)
 
 
 if __name__ == "__main__":

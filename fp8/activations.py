@@ -46,6 +46,13 @@ class QuantisedTokens:
     def device(self) -> torch.device:
         return self.values.device
 
+    @classmethod
+    def room(cls, x: torch.Tensor) -> "QuantisedTokens":
+        """Room for x with a scale a token, not filled."""
+        width = x.shape[-1]
+        values = x.new_empty(x.numel() // width, width, dtype=FP8)
+        return cls(values, x.new_empty(len(values), 1, dtype=torch.float32), tuple(x.shape), x.dtype)
+
     def dequantise(self) -> torch.Tensor:
         """The activations in their original shape and dtype."""
         return (self.values.float() * self.scale).to(self.dtype).reshape(self.shape)
@@ -57,13 +64,14 @@ class QuantisedTokens:
         return QuantisedTokens(values, scale, tuple(values.shape), self.dtype)
 
 
-def quantise(x: torch.Tensor) -> QuantisedTokens:
+def quantise(x: torch.Tensor, into: QuantisedTokens | None = None) -> QuantisedTokens:
     """Activations to FP8.
 
     x: [..., K], float32, bfloat16 or float16. The scale is amax/448 of a token, or of the tensor where the backend has
     no scale for each token; 1 where that is no normal number (zeros). A NaN stays one in the token's values or scale.
+    into: tokens of x's size that are done with; the backend may write the result over them.
     """
-    return _implementation(x.device).quantise(x)
+    return _implementation(x.device).quantise(x, into)
 
 
 def gelu_quantise(x: torch.Tensor) -> QuantisedTokens:
@@ -93,13 +101,18 @@ def rms_rope(x: torch.Tensor, weight: torch.Tensor, freqs: torch.Tensor, heads: 
     return _implementation(x.device).rms_rope(x, weight, freqs, heads, eps)
 
 
+def gated_add_(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor) -> None:
+    """x += y · gate, in place. x, y: [B, L, C]; gate: [B, 1, C]."""
+    _implementation(x.device).gated_add_(x, y, gate)
+
+
 class Eager:
     @staticmethod
     def refusal(device: torch.device) -> str | None:
         return None
 
     @classmethod
-    def quantise(cls, x):
+    def quantise(cls, x, into=None):
         rows = x.reshape(-1, x.shape[-1]).float()
         scale = _scale(rows.abs().amax(dim=1, keepdim=True))
         return QuantisedTokens((rows * scale.reciprocal()).to(FP8), scale, tuple(x.shape), x.dtype)
@@ -123,6 +136,10 @@ class Eager:
         out.addcmul_(freqs[..., 1], pairs[..., 1])
         return out.reshape(x.shape).to(x.dtype)
 
+    @classmethod
+    def gated_add_(cls, x, y, gate):
+        x.addcmul_(y, gate)
+
 
 class Kitchen(Eager):
     @staticmethod
@@ -135,7 +152,7 @@ class Kitchen(Eager):
         return None if cuda["available"] else f"comfy-kitchen has no CUDA kernels here ({cuda['unavailable_reason']})"
 
     @classmethod
-    def quantise(cls, x):
+    def quantise(cls, x, into=None):
         if x.numel() == 0:  # which has no largest value
             return super().quantise(x)
         rows = x.reshape(-1, x.shape[-1])
@@ -145,10 +162,14 @@ class Kitchen(Eager):
 
     @classmethod
     def layer_norm_modulate(cls, x, shift, scale, eps):
-        return comfy_kitchen.adaln(x, scale.to(x.dtype), shift.to(x.dtype), eps)
+        if x.numel() == 0:  # no kernel is launched for nothing
+            return super().layer_norm_modulate(x, shift, scale, eps)
+        return comfy_kitchen.adaln(x.contiguous(), scale.to(x.dtype), shift.to(x.dtype), eps)
 
     @classmethod
     def rms_rope(cls, x, weight, freqs, heads, eps):
+        if x.numel() == 0:
+            return x
         x = F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
         return comfy_kitchen.apply_rope1_(x.unflatten(-1, (heads, -1)), freqs).flatten(-2)
 
@@ -164,34 +185,44 @@ class Triton(Eager):
             return "the Triton kernels need an NVIDIA GPU"
         row = torch.zeros(1, 1, 16, device=device)
         try:  # Triton compiles at the first call, which fails without a C compiler, among other reasons
-            kernels.layer_norm(row, row, row, 1e-6, quantised=False)
+            kernels.layer_norm_(row, row, row, 1e-6, torch.empty_like(row), None)
         except Exception as e:
             return f"Triton cannot compile or run a kernel ({type(e).__name__}: {e})"
         return None
 
     @classmethod
-    def quantise(cls, x):
-        return QuantisedTokens(*kernels.quantise(_dense(x.reshape(-1, x.shape[-1]))), tuple(x.shape), x.dtype)
+    def quantise(cls, x, into=None, gelu=False):
+        out = into or QuantisedTokens.room(x)
+        kernels.quantise_(_dense(x.reshape(-1, x.shape[-1])), out.values, out.scale, gelu)
+        return out
 
     @classmethod
     def gelu_quantise(cls, x):
-        return QuantisedTokens(*kernels.quantise(_dense(x.reshape(-1, x.shape[-1])), gelu=True), tuple(x.shape), x.dtype)
+        return cls.quantise(x, gelu=True)
 
     @classmethod
     def layer_norm_modulate(cls, x, shift, scale, eps):
+        out = x.new_empty(x.shape)
         shift, scale = (_dense(t).expand(x.shape) for t in (shift, scale))
-        return kernels.layer_norm(_dense(x), shift, scale, eps, quantised=False)[0]
+        kernels.layer_norm_(_dense(x), shift, scale, eps, out, None)
+        return out
 
     @classmethod
     def layer_norm_quantise(cls, x, shift, scale, eps):
+        out = QuantisedTokens.room(x)
         shift, scale = (_dense(t).expand(x.shape) for t in (shift, scale))
-        return QuantisedTokens(*kernels.layer_norm(_dense(x), shift, scale, eps, quantised=True), tuple(x.shape), x.dtype)
+        kernels.layer_norm_(_dense(x), shift, scale, eps, out.values, out.scale)
+        return out
 
     @classmethod
     def rms_rope(cls, x, weight, freqs, heads, eps):
         x = _dense(x)
         kernels.rms_rope_(x, weight.contiguous(), freqs.contiguous().expand(len(x), *freqs.shape[1:]), heads, eps)
         return x
+
+    @classmethod
+    def gated_add_(cls, x, y, gate):
+        kernels.gated_add_(x, y.contiguous(), _dense(gate))
 
 
 def _scale(amax: torch.Tensor) -> torch.Tensor:

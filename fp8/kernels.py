@@ -1,4 +1,4 @@
-"""The Triton kernels behind `activations`: one program a token, its whole row in registers, all arithmetic in FP32.
+"""The Triton kernels behind `activations`: a program takes whole rows (tokens) into registers, all arithmetic in FP32.
 
 Every tensor's last axis has stride 1; rows may have any stride.
 """
@@ -9,10 +9,10 @@ import torch
 import triton
 import triton.language as tl
 
-from .recipe import FP8
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # the kernels run in Python, on the CPU
 
+ROWS = 4  # tokens that share the load of their gate
 INVERSE_FP8_MAX = tl.constexpr(1 / 448)
 SMALLEST_NORMAL = tl.constexpr(torch.finfo(torch.float32).tiny)
 
@@ -37,6 +37,11 @@ def _quantise(x_ptr, values_ptr, scale_ptr, row_stride, width, GELU: tl.constexp
 
 
 @triton.jit
+def _add_pairs(a, b, c, d):
+    return a + c, b + d
+
+
+@triton.jit
 def _layer_norm(x_ptr, shift_ptr, scale_ptr, out_ptr, out_scale_ptr, tokens, width, x_batch, x_token, shift_batch,
                 shift_token, scale_batch, scale_token, eps, QUANTISE: tl.constexpr, BLOCK: tl.constexpr):
     token, batch = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
@@ -45,14 +50,30 @@ def _layer_norm(x_ptr, shift_ptr, scale_ptr, out_ptr, out_scale_ptr, tokens, wid
     x = tl.load(x_ptr + batch * x_batch + token * x_token + column, mask=mask, other=0.0).to(tl.float32)
     shift = tl.load(shift_ptr + batch * shift_batch + token * shift_token + column, mask=mask, other=0.0).to(tl.float32)
     scale = tl.load(scale_ptr + batch * scale_batch + token * scale_token + column, mask=mask, other=0.0).to(tl.float32)
-    x = tl.where(mask, x - tl.sum(x, 0) / width, 0.0)
-    x *= tl.rsqrt(tl.sum(x * x, 0) / width + eps)
-    y = x * (1.0 + scale) + shift
+    total, squares = tl.reduce((x, x * x), 0, _add_pairs)  # one pass, as comfy-kitchen's
+    mean = total / width
+    x = (x - mean) * tl.rsqrt(tl.maximum(squares / width - mean * mean, 0.0) + eps)
+    y = tl.where(mask, x * (1.0 + scale) + shift, 0.0)
     row = batch * tokens + token
     if QUANTISE:
         _store_quantised(y, out_ptr, out_scale_ptr, row, column, width)
     else:
         tl.store(out_ptr + row * width + column, y, mask=mask)
+
+
+@triton.jit
+def _gated_add(x_ptr, y_ptr, gate_ptr, tokens, width, x_batch, x_token, gate_batch, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    first, batch = tl.program_id(0).to(tl.int64) * ROWS, tl.program_id(1).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    mask = column < width
+    gate = tl.load(gate_ptr + batch * gate_batch + column, mask=mask, other=0.0).to(tl.float32)
+    for i in tl.static_range(ROWS):
+        token = first + i
+        here = mask & (token < tokens)
+        x_row = x_ptr + batch * x_batch + token * x_token + column
+        x = tl.load(x_row, mask=here, other=0.0).to(tl.float32)
+        y = tl.load(y_ptr + (batch * tokens + token) * width + column, mask=here, other=0.0).to(tl.float32)
+        tl.store(x_row, x + y * gate, mask=here)
 
 
 @triton.jit
@@ -84,34 +105,39 @@ def _block(width: int) -> dict[str, int]:
     return {"BLOCK": block, "num_warps": min(max(block // 1024, 1), 16)}
 
 
-def quantise(x: torch.Tensor, gelu: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-    """x [M, K] to float8_e4m3fn [M, K] and its scales, float32 [M, 1]; gelu: GELU(tanh) first."""
+# Custom operators, so that torch.compile calls the kernels as they are; it cannot trace their helper functions.
+
+
+@torch.library.custom_op("worldstereo_fp8::quantise_", mutates_args=("values", "scale"))
+def quantise_(x: torch.Tensor, values: torch.Tensor, scale: torch.Tensor, gelu: bool) -> None:
+    """x [M, K] into float8_e4m3fn values [M, K] and float32 scales [M, 1], both contiguous; gelu: GELU(tanh) first."""
     rows, width = x.shape
-    values = torch.empty(rows, width, dtype=FP8, device=x.device)
-    scale = torch.empty(rows, 1, dtype=torch.float32, device=x.device)
     _quantise[(rows,)](x, values, scale, x.stride(0), width, GELU=gelu, **_block(width))
-    return values, scale
 
 
-def layer_norm(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, eps: float,
-               quantised: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """x [B, L, C], shift and scale expanded to its shape, to LayerNorm(x)·(1 + scale) + shift: float8_e4m3fn [B·L, C]
-    and its scales [B·L, 1], or [B, L, C] in x's dtype and None."""
+@torch.library.custom_op("worldstereo_fp8::layer_norm_", mutates_args=("out", "out_scale"))
+def layer_norm_(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, eps: float, out: torch.Tensor,
+                out_scale: torch.Tensor | None) -> None:
+    """LayerNorm(x)·(1 + scale) + shift of x [B, L, C], shift and scale expanded to its shape, into out, contiguous: in
+    float8_e4m3fn with its scales, float32 [B·L, 1], or, without out_scale, in any float dtype."""
     batch, tokens, width = x.shape
-    if quantised:
-        out = torch.empty(batch * tokens, width, dtype=FP8, device=x.device)
-        out_scale = torch.empty(batch * tokens, 1, dtype=torch.float32, device=x.device)
-    else:
-        out, out_scale = torch.empty(x.shape, dtype=x.dtype, device=x.device), None
     _layer_norm[(tokens, batch)](x, shift, scale, out, out_scale, tokens, width, *x.stride()[:2], *shift.stride()[:2],
-                                 *scale.stride()[:2], eps, QUANTISE=quantised, **_block(width))
-    return out, out_scale
+                                 *scale.stride()[:2], eps, QUANTISE=out_scale is not None, **_block(width))
 
 
-def rms_rope_(x: torch.Tensor, weight: torch.Tensor, freqs: torch.Tensor, heads: int, eps: float):
+@torch.library.custom_op("worldstereo_fp8::rms_rope_", mutates_args=("x",))
+def rms_rope_(x: torch.Tensor, weight: torch.Tensor, freqs: torch.Tensor, heads: int, eps: float) -> None:
     """x [B, L, C] in place: RMSNorm over C with weight [C], then rotated by freqs [B, L, 1, C/heads/2, 2, 2]."""
     batch, tokens, width = x.shape
     head_dim = width // heads
     padded_heads, pairs = triton.next_power_of_2(heads), triton.next_power_of_2(head_dim // 2)
     _rms_rope[(tokens, batch)](x, weight, freqs, *x.stride()[:2], *freqs.stride()[:2], heads, head_dim, eps,
                                HEADS=padded_heads, PAIRS=pairs, num_warps=_block(padded_heads * 2 * pairs)["num_warps"])
+
+
+@torch.library.custom_op("worldstereo_fp8::gated_add_", mutates_args=("x",))
+def gated_add_(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor) -> None:
+    """x [B, L, C] += y·gate in place; y [B, L, C] contiguous, gate [B, 1, C]."""
+    batch, tokens, width = x.shape
+    _gated_add[(triton.cdiv(tokens, ROWS), batch)](x, y, gate, tokens, width, *x.stride()[:2], gate.stride(0), ROWS=ROWS,
+                                                   **_block(width))

@@ -11,16 +11,17 @@ from comfy.quant_ops import QuantizedTensor
 
 from ..fp8.linear import native_refusal, operations
 from ..worldstereo.attention import cudnn_is_faster, prefer_cudnn
-from ..worldstereo.config import WorldStereoConfig, read_config
+from ..worldstereo.config import LATENT_CHANNELS, SPATIAL_DOWNSCALE, WorldStereoConfig, read_config
 from ..worldstereo.layout import backbone_shapes, native_shapes
 from ..worldstereo.model import WorldStereoModelConfig
 from . import lora
 from .checkpoint import Checkpoint, some
-from .patcher import make_patcher
+from .patcher import make_patcher, resident_bytes
 
 lora.register()
 
 CONFIG_FILE = "config.json"
+REFERENCES = 8  # what the memory line reckons with
 # Without these a file has no size of its own: it is no whole model.
 ANCHORS = ("patch_embedding.weight", "blocks.0.ffn.0.weight", "time_embedding.0.weight", "text_embedding.0.weight",
            "img_emb.proj.1.weight")
@@ -151,7 +152,24 @@ def load_worldstereo(path: str | os.PathLike, compute: str = "auto", dtype: torc
     model.load_model_weights(tensors, assign=True)  # memory-mapped, each in the file's own dtype
     patcher.cached_patcher_init = (load_worldstereo, (str(path), compute, dtype, None if base is None else str(base.path)))
     logging.info(_summary(Path(path).name, model, config, compute, refusal, dtype, device))
+    if not comfy.model_management.is_device_cpu(device):
+        logging.info(_memory(model, config, device))
     return patcher
+
+
+def _memory(model, config: WorldStereoConfig, device) -> str:
+    """One line: the VRAM a step takes at the model's first size, and what happens if there is less."""
+    height, width = config.scale_map[0]
+    latent = (1, LATENT_CHANNELS, config.nframe, height // SPATIAL_DOWNSCALE, width // SPATIAL_DOWNSCALE)
+    references = {"reference_latent": [(1, LATENT_CHANNELS, REFERENCES, *latent[3:])]} if config.has_memory else {}
+    need = resident_bytes(model) + model.memory_required(latent, references)
+    free = comfy.model_management.get_free_memory(device)
+    line = (f"At {height}×{width}" + (f" with {REFERENCES} references" if references else "") +
+            f" a step takes about {need / 1e9:.1f} GB of VRAM; {free / 1e9:.1f} GB are free.")
+    if need > free:
+        line += (f" About {(need - free) / 1e9:.1f} GB of weights will be streamed from RAM at every step. To avoid that, "
+                 "close other programs that use the card, or take fewer references.")
+    return line
 
 
 def _summary(name: str, model, config: WorldStereoConfig, compute: str, refusal: str | None, dtype, device) -> str:

@@ -3,9 +3,9 @@
 import comfy.model_patcher
 from comfy.patcher_extension import CallbacksMP
 
-from ..worldstereo.constants import PROMPT_MODULES, TIME_MODULES
+from ..worldstereo.constants import LAYERS
 
-CONSTANTS = tuple(f".{name}" for name in PROMPT_MODULES + TIME_MODULES)
+CONSTANTS = tuple(f".{name}" for name in LAYERS)
 
 
 class ConstantsLast:
@@ -27,11 +27,21 @@ class WorldStereoPatcherDynamic(ConstantsLast, comfy.model_patcher.ModelPatcherD
     pass
 
 
+def resident_bytes(model) -> int:
+    """Bytes of the weights that every step uses: all but the constants'."""
+    return sum(p.nbytes for name, p in model.named_parameters() if not name.rsplit(".", 1)[0].endswith(CONSTANTS))
+
+
 def make_patcher(model, load_device, offload_device, disable_dynamic: bool):
     """A patcher of the kind ComfyUI runs with: dynamic VRAM where that is on, unless `disable_dynamic`."""
     dynamic = issubclass(comfy.model_patcher.CoreModelPatcher, comfy.model_patcher.ModelPatcherDynamic)
     patcher_class = WorldStereoPatcherDynamic if dynamic and not disable_dynamic else WorldStereoPatcher
     patcher = patcher_class(model, load_device=load_device, offload_device=offload_device)
     patcher.add_callback(CallbacksMP.ON_PRE_RUN, lambda p: p.model.diffusion_model.constants.start_run())
-    patcher.add_callback(CallbacksMP.ON_DETACH, lambda p, unpatch_all: p.model.diffusion_model.constants.forget())
+    patcher.add_callback(CallbacksMP.ON_DETACH, _forget_constants)
     return patcher
+
+
+def _forget_constants(patcher, unpatch_all: bool):
+    if unpatch_all:  # unloaded, and not only another clone's turn
+        patcher.model.diffusion_model.constants.forget()

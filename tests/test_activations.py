@@ -17,6 +17,7 @@ from worldstereo_fp8.fp8.activations import (
     BACKENDS,
     QuantisedTokens,
     backend,
+    gated_add_,
     gelu_quantise,
     layer_norm_modulate,
     layer_norm_quantise,
@@ -169,6 +170,17 @@ def test_rms_rope(name, dtype, batch, heads, head_dim):
         assert ((out.double() - exact).abs() <= between + rounding(dtype) * exact.abs() + 1e-6).all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gated_add(name, dtype):
+    room = tokens(2, 9, 333, dtype=dtype)
+    x, y, gate = room[:, 2:], tokens(2, 7, 333, dtype=dtype), modulation(2, 1, 333, dtype=dtype)[0]
+    before, exact = room.clone(), x.double() + y.double() * gate.double()
+    gated_add_(x, y, gate)
+    size = x.double().abs() + (y.double() * gate.double()).abs()
+    assert ((x.double() - exact).abs() <= rounding(dtype) * exact.abs() + 1e-6 * size).all()
+    assert torch.equal(room[:, :2], before[:, :2])
+
+
 def test_rms_rope_is_that_of_comfyui():
     x, weight = tokens(2, 6, 96), modulation(96, dtype=torch.float32)[0]
     freqs = comfy.ldm.flux.math.rope(torch.arange(6.0, device=DEVICE)[None], 24, 10000)[:, :, None]
@@ -223,7 +235,8 @@ def test_compiled_without_graph_breaks():
         x = layer_norm_modulate(x, shift, scale, EPS) + gelu_quantise(x).dequantise() + quantise(x).dequantise()
         return rms_rope(x, weight, freqs, 2, EPS)
 
-    x, (shift, scale) = tokens(2, 8, 64), modulation(2, 1, 64, dtype=torch.float32)
+    # In FP32: the compiler keeps BF16's intermediates in FP32, and would be right to differ.
+    x, (shift, scale) = tokens(2, 8, 64, dtype=torch.float32), modulation(2, 1, 64, dtype=torch.float32)
     freqs = comfy.ldm.flux.math.rope(torch.arange(8.0, device=DEVICE)[None], 32, 10000)[:, :, None]
     arguments = x, shift, scale, torch.ones(64, device=DEVICE), freqs
     compiled = torch.compile(step, backend="inductor" if DEVICE.type == "cuda" else "eager", fullgraph=True)

@@ -98,8 +98,13 @@ def test_a_mask_kernel_over_time_sees_every_frame(vae):
     assert latent.shape[2] == values["render_latent"].shape[2] == 5
     assert values["render_mask"].shape[2] == values["camera_embedding"].shape[2] == 17
     assert "ref_index" not in values and "reference_latent" not in values
-    with pytest.raises(ValueError, match="The render has 16 frames; this model wants 17"):
-        condition(config, vae, **inputs(16))
+
+    few, latent = condition(config, vae, **inputs(3))  # keyframes alone: each stands for itself and those after it
+    assert latent.shape[2] == 3 and few["render_mask"].shape[2] == 9
+    plain, _ = condition(WorldStereoConfig(scale_map=SIZES, nframe=5), vae, **inputs(3))
+    for name in ("render_mask", "camera_embedding"):
+        for i in range(9):
+            assert torch.allclose(few[name][:, :, i], plain[name][:, :, i // 4], atol=1e-4), (name, i)
 
 
 def test_references(vae):

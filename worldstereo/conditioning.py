@@ -96,12 +96,16 @@ def _condition_latent(config: WorldStereoConfig, vae, image: torch.Tensor, frame
 
 
 def _frames(config: WorldStereoConfig, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which of `count` given frames become keyframes, and which are seen as render mask and camera embedding."""
-    d = config.mask_downsample
-    dense = thin(count, config.mask_frames)
-    if (len(dense) - 1) % d:
-        raise ValueError(f"The render has {count} frames; this model wants {config.mask_frames}, or {d}·n + 1 of them.")
-    return thin(count, (len(dense) - 1) // d + 1), dense
+    """Which of `count` given frames become keyframes, and which are seen as render mask and camera embedding.
+
+    A mask kernel over d frames sees d·(F−1) + 1 of them for F keyframes. Where fewer were given, each keyframe stands
+    for itself and the d − 1 after it.
+    """
+    keyframes = thin(count, config.nframe)
+    seen = config.mask_downsample * (len(keyframes) - 1) + 1
+    if count >= seen:
+        return keyframes, thin(count, seen)
+    return keyframes, keyframes[torch.arange(seen) // config.mask_downsample]
 
 
 def _check(config: WorldStereoConfig, vae, image, render, mask, cameras, references):
@@ -155,11 +159,11 @@ def condition(config: WorldStereoConfig, vae, image: torch.Tensor, render: torch
     render = torch.cat([image, resize_pictures(render[keyframes[1:]], height, width)])
     mask = torch.nn.functional.interpolate(mask[dense, None].float(), (height, width), mode="nearest")
     cameras = cameras.scaled_to(width, height)
-    seen = cameras[dense]
+    seen, repeated = dense.unique(return_inverse=True)
 
     values = {
         "render_mask": (mask > MASK_THRESHOLD).float().movedim(1, 0)[None],
-        "camera_embedding": plucker(normalise(seen.w2c), seen.K, height, width)[None],
+        "camera_embedding": plucker(normalise(cameras.w2c[seen]), cameras.K[seen], height, width)[None, :, repeated],
     }
     frames = len(keyframes)
     reference_images = None

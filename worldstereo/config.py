@@ -60,11 +60,6 @@ class WorldStereoConfig:
         """Whether the model was distilled to a few steps without CFG."""
         return self.model_type == MEMORY_DMD
 
-    @property
-    def mask_frames(self) -> int:
-        """How many frames of render mask and camera embedding the model wants for `nframe` keyframes."""
-        return self.nframe if self.mask_downsample == 1 else self.mask_downsample * (self.nframe - 1) + 1
-
 
 def _positive_int(value) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0

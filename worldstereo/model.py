@@ -11,6 +11,7 @@ import math
 
 import comfy.conds
 import comfy.model_base
+import comfy.model_management
 import comfy.ops
 import comfy.supported_models
 import torch
@@ -24,16 +25,26 @@ from comfy.ldm.wan.model import (
     WanSelfAttention,
     sinusoidal_embedding_1d,
 )
+from comfy.model_base import convert_tensor
 from comfy.model_management import cast_to
 from torch import nn
 
-from ..fp8.activations import QuantisedTokens, gelu_quantise, layer_norm_modulate, layer_norm_quantise, quantise, rms_rope
+from ..fp8.activations import (
+    QuantisedTokens,
+    gated_add_,
+    gelu_quantise,
+    layer_norm_modulate,
+    layer_norm_quantise,
+    quantise,
+    rms_rope,
+)
 from .config import CAMERA_QT, IN_CHANNELS, LATENT_CHANNELS, MASK_CAM_CHANNELS, PATCH, SPATIAL_DOWNSCALE, WorldStereoConfig
 from .constants import TIMESTEPS, WEIGHTS, Constants, KeysValues, Prompt, Time
 
 NORM_EPS = 1e-5  # LayerNorms of the control branch
 ROPE_THETA = 10000.0
 CHUNK = 16384  # tokens that wide intermediates are made for at once
+TEXT_TOKENS, IMAGE_TOKENS = 512, 257
 
 Tokens = torch.Tensor | QuantisedTokens  # [1, L, C]
 
@@ -50,9 +61,9 @@ def _tokens(x: torch.Tensor) -> torch.Tensor:
 
 
 def _spans(length: int) -> list[slice]:
-    """Equal parts of at most CHUNK tokens."""
-    count = math.ceil(length / CHUNK)
-    step = math.ceil(length / max(count, 1))
+    """Parts of at most CHUNK tokens, about equal, in whole tiles of 128."""
+    count = max(math.ceil(length / CHUNK), 1)
+    step = math.ceil(length / count / 128) * 128
     return [slice(start, min(start + step, length)) for start in range(0, length, step)]
 
 
@@ -77,9 +88,12 @@ def _normed(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, eps: floa
     return function(x, shift, scale, eps)
 
 
-def _for(x: torch.Tensor, layer: nn.Module) -> Tokens:
-    """x as `layer` takes it, kept until its turn comes: FP8 is half as large."""
-    return quantise(x) if layer.why_not_native() is None else x
+def _for(x: torch.Tensor, layer: nn.Module, done: Tokens | None = None) -> Tokens:
+    """x as `layer` takes it, kept until its turn comes: FP8 is half as large. done: tokens of x's size that may be
+    written over."""
+    if layer.why_not_native() is not None:
+        return x
+    return quantise(x, into=done if isinstance(done, QuantisedTokens) else None)
 
 
 class SelfAttention(WanSelfAttention):
@@ -106,11 +120,13 @@ class SelfAttention(WanSelfAttention):
                 for patch in patches:
                     y = patch({"x": y, "q": q.unflatten(-1, (self.num_heads, -1)),
                                "k": k.unflatten(-1, (self.num_heads, -1)), "transformer_options": transformer_options})
-                attended.append(_for(y, self.o))
-        del h, q, k, v, y
+                del q
+                attended.append(_for(y, self.o, done=part))
+                del y
+        del k, v
         with self.o.held(x.device, x.dtype) as product:
             for span, y in zip(spans, attended):
-                x[:, span].addcmul_(product(y), gate)
+                gated_add_(x[:, span], product(y), gate)
 
 
 class CrossAttention(WanI2VCrossAttention):
@@ -139,6 +155,7 @@ class CrossAttention(WanI2VCrossAttention):
                     y = y + optimized_attention(q, kv.k_img, kv.v_img, heads=self.num_heads,
                                                 transformer_options=transformer_options)
                 attended.append(_for(y, self.o))
+        del h, q, y
         with self.o.held(x.device, x.dtype) as product:
             for span, y in zip(spans, attended):
                 x[:, span] += product(y)
@@ -153,10 +170,10 @@ def add_feed_forward(ffn: nn.Sequential, x, shift, scale, gate, eps: float):
         for span in spans:
             h = product(_normed(x[:, span], shift, scale, eps, first))
             hidden.append(gelu_quantise(h) if second.why_not_native() is None else nn.functional.gelu(h, approximate="tanh"))
-    del h
+            del h
     with second.held(x.device, x.dtype) as product:
         for span, h in zip(spans, hidden):
-            x[:, span].addcmul_(product(h), gate)
+            gated_add_(x[:, span], product(h), gate)
 
 
 class Block(WanAttentionBlock):
@@ -520,13 +537,34 @@ class WorldStereo(comfy.model_base.WAN21):
             latents["reference_latent"] = torch.cat([latent, torch.ones_like(latent[:, :4]), latent], dim=1)
         rest = {name: kwargs[name] for name in ("render_mask", "camera_embedding", "ref_index", "camera_qt",
                                                 "camera_qt_ref") if name in kwargs}
-        return out | {name: comfy.conds.CONDRegular(value) for name, value in (latents | rest).items()}
+        # To the GPU once a run: left where they are, core would copy them at every step.
+        return out | {name: comfy.conds.CONDRegular(convert_tensor(value, self.get_dtype_inference(), kwargs["device"]))
+                      for name, value in (latents | rest).items()}
 
     def extra_conds_shapes(self, **kwargs):
         if "reference_latent" not in kwargs:
             return {}
-        shape = kwargs["reference_latent"].shape
-        return {"reference_latent": [shape[0], LATENT_CHANNELS, *shape[2:]]}
+        return {"reference_latent": list(kwargs["reference_latent"].shape)}
+
+    def memory_required(self, input_shape, cond_shapes={}):
+        """Bytes a step needs beside the weights.
+
+        Of the widest moment, in self-attention: every token's residual for each sample; for one sample its keys,
+        values, normed and attended tokens; a span's queries and result. Then the prompts' keys and values, and the
+        render's embedding, which is of the same width. Measured on an H200: 3.1 GB at 480×768 with eight references.
+        """
+        flash = comfy.model_management.xformers_enabled() or comfy.model_management.pytorch_attention_flash_attention()
+        if not flash:
+            return super().memory_required(input_shape, cond_shapes)
+        config, (batch, _, frames, height, width) = self.diffusion_model.config, input_shape
+        references = max((shape[2] for shape in cond_shapes.get("reference_latent", [])), default=0)
+        per_frame = (height // PATCH[1]) * (width // PATCH[2])
+        tokens = (frames + references) * per_frame
+        token = config.dim * comfy.model_management.dtype_size(self.get_dtype_inference())
+        prompt = 2 * config.num_layers * (TEXT_TOKENS + IMAGE_TOKENS) * token
+        pixels = (MASK_CAM_CHANNELS * frames * config.mask_downsample * SPATIAL_DOWNSCALE**2 * height * width
+                  * comfy.model_management.dtype_size(self.get_dtype_inference()))
+        return (batch + 3.5) * tokens * token + 2 * CHUNK * token + batch * (prompt + pixels)
 
 
 def config_of(patcher) -> WorldStereoConfig:
