@@ -22,15 +22,16 @@ if not __package__:  # run as a script: make this folder the package that it is 
     __package__ = "worldstereo_fp8"
 
 from . import remap
-from .fp8.cook import CONFIG_FILE, CONVS, FORMAT_VERSION, TOOL_VERSION, Options, Progress, cook, find_config, verify
-from .fp8.files import open_files
-from .fp8.recipe import EXCLUDED, RECIPES
+from .fp8.cook import CONFIG_FILE, FORMAT_VERSION, TOOL_VERSION, Options, cook, find_config, verify
+from .fp8.files import Progress, open_files
+from .fp8.recipe import CONVS, EXCLUDED, RECIPES
 from .fp8.report import Report, compare
 
 SOURCE_PAGE = "https://huggingface.co/hanshanxue/WorldStereo"
 BASE_PAGE = "https://github.com/Wan-Video/Wan2.1"
 APACHE_LICENSE = "LICENSE-Apache-2.0"
-PICTURE = "report.png"
+CARD_FILES = ("README.md", CONFIG_FILE, "LICENSE", APACHE_LICENSE, "NOTICE")
+REPORT_FILES = ("report.json", "report.txt", "report.png")
 SECONDS_BETWEEN_LINES = 2.0
 
 
@@ -42,9 +43,10 @@ def is_foreign(name: str) -> bool:
 def write_report(report: Report, folder: Path):
     """report.json, report.txt and report.png in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "report.json").write_text(json.dumps(report.as_dict(), indent=1), encoding="utf-8")
-    (folder / "report.txt").write_text(report.as_text(), encoding="utf-8")
-    report.picture().save(folder / PICTURE)
+    data, text, picture = (folder / name for name in REPORT_FILES)
+    data.write_text(json.dumps(report.as_dict(), indent=1), encoding="utf-8")
+    text.write_text(report.as_text(), encoding="utf-8")
+    report.picture().save(picture)
 
 
 def write_card(report: Report, folder: Path, options: Options, config: str | None):
@@ -144,7 +146,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
                         "bit as the published files. With --verify: what the file says, else published")
     parser.add_argument("--convs", choices=sorted(set(CONVS.values())),
                         help="convolution weights; default recipe: bf16, published: fp8")
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing DST")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing DST, report and card")
     parser.add_argument("--config", type=Path, help="the model's config.json; else the one beside SRC or in its metadata")
     parser.add_argument("--report", type=Path, metavar="DIR", help="write report.json, report.txt and report.png (Pillow)")
     parser.add_argument("--card", type=Path, metavar="DIR", help="write README, config.json, LICENSE and NOTICE for a "
@@ -161,8 +163,12 @@ def main(arguments: list[str] | None = None) -> int:
     """The command line. Returns the exit status: 1 where something failed or a verified file differs."""
     given = parse_arguments(arguments)
     try:
+        for folder, names in ((given.report, REPORT_FILES), (given.card, CARD_FILES)):
+            there = [name for name in names if folder and (folder / name).exists()]
+            if there and not given.overwrite:
+                raise FileExistsError(f"{folder} holds {', '.join(there)} already. Choose another folder, or --overwrite.")
         if given.compare:
-            report = compare(given.first, given.second)
+            report = compare(given.first, given.second, _Line())
             print(report.as_text())
             if given.report:
                 write_report(report, given.report)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from .files import DTYPES, Reader, Slice, Tensor, TensorFiles, open_files
+from .files import DTYPES, OnProgress, Progress, Reader, Slice, Tensor, TensorFiles, open_files
 from .recipe import CONVS, FP8, MARKER, SCALE_SUFFIX, encode, find_scale, is_quantised, scale_name
 from .report import SCALE_SUFFIXES, Report, WeightError, saturation
 
@@ -49,26 +49,6 @@ class Options:
             object.__setattr__(self, "convs", CONVS[self.recipe])
         if self.convs not in CONVS.values():
             raise ValueError(f"convs is {self.convs!r}, expected fp8 or bf16")
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far a cook is: bytes of the source, and tensors."""
-
-    nbytes: int
-    total_nbytes: int
-    tensors: int
-    total_tensors: int
-    seconds: float
-
-    def __str__(self):
-        speed = self.nbytes / max(self.seconds, 1e-9)
-        left = (self.total_nbytes - self.nbytes) / max(speed, 1.0)
-        return (f"{self.nbytes / self.total_nbytes:4.0%}  {self.tensors} of {self.total_tensors} tensors  "
-                f"{speed / 1e6:.0f} MB/s  {int(left) // 60}:{int(left) % 60:02d} left")
-
-
-OnProgress = Callable[[Progress], None]  # may raise, which ends the cook and leaves nothing behind
 
 
 # The layout of the result
@@ -148,16 +128,16 @@ def find_config(files: TensorFiles, given: str | Path | None = None) -> str | No
     """
     beside = files.path.with_name(CONFIG_FILE)
     if given is None and beside.is_file():
-        text = beside.read_text(encoding="utf-8")
-        with contextlib.suppress(json.JSONDecodeError, AttributeError):  # a folder of models may hold another's
+        with contextlib.suppress(ValueError, AttributeError):  # a folder of models may hold another's
+            text = beside.read_text(encoding="utf-8")
             if str(json.loads(text).get("model_type", "")).startswith("worldstereo"):
                 return text
     if given is None:
         return files.metadata.get("config")
-    text = Path(given).read_text(encoding="utf-8")
     try:
+        text = Path(given).read_text(encoding="utf-8")
         is_object = isinstance(json.loads(text), dict)
-    except json.JSONDecodeError as e:
+    except ValueError as e:
         raise ValueError(f"{given} is not JSON: {e}. Give the model's config.json.") from e
     if not is_object:
         raise ValueError(f"{given} is not a JSON object. Give the model's config.json.")

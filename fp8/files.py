@@ -5,7 +5,7 @@ import json
 import math
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,6 +66,26 @@ class TensorFiles:
                 buffer = bytearray(min(elements, tensor.count - start) * dtype.itemsize)
                 _fill(file, memoryview(buffer))
                 yield torch.frombuffer(buffer, dtype=dtype)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far the reading of some tensors is."""
+
+    nbytes: int
+    total_nbytes: int
+    tensors: int
+    total_tensors: int
+    seconds: float
+
+    def __str__(self):
+        speed = self.nbytes / max(self.seconds, 1e-9)
+        left = (self.total_nbytes - self.nbytes) / max(speed, 1.0)
+        return (f"{self.nbytes / self.total_nbytes:4.0%}  {self.tensors} of {self.total_tensors} tensors  "
+                f"{speed / 1e6:.0f} MB/s  {int(left) // 60}:{int(left) % 60:02d} left")
+
+
+OnProgress = Callable[[Progress], None]  # called after each slice; may raise, which ends the work
 
 
 def open_files(path: str | Path) -> TensorFiles:

@@ -2,12 +2,13 @@
 
 import math
 import re
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-from .files import DTYPES, Tensor, TensorFiles, open_files
+from .files import DTYPES, OnProgress, Progress, Tensor, TensorFiles, open_files
 from .recipe import MARKER, SCALE_SUFFIX
 
 WORST = 10  # weights named in the text
@@ -208,10 +209,8 @@ def kind_and_layer(name: str) -> tuple[str, int]:
     return (name, 0) if number is None else (name[: number.start()] + "N" + name[number.end():], int(number.group()))
 
 
-def compare(first: str | Path, second: str | Path, progress=None) -> Report:
+def compare(first: str | Path, second: str | Path, on_progress: OnProgress | None = None) -> Report:
     """The errors of the second file's weights against the first's. Either may be BF16, FP16, FP32, scaled FP8 or a mix.
-
-    progress: called with (bytes done, bytes in all, tensors done) after each slice.
 
     Raises ValueError where the files have no weight name in common, or an FP8 weight's scale is not one number.
     """
@@ -228,9 +227,9 @@ def compare(first: str | Path, second: str | Path, progress=None) -> Report:
         if alone:
             notes.append(f"{len(alone)} tensors are only in {files.path.name}: {', '.join(alone[:WORST])}"
                          f"{' …' if len(alone) > WORST else ''}")
-    errors, same, done = [], 0, 0
+    errors, same, done, started = [], 0, 0, time.monotonic()
     total = sum(b_weights[name].nbytes for name in common)
-    for number, name in enumerate(common):
+    for number, name in enumerate(common, 1):
         mine, other = a_weights[name], b_weights[name]
         if mine.shape != other.shape:
             notes.append(f"{name} is {list(mine.shape)} in {a.path.name}, {list(other.shape)} in {b.path.name}")
@@ -245,8 +244,8 @@ def compare(first: str | Path, second: str | Path, progress=None) -> Report:
             y = y.double() if b_scale is None else y.double() * b_scale
             error.add(x, y, limit=limit)
             done += y.numel() * DTYPES[other.dtype].itemsize
-            if progress is not None:
-                progress(done, total, number)
+            if on_progress is not None:
+                on_progress(Progress(done, total, number, len(common), time.monotonic() - started))
         if not math.isfinite(error.error_squares):
             notes.append(f"{name} holds NaN or infinite values and is left out")
         elif error.max == 0 and b_scale is None:

@@ -71,6 +71,7 @@ def sources(tmp_path_factory):
     weights, config = golden_weights(CASE)
     save_file(source(CASE), folder / "bf16.safetensors", {"config": json.dumps(config)})
     save_file(weights, folder / "f32.safetensors")
+    save_file({name: weight.half() for name, weight in weights.items()}, folder / "f16.safetensors")
     names = sorted(source(CASE))
     weight_map = {name: f"model-0000{1 + i % 3}-of-00003.safetensors" for i, name in enumerate(names)}
     for shard in set(weight_map.values()):
@@ -82,7 +83,7 @@ def sources(tmp_path_factory):
 # The bytes
 
 
-@pytest.mark.parametrize("file", ["bf16.safetensors", "f32.safetensors"])
+@pytest.mark.parametrize("file", ["bf16.safetensors", "f32.safetensors", "f16.safetensors"])
 @pytest.mark.parametrize("convs", ["fp8", "bf16"])
 def test_published_recipe_bit_for_bit(sources, tmp_path, file, convs):
     cook(sources / file, tmp_path / "out.safetensors", Options("published", convs))
@@ -558,3 +559,5 @@ def test_command_line(sources, tmp_path):
     assert code == 0 and "45 weights" in out
     code, _, err = call(src, "out.safetensors")
     assert code == 1 and "error: out.safetensors exists already" in err and "Traceback" not in err
+    code, _, err = call(src, "more.safetensors", "--card", "card")
+    assert code == 1 and "error: card holds README.md" in err and not (tmp_path / "more.safetensors").exists()
