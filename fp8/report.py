@@ -146,7 +146,8 @@ class Report:
     @staticmethod
     def table(rows: list[tuple[str, WeightError]]) -> list[str]:
         width = max(len(name) for name, _ in rows)
-        lines = [f"{'':<{width}}  SQNR dB  relative   RMS error  max error  zero      scale"]
+        scale = "  scale" if any(error.scale is not None for _, error in rows) else ""
+        lines = [f"{'':<{width}}  SQNR dB  relative  RMS error  max error      zero{scale}"]
         for name, error in rows:
             scale = "" if error.scale is None else f"{error.scale:.4g}"
             lines.append(f"{name:<{width}}  {_decibels(error.sqnr):>7}  {error.relative:8.4%}  {error.rms:9.3e}  "
