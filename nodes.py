@@ -116,15 +116,19 @@ class LoadWorldStereoFP8(io.ComfyNode):
                                advanced=True,
                                tooltip="Only for an overlay file that holds a part of the backbone: the "
                                        "Wan2.1-I2V-14B-480P model it was made on."),
+                io.Boolean.Input("prompt_cache", default=True, optional=True, advanced=True,
+                                 tooltip="Keeps what depends on the prompt or the timestep alone: 0.6 GB of VRAM a "
+                                         "prompt, for which 8 GB of weights need not stay there. Off: computed anew "
+                                         "at every step, with the same result."),
             ],
             outputs=[io.Model.Output()],
         )
 
     @classmethod
-    def execute(cls, model_name, compute, base_model=NO_BASE) -> io.NodeOutput:
+    def execute(cls, model_name, compute, base_model=NO_BASE, prompt_cache=True) -> io.NodeOutput:
         path, base = (None if name == NO_BASE else folder_paths.get_full_path_or_raise("diffusion_models", name)
                       for name in (model_name, base_model))
-        return io.NodeOutput(load_worldstereo(path, compute, base=base))
+        return io.NodeOutput(load_worldstereo(path, compute, base=base, prompt_cache=prompt_cache))
 
 
 class WorldStereoConditioning(io.ComfyNode):

@@ -12,16 +12,20 @@ import gc
 import itertools
 import json
 import math
+import os
 import statistics
 import sys
 import tempfile
 import time
 from pathlib import Path
 
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "backend:cudaMallocAsync")  # as ComfyUI starts on these cards
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
 
 import conftest  # noqa: E402, F401  makes ComfyUI and the pack importable
+import comfy.cli_args  # noqa: E402
 import comfy.model_management  # noqa: E402
 import comfy.sample  # noqa: E402
 import comfy.sd  # noqa: E402
@@ -35,6 +39,7 @@ from worldstereo_fp8.remap import to_native  # noqa: E402
 from worldstereo_fp8.worldstereo.config import WorldStereoConfig  # noqa: E402
 from worldstereo_fp8.worldstereo.layout import tensor_shapes  # noqa: E402
 
+comfy.cli_args.args.cuda_malloc = True
 GIB = 2**30
 HEIGHT, WIDTH, FRAMES, STEPS = 480, 768, 21, 4
 
@@ -91,8 +96,7 @@ def as_if_the_card_had(gib: float):
     torch.cuda.set_per_process_memory_fraction(min(cap / total, 1.0))
 
     def get_free_memory(dev=None, torch_free_too=False):
-        stats = torch.cuda.memory_stats()
-        reserved, active = stats["reserved_bytes.all.current"], stats["active_bytes.all.current"]
+        reserved, active = torch.cuda.memory_reserved(), torch.cuda.memory_allocated()
         free, cached = cap - reserved, reserved - active
         return (free + cached, cached) if torch_free_too else free + cached
 

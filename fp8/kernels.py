@@ -9,7 +9,6 @@ import torch
 import triton
 import triton.language as tl
 
-
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # the kernels run in Python, on the CPU
 
 ROWS = 4  # tokens that share the load of their gate
@@ -100,9 +99,9 @@ def _rms_rope(x_ptr, weight_ptr, freqs_ptr, x_batch, x_token, freqs_batch, freqs
 
 
 def _block(width: int) -> dict[str, int]:
-    """The block that holds a row, and its warps: 32 values a thread."""
+    """The block that holds a row, and its warps: 64 values a thread, the fastest on an H200."""
     block = triton.next_power_of_2(width)
-    return {"BLOCK": block, "num_warps": min(max(block // 1024, 1), 16)}
+    return {"BLOCK": block, "num_warps": min(max(block // 2048, 1), 8)}
 
 
 # Custom operators, so that torch.compile calls the kernels as they are; it cannot trace their helper functions.
@@ -132,7 +131,7 @@ def rms_rope_(x: torch.Tensor, weight: torch.Tensor, freqs: torch.Tensor, heads:
     head_dim = width // heads
     padded_heads, pairs = triton.next_power_of_2(heads), triton.next_power_of_2(head_dim // 2)
     _rms_rope[(tokens, batch)](x, weight, freqs, *x.stride()[:2], *freqs.stride()[:2], heads, head_dim, eps,
-                               HEADS=padded_heads, PAIRS=pairs, num_warps=_block(padded_heads * 2 * pairs)["num_warps"])
+                               HEADS=padded_heads, PAIRS=pairs, num_warps=min(max(padded_heads * pairs // 512, 1), 8))
 
 
 @torch.library.custom_op("worldstereo_fp8::gated_add_", mutates_args=("x",))

@@ -109,7 +109,7 @@ def _account(checkpoint: Checkpoint, base: Checkpoint | None, source: dict[str, 
 
 
 def load_worldstereo(path: str | os.PathLike, compute: str = "auto", dtype: torch.dtype | None = None,
-                     base: str | os.PathLike | None = None, disable_dynamic: bool = False):
+                     base: str | os.PathLike | None = None, prompt_cache: bool = True, disable_dynamic: bool = False):
     """Loads a WorldStereo checkpoint as an ordinary ComfyUI model.
 
     path: a .safetensors file in any of these forms, told apart by content: scaled FP8 (`scale_weight`), BF16 (or FP16,
@@ -118,6 +118,7 @@ def load_worldstereo(path: str | os.PathLike, compute: str = "auto", dtype: torc
     "fp8" insists on a device that can; "bf16" always upcasts.
     dtype: of the activations; None lets ComfyUI choose for the device.
     base: the Wan2.1-I2V-14B-480P model, for a file that holds only a part of the backbone.
+    prompt_cache: keep what depends on the prompt or the timestep alone (see `worldstereo.constants`).
     disable_dynamic: without core's dynamic VRAM; core asks for it where a node cannot work with that.
 
     Returns the ModelPatcher. The weights are memory-mapped. Raises ValueError, naming file and tensor, for a file that
@@ -150,7 +151,9 @@ def load_worldstereo(path: str | os.PathLike, compute: str = "auto", dtype: torc
     if not comfy.model_management.is_device_cpu(offload_device):
         model.to(offload_device)
     model.load_model_weights(tensors, assign=True)  # memory-mapped, each in the file's own dtype
-    patcher.cached_patcher_init = (load_worldstereo, (str(path), compute, dtype, None if base is None else str(base.path)))
+    model.keep_constants = prompt_cache
+    patcher.cached_patcher_init = (load_worldstereo, (str(path), compute, dtype, None if base is None else str(base.path),
+                                                      prompt_cache))
     logging.info(_summary(Path(path).name, model, config, compute, refusal, dtype, device))
     if not comfy.model_management.is_device_cpu(device):
         logging.info(_memory(model, config, device))

@@ -6,6 +6,7 @@ from comfy.patcher_extension import CallbacksMP
 from ..worldstereo.constants import LAYERS
 
 CONSTANTS = tuple(f".{name}" for name in LAYERS)
+ROOM_TO_STREAM = 256 * 2**20  # bytes that core sets aside, of what it loads, for the layers it streams
 
 
 class ConstantsLast:
@@ -20,7 +21,10 @@ class ConstantsLast:
 
 
 class WorldStereoPatcher(ConstantsLast, comfy.model_patcher.ModelPatcher):
-    pass
+    def load(self, device_to=None, lowvram_model_memory=0, force_patch_weights=False, full_load=False):
+        # Where not all weights fit, the constants' would fill what is left over, for nothing.
+        enough = resident_bytes(self.model) + ROOM_TO_STREAM
+        super().load(device_to, min(lowvram_model_memory, enough), force_patch_weights, full_load)
 
 
 class WorldStereoPatcherDynamic(ConstantsLast, comfy.model_patcher.ModelPatcherDynamic):

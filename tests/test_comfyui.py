@@ -9,8 +9,9 @@ import torch
 from comfy_extras.nodes_model_advanced import ModelSamplingSD3
 from comfy_extras.nodes_torch_compile import TorchCompileModel
 from toy import cooked, golden_inputs, golden_weights, relative_error, run, save, source
-from worldstereo_fp8 import remap
+from worldstereo_fp8 import loaders, remap
 from worldstereo_fp8.loaders import load_worldstereo
+from worldstereo_fp8.worldstereo import model
 
 CASE = "memory_dmd"
 
@@ -111,14 +112,100 @@ def test_a_latent_of_another_size_is_an_error(files):
         sample(patcher, conditioning(0, render_latent=torch.randn(1, 16, 3, 4, 8)), conditioning(1))
 
 
+class TestConstants:
+    """What is kept of the prompt and the timesteps: computed once, and never the wrong one."""
+
+    @pytest.fixture
+    def computed(self, monkeypatch):
+        """Counts how often a block's keys and values, and a control block's modulations, are computed."""
+        counts = {"prompt": 0, "time": 0}
+
+        def counted(cls, method, name):
+            original = getattr(cls, method)
+
+            def call(*args):
+                counts[name] += 1
+                return original(*args)
+
+            monkeypatch.setattr(cls, method, call)
+
+        counted(model.CrossAttention, "keys_values", "prompt")
+        counted(model.ControlBlock, "modulation", "time")
+        return counts
+
+    def test_once_a_prompt_and_once_for_all_timesteps(self, files, computed):
+        patcher = load_worldstereo(files["fp8"])
+        first = sample(patcher, conditioning(0), conditioning(1))
+        assert computed == {"prompt": 2, "time": 2}  # of 2 blocks each, for 4 steps
+        assert torch.equal(sample(patcher, conditioning(0), conditioning(1)), first)
+        assert torch.equal(sample(patcher.clone(), conditioning(0), conditioning(1)), first)
+        assert computed == {"prompt": 2, "time": 2}
+        sample(patcher, conditioning(2), conditioning(1), steps=3)
+        assert computed == {"prompt": 4, "time": 4}
+
+    @pytest.mark.parametrize("cfg, batch", [(1.0, 1), (5.0, 1), (5.0, 2)])
+    def test_the_same_without(self, cfg, batch, files, computed):
+        outputs = []
+        for prompt_cache in (True, False):
+            patcher = load_worldstereo(files["fp8"], prompt_cache=prompt_cache)
+            several = conditioning(0) + conditioning(2)  # two prompts at once, as Conditioning (Combine) makes
+            outputs += [sample(patcher, c, conditioning(1), cfg=cfg, batch=batch) for c in (conditioning(0), several)]
+        assert relative_error(outputs[0], outputs[2]) < 1e-6 and relative_error(outputs[1], outputs[3]) < 1e-6
+        assert relative_error(outputs[0], outputs[1]) > 1e-3
+
+    def test_another_picture_is_another_prompt(self, files):
+        class Vision:
+            penultimate_hidden_states = torch.randn(1, 257, 32)
+
+        patcher = load_worldstereo(files["fp8"])
+        outputs = [sample(patcher, conditioning(0, clip_vision_output=vision), conditioning(1))
+                   for vision in (conditioning(0)[0][1]["clip_vision_output"], Vision, None)]
+        assert all(relative_error(a, b) > 1e-3 for a, b in zip(outputs, outputs[1:] + outputs[:1]))
+
+    def test_a_lora_on_keys_and_values_comes_and_goes(self, files):
+        file, _ = lora("native", ("blocks.0.cross_attn.k", "blocks.1.cross_attn.v_img", "text_embedding.2",
+                                  "controlnet.controlnet_blocks.0.norm1.linear"))
+        outputs = {}
+        for prompt_cache in (True, False):
+            patcher = load_worldstereo(files["bf16"], prompt_cache=prompt_cache)
+            patched, _ = comfy.sd.load_lora_for_models(patcher, None, file, 1.0, 1.0)
+            stronger, _ = comfy.sd.load_lora_for_models(patcher, None, file, 2.0, 2.0)
+            outputs[prompt_cache] = [sample(p, conditioning(0), conditioning(1))
+                                     for p in (patcher, patched, stronger, patcher, patched)]
+        for with_cache, without in zip(outputs[True], outputs[False]):
+            assert relative_error(with_cache, without) < 1e-6
+        plain, once, twice, *_ = outputs[True]
+        assert relative_error(once, plain) > 1e-3 and relative_error(twice, once) > 1e-3
+
+    def test_freed_with_the_model(self, files, computed):
+        patcher = load_worldstereo(files["fp8"])
+        first = sample(patcher, conditioning(0), conditioning(1))
+        comfy.model_management.unload_all_models()
+        kept = patcher.model.diffusion_model.constants
+        assert not kept.prompts and not kept.times
+        assert torch.equal(sample(patcher, conditioning(0), conditioning(1)), first)
+        assert computed == {"prompt": 4, "time": 4}
+
+    def test_a_prompt_no_longer_used_is_forgotten(self, files):
+        patcher = load_worldstereo(files["fp8"])
+        for seed in range(4):
+            sample(patcher, conditioning(seed), conditioning(9), steps=1)
+        assert len(patcher.model.diffusion_model.constants.prompts) == 2  # this run's and the one before
+
+    def test_nothing_is_kept_of_a_call_from_outside(self, files):
+        patcher = load_worldstereo(files["fp8"])
+        run(patcher, golden_inputs(CASE)[0])
+        assert not patcher.model.diffusion_model.constants.prompts
+
+
 LAYERS = ("blocks.0.self_attn.q", "blocks.1.ffn.2", "blocks.0.cross_attn.k_img", "controlnet.proj_out.0")
 
 
-def lora(naming: str) -> tuple[dict, dict]:
+def lora(naming: str, layers=LAYERS) -> tuple[dict, dict]:
     """A LoRA file of rank 4 in one of the usual namings, and the difference it makes to each layer."""
     file, differences = {}, {}
     torch.manual_seed(3)
-    for layer in LAYERS:
+    for layer in layers:
         shape = golden_weights(CASE)[0][remap.to_diffusers(f"{layer}.weight")].shape
         down, up = 0.3 * torch.randn(4, shape[1]), 0.3 * torch.randn(shape[0], 4)
         differences[f"{layer}.weight"] = up @ down
@@ -174,6 +261,25 @@ def test_partly_offloaded_with_a_lora_is_the_same(files):
     finally:
         patched.unpatch_model(torch.device("cpu"))
     assert resident.isfinite().all()
+
+
+def test_where_not_all_fits_the_constants_stay_in_ram(files, monkeypatch):
+    """Their layers, and no others, when there is room for the others; and no more is loaded than that."""
+    monkeypatch.setattr(loaders.patcher, "ROOM_TO_STREAM", 20_000)  # in proportion to the toy's layers
+    patcher = load_worldstereo(files["fp8"])
+    cpu = torch.device("cpu")
+    resident = loaders.patcher.resident_bytes(patcher.model)
+    assert resident < 0.8 * patcher.model_size()
+    patcher.load(cpu, lowvram_model_memory=patcher.model_size() - 1)
+    try:
+        assert patcher.model.model_lowvram
+        offloaded = {name for name, module in patcher.model.named_modules() if hasattr(module, "prev_comfy_cast_weights")}
+        constant = {name for name, module in patcher.model.named_modules()
+                    if name.endswith(loaders.patcher.CONSTANTS) and hasattr(module, "comfy_cast_weights")}
+        assert offloaded <= constant and len(offloaded) > 0.8 * len(constant)
+        assert patcher.loaded_size() <= resident + 20_000
+    finally:
+        patcher.unpatch_model(cpu)
 
 
 def test_model_patches_see_the_tokens(files):

@@ -16,11 +16,10 @@ KEPT_TIMESTEPS = 256
 WEIGHTS = "worldstereo_weights"  # which LoRAs the weights carry
 TIMESTEPS = "worldstereo_timesteps"  # the timesteps this run will come by
 
-# Layers whose weights are used for these constants only, by the ends of their native names. Not the time projection:
-# it is so large (0.3 GB) that the two buffers core would stream it through cost more than they save.
+# Layers whose weights are used for these constants only, by the ends of their native names.
 LAYERS = ("cross_attn.k", "cross_attn.v", "cross_attn.k_img", "cross_attn.v_img", "text_embedding.0",
-          "text_embedding.2", "img_emb.proj.1", "img_emb.proj.3", "time_embedding.0", "time_embedding.2", "norm1.linear",
-          "norm2.linear")
+          "text_embedding.2", "img_emb.proj.1", "img_emb.proj.3", "time_embedding.0", "time_embedding.2",
+          "time_projection.1", "norm1.linear", "norm2.linear")
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ width, D control width.
 
 import dataclasses
 import math
+import weakref
 
 import comfy.conds
 import comfy.model_base
@@ -28,6 +29,7 @@ from comfy.ldm.wan.model import (
 from comfy.model_base import convert_tensor
 from comfy.model_management import cast_to
 from torch import nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..fp8.activations import (
     QuantisedTokens,
@@ -45,6 +47,7 @@ NORM_EPS = 1e-5  # LayerNorms of the control branch
 ROPE_THETA = 10000.0
 CHUNK = 16384  # tokens that wide intermediates are made for at once
 TEXT_TOKENS, IMAGE_TOKENS = 512, 257
+WORKSPACE = 150 * 2**20  # bytes, of cuBLAS, cuDNN and what is too small to count
 
 Tokens = torch.Tensor | QuantisedTokens  # [1, L, C]
 
@@ -500,6 +503,14 @@ class WorldStereoModel(WanModel):
 CONDITION_LATENTS = ("render_latent", "reference_latent")
 
 
+class OnDevice(comfy.conds.CONDRegular):
+    """A condition that is moved to the GPU once a run, where core would copy it at every step, and that is not copied
+    when it is alone in its batch."""
+
+    def concat(self, others):
+        return super().concat(others) if others else self.cond
+
+
 class WorldStereo(comfy.model_base.WAN21):
     """The model with its sampling: what ComfyUI's samplers see.
 
@@ -513,6 +524,7 @@ class WorldStereo(comfy.model_base.WAN21):
                                                      unet_model=WorldStereoModel)
         self.image_to_video = True
         self.keep_constants = True  # see constants.py
+        self._moved = WeakTensorKeyDictionary()
         self.memory_usage_factor_conds = ("reference_latent",)
 
     def _apply_model(self, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options={}, **kwargs):
@@ -537,9 +549,15 @@ class WorldStereo(comfy.model_base.WAN21):
             latents["reference_latent"] = torch.cat([latent, torch.ones_like(latent[:, :4]), latent], dim=1)
         rest = {name: kwargs[name] for name in ("render_mask", "camera_embedding", "ref_index", "camera_qt",
                                                 "camera_qt_ref") if name in kwargs}
-        # To the GPU once a run: left where they are, core would copy them at every step.
-        return out | {name: comfy.conds.CONDRegular(convert_tensor(value, self.get_dtype_inference(), kwargs["device"]))
-                      for name, value in (latents | rest).items()}
+        return out | {name: OnDevice(self._on_device(value, kwargs["device"])) for name, value in (latents | rest).items()}
+
+    def _on_device(self, value: torch.Tensor, device: torch.device) -> torch.Tensor:
+        """value in the inference dtype on the device; what positive and negative share is there once."""
+        moved = self._moved[value]() if value in self._moved else None
+        if moved is None or moved.device != device:
+            moved = convert_tensor(value, self.get_dtype_inference(), device)
+            self._moved[value] = weakref.ref(moved)
+        return moved
 
     def extra_conds_shapes(self, **kwargs):
         if "reference_latent" not in kwargs:
@@ -547,24 +565,26 @@ class WorldStereo(comfy.model_base.WAN21):
         return {"reference_latent": list(kwargs["reference_latent"].shape)}
 
     def memory_required(self, input_shape, cond_shapes={}):
-        """Bytes a step needs beside the weights.
+        """Bytes a step needs beside the weights, in its widest moment, which is in self-attention.
 
-        Of the widest moment, in self-attention: every token's residual for each sample; for one sample its keys,
-        values, normed and attended tokens; a span's queries and result. Then the prompts' keys and values, and the
-        render's embedding, which is of the same width. Measured on an H200: 3.1 GB at 480×768 with eight references.
+        For each sample every token's residual, its control tokens, its render's pixels, and its prompt's keys and
+        values unless they are kept already; for one sample at a time all keys and values, the normed tokens in FP8, a
+        span's queries and result. What was measured stands in the README.
         """
-        flash = comfy.model_management.xformers_enabled() or comfy.model_management.pytorch_attention_flash_attention()
-        if not flash:
+        if not (comfy.model_management.xformers_enabled() or comfy.model_management.pytorch_attention_flash_attention()):
             return super().memory_required(input_shape, cond_shapes)
         config, (batch, _, frames, height, width) = self.diffusion_model.config, input_shape
+        size = comfy.model_management.dtype_size(self.get_dtype_inference())
         references = max((shape[2] for shape in cond_shapes.get("reference_latent", [])), default=0)
         per_frame = (height // PATCH[1]) * (width // PATCH[2])
-        tokens = (frames + references) * per_frame
-        token = config.dim * comfy.model_management.dtype_size(self.get_dtype_inference())
-        prompt = 2 * config.num_layers * (TEXT_TOKENS + IMAGE_TOKENS) * token
-        pixels = (MASK_CAM_CHANNELS * frames * config.mask_downsample * SPATIAL_DOWNSCALE**2 * height * width
-                  * comfy.model_management.dtype_size(self.get_dtype_inference()))
-        return (batch + 3.5) * tokens * token + 2 * CHUNK * token + batch * (prompt + pixels)
+        tokens, targets = (frames + references) * per_frame, frames * per_frame
+        rope = 4 * 2 * sum((config.dim // config.num_heads, config.control_dim // config.control_num_heads))
+        pixels = MASK_CAM_CHANNELS * frames * config.mask_downsample * SPATIAL_DOWNSCALE**2 * height * width * size
+        prompt = 2 * config.num_layers * (TEXT_TOKENS + IMAGE_TOKENS) * config.dim * size
+        missing = max(batch - len(self.diffusion_model.constants.prompts), 0)
+        one = tokens * (2.5 * config.dim * size + rope) + 2 * CHUNK * config.dim * size
+        each = tokens * config.dim * size + targets * config.control_dim * size + pixels
+        return WORKSPACE + one + batch * each + missing * prompt
 
 
 def config_of(patcher) -> WorldStereoConfig:
