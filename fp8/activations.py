@@ -29,6 +29,7 @@ try:
 except ImportError as e:
     comfy_kitchen, KITCHEN_MISSING = None, f"comfy-kitchen cannot be imported ({e})"
 
+FP8_CAPABILITY = (8, 9)  # the first CUDA compute capability with FP8 matrix units
 FORCE = "WORLDSTEREO_FP8_BACKEND"
 forced = os.environ.get(FORCE)  # the name of the only backend to take, for benchmarks and tests
 
@@ -188,6 +189,8 @@ class Triton(Eager):
             kernels.layer_norm_(row, row, row, 1e-6, torch.empty_like(row), None)
         except Exception as e:
             return f"Triton cannot compile or run a kernel ({type(e).__name__}: {e})"
+        if torch.cuda.get_device_capability(device) >= FP8_CAPABILITY:  # else nothing is quantised
+            return row_scales_refusal(device)
         return None
 
     @classmethod
@@ -223,6 +226,20 @@ class Triton(Eager):
     @classmethod
     def gated_add_(cls, x, y, gate):
         kernels.gated_add_(x, y.contiguous(), _dense(gate))
+
+
+@functools.cache
+def row_scales_refusal(device: torch.device) -> str | None:
+    """Why `torch._scaled_mm` takes no scale a token on this device (some builds of PyTorch for Windows), or None."""
+    x, weight = (torch.zeros(rows, 64, dtype=FP8, device=device) for rows in (5, 48))
+    x_scale, weight_scale = torch.ones(5, 1, device=device), torch.ones(1, 48, device=device)
+    bias = torch.zeros(48, dtype=torch.bfloat16, device=device)
+    try:
+        torch._scaled_mm(x, weight.t(), scale_a=x_scale, scale_b=weight_scale, bias=bias, out_dtype=torch.bfloat16,
+                         use_fast_accum=True)
+    except RuntimeError as e:
+        return f"this PyTorch has no FP8 matmul with a scale a token ({str(e).splitlines()[0]})"
+    return None
 
 
 def _scale(amax: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,7 @@ import comfy.ops
 import torch
 from comfy.quant_ops import QuantizedTensor
 
-from .activations import QuantisedTokens
+from .activations import QuantisedTokens, backend, row_scales_refusal
 from .matmul import scaled_linear, why_not_native
 from .recipe import FP8
 
@@ -32,6 +32,8 @@ def native_refusal(compute: str, device: torch.device) -> str | None:
     if not comfy.model_management.supports_fp8_compute(device):
         name = comfy.model_management.get_torch_device_name(device)
         refusal = f"{name} has no FP8 matmul (compute capability 8.9 or higher: GeForce RTX 40, Hopper and newer)"
+    elif backend(device)[0] == "eager":  # which has only scales a token
+        refusal = row_scales_refusal(device)
     if refusal and compute == "fp8":
         raise ValueError(f"compute is fp8, but {refusal}. Choose compute auto or bf16.")
     return refusal

@@ -9,6 +9,7 @@ import comfy.model_management
 import torch
 from comfy.quant_ops import QuantizedTensor
 
+from ..fp8.activations import backend
 from ..fp8.linear import native_refusal, operations
 from ..worldstereo.attention import cudnn_is_faster, prefer_cudnn
 from ..worldstereo.config import LATENT_CHANNELS, SPATIAL_DOWNSCALE, WorldStereoConfig, read_config
@@ -185,5 +186,7 @@ def _summary(name: str, model, config: WorldStereoConfig, compute: str, refusal:
     upcast = [reason for reason in (layer.why_not_native() for layer in layers) if reason]
     if refusal is not None:
         return f"{kind}: all {len(layers)} FP8 layers upcast their weight for each product, because {refusal}"
+    kernels, why = backend(device)
     line = f"{kind}: native FP8 matmul on {len(layers) - len(upcast)} of {len(layers)} FP8 layers ({device_name})"
+    line += f", activations quantised by {kernels}" + (f" because {why}" if why else "")
     return line + (f", upcast on {len(upcast)} ({some(sorted(set(upcast)))})" if upcast else "")

@@ -7,8 +7,9 @@ import comfy.model_management
 import pytest
 import torch
 from worldstereo_fp8.fp8 import activations
-from worldstereo_fp8.fp8.activations import BACKENDS, QuantisedTokens, quantise as quantise_tokens
-from worldstereo_fp8.fp8.linear import operations
+from worldstereo_fp8.fp8.activations import BACKENDS, QuantisedTokens, row_scales_refusal
+from worldstereo_fp8.fp8.activations import quantise as quantise_tokens
+from worldstereo_fp8.fp8.linear import native_refusal, operations
 from worldstereo_fp8.fp8.matmul import scaled_linear, why_not_native
 from worldstereo_fp8.fp8.recipe import FP8_MAX, quantise
 
@@ -75,6 +76,18 @@ def seed_formula(x, weight, scale):
     """What a fixed activation scale of 1 gives: inputs clamped to ±448."""
     x8 = x.clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn).float()
     return x8 @ (weight.float() * scale.float()).t()
+
+
+def test_native_is_refused_without_a_product_for_it(monkeypatch):
+    """A device with FP8 units whose PyTorch takes no scale a token, and no backend with one scale for the tensor."""
+    cpu = torch.device("cpu")
+    assert "no FP8 matmul with a scale a token" in row_scales_refusal(cpu)  # so it is with PyTorch's CPU
+    monkeypatch.setattr(comfy.model_management, "supports_fp8_compute", lambda device: True)
+    monkeypatch.setattr(activations, "forced", "eager")
+    assert native_refusal("auto", cpu) == row_scales_refusal(cpu)
+    assert native_refusal("bf16", cpu) == "compute is bf16"
+    with pytest.raises(ValueError, match="compute is fp8, but this PyTorch has no FP8 matmul with a scale a token"):
+        native_refusal("fp8", cpu)
 
 
 @pytest.mark.parametrize("magnitude", [1e-3, 1.0, 1e3])
