@@ -16,7 +16,7 @@ OUTLIER_QUANTILE = 0.97
 
 
 def thin(count, wanted):
-    """The indices of at most `wanted` of `count` frames: linspace(0, count - 1, wanted) truncated (spec section 5)."""
+    """The indices of at most `wanted` of `count` frames: linspace(0, count - 1, wanted) truncated, as WorldStereo thins its videos."""
     return torch.linspace(0, count - 1, min(count, wanted), dtype=torch.float64).long()
 
 
@@ -93,7 +93,7 @@ class Cameras:
         return Cameras(self.w2c, self.K * scale[:, None], width, height)
 
     def thinned(self, count):
-        """At most `count` cameras, the first and last among them (spec section 5)."""
+        """At most `count` cameras, the first and last among them; see `thin`."""
         return self[thin(len(self), count)]
 
 
@@ -147,7 +147,7 @@ def write_camera_json(path, cameras):
 
 
 def normalise(w2c, targets=None):
-    """Poses [N, 4, 4] in the frame and scale that the weights were trained with (spec section 5), in float64.
+    """Poses [N, 4, 4] in the frame and scale that the weights were trained with, in float64.
 
     Camera 0 becomes the world's axes, the mean camera centre its origin, and the distance of camera 0 from there 2. The
     mean and the scale come from the first `targets` poses (default: all), so that references can follow their targets.

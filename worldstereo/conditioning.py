@@ -1,6 +1,7 @@
-"""Picture, render and cameras to what the diffusion model is conditioned on (section 5 of the model's description:
-sizes, thinning, condition latent, camera embedding, references)."""
+"""Picture, render and cameras to what the diffusion model is conditioned on, as WorldStereo's pipeline does it:
+sizes, thinning, condition latent, camera embedding, references."""
 
+import logging
 from dataclasses import dataclass
 
 import comfy.utils
@@ -13,6 +14,7 @@ from .config import LATENT_CHANNELS, SPATIAL_DOWNSCALE, WorldStereoConfig
 GREY = 0.5  # 0 in the VAE's −1..1
 TEMPORAL_DOWNSCALE = 4  # of the Wan VAE on a video
 MASK_THRESHOLD = 0.5
+SHAPE_TOLERANCE = 0.05  # relative, of height/width: what rounding sides to whole pixels or patches may change
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,20 @@ def resize_pictures(pictures: torch.Tensor, height: int, width: int) -> torch.Te
     pictures = pictures[..., :3].movedim(-1, 1)
     resized = torch.nn.functional.interpolate(pictures, (height, width), mode="bicubic", antialias=True)
     return resized.clamp(0, 1).movedim(1, -1)
+
+
+def same_shape(height: int, width: int, other_height: int, other_width: int) -> bool:
+    """Whether two pictures have the same height to width, but for rounding."""
+    return abs(height / width / (other_height / other_width) - 1) <= SHAPE_TOLERANCE
+
+
+def warn_of_stretch(cameras: Cameras, image: torch.Tensor):
+    """Logs a warning where the cameras are of a picture of another shape than image [N,H,W,C]."""
+    height, width = image.shape[1:3]
+    if not same_shape(cameras.height, cameras.width, height, width):
+        logging.warning("cameras are of a %dx%d picture and image is %dx%d: the shapes differ, so the intrinsics are "
+                        "stretched to the image. Give the cameras of this very picture, or crop it as they expect.",
+                        cameras.width, cameras.height, width, height)
 
 
 def encode_keyframes(vae, pictures: torch.Tensor, progress: comfy.utils.ProgressBar | None = None) -> torch.Tensor:
@@ -153,6 +169,7 @@ def condition(config: WorldStereoConfig, vae, image: torch.Tensor, render: torch
     Raises ValueError, naming the input, before anything is encoded.
     """
     _check(config, vae, image, render, mask, cameras, references)
+    warn_of_stretch(cameras, image)
     keyframes, dense = _frames(config, len(render))
     height, width = keyframe_size(config, *image.shape[1:3])
     image = resize_pictures(image, height, width)

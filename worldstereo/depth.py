@@ -1,5 +1,5 @@
-"""From a picture and its depth to coloured points, by the rules of the renders that WorldStereo was trained on
-(section 6 of the model's description): far depths drawn in, edges and invalid depths dropped."""
+"""From a picture and its depth to coloured points, by the rules of the renders that WorldStereo was trained on:
+far depths drawn in, edges and invalid depths dropped."""
 
 import torch
 import torch.nn.functional as F

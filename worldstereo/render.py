@@ -1,6 +1,6 @@
 """Point-cloud renders: what each camera of a path sees of coloured points, drawn as splats.
 
-The splats are those of the renders that WorldStereo was trained on (section 6 of the model's description): PyTorch3D's
+The splats are those of the renders that WorldStereo was trained on: PyTorch3D's
 PointsRasterizer with alpha compositing (Wiles et al., SynSin, 2020), here in plain torch.
 """
 
@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from .cameras import Cameras
-from .conditioning import keyframe_size, resize_pictures
+from .conditioning import keyframe_size, resize_pictures, same_shape, warn_of_stretch
 from .config import WorldStereoConfig
 from .depth import depth_of_moge, depth_of_picture, points_from_depth
 from .pointcloud import PointCloud
@@ -20,7 +20,6 @@ RADIUS = 0.008  # of a splat, in units in which the shorter side of the picture 
 POINTS_PER_PIXEL = 20
 TILE_PIXELS = 1 << 16  # pixels composited at a time
 CHUNK_CELLS = 1 << 22  # pixels that points may cover, looked at at a time; with the tile, this bounds the memory
-SHAPE_TOLERANCE = 0.05  # relative, of height/width: depth models round the sides of their maps
 
 
 def render_start(image: torch.Tensor, scene: dict | torch.Tensor | PointCloud, cameras: Cameras, depth_picture: str,
@@ -38,11 +37,11 @@ def render_start(image: torch.Tensor, scene: dict | torch.Tensor | PointCloud, c
     if not width or not height:
         height, width = keyframe_size(WorldStereoConfig(), *image.shape[1:3])
     picture = resize_pictures(image, height, width)
+    warn_of_stretch(cameras, image)
     cameras = cameras.scaled_to(width, height)
     if not isinstance(scene, PointCloud):
         depth = depth_of_moge(scene) if isinstance(scene, dict) else depth_of_picture(scene, depth_picture, near, far)
-        stretch = depth.shape[0] / depth.shape[1] / (image.shape[1] / image.shape[2])
-        if abs(stretch - 1) > SHAPE_TOLERANCE:
+        if not same_shape(*depth.shape, *image.shape[1:3]):
             raise ValueError(f"depth is {depth.shape[1]}x{depth.shape[0]} and image {image.shape[2]}x{image.shape[1]}: "
                              "they have different shapes. Take the depth of this very picture, uncropped.")
         scene = points_from_depth(picture[0], depth, cameras.w2c[0], cameras.K[0])
