@@ -39,7 +39,6 @@ from worldstereo_fp8.remap import to_native  # noqa: E402
 from worldstereo_fp8.worldstereo.config import WorldStereoConfig  # noqa: E402
 from worldstereo_fp8.worldstereo.layout import tensor_shapes  # noqa: E402
 
-comfy.cli_args.args.cuda_malloc = True
 GIB = 2**30
 HEIGHT, WIDTH, FRAMES, STEPS = 480, 768, 21, 4
 
@@ -191,6 +190,9 @@ def main():
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
     parser.add_argument("--load", action="store_true")
     args = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("This benchmark needs a CUDA GPU.")
+    comfy.cli_args.args.cuda_malloc = True
     print(f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}, CUDA {torch.version.cuda}, "
           f"kernels {backend(torch.device('cuda'))[0]}; {WIDTH}×{HEIGHT}, {FRAMES} frames, euler, {STEPS} steps, cfg 1\n")
     if args.load:
