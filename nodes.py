@@ -371,7 +371,9 @@ class WorldStereoRender(io.ComfyNode):
                 io.Int.Input("points_per_pixel", default=POINTS_PER_PIXEL, min=1, max=200, advanced=True,
                              tooltip="How many of the nearest points a pixel is blended from."),
                 io.Color.Input("background", default="#000000", advanced=True,
-                               tooltip="Colour behind the points. The model was trained with black."),
+                               tooltip="Colour of the holes, behind the points. Black is the default; the published "
+                                       "example renders have mid-grey (#808080) holes. The choice is yours: the mask "
+                                       "tells the model where they are."),
             ],
             outputs=[
                 io.Image.Output(display_name="render_video"),

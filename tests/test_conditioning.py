@@ -68,6 +68,12 @@ def test_what_the_conditioning_holds(vae):
     assert torch.allclose(values["render_latent"][:, :, 1:2], second, atol=1e-5)
 
 
+@pytest.mark.parametrize("height, warns", [(40, False), (41, False), (64, True)])
+def test_cameras_of_another_shape_are_a_warning(vae, caplog, height, warns):
+    condition(CONFIG, vae, **(inputs() | {"cameras": path(5, height=height)}))
+    assert (f"cameras are of a 64x{height} picture and image is 64x40" in caplog.text) == warns
+
+
 @pytest.mark.parametrize("mode", ["full_vae", "first_frame_only"])
 def test_the_condition_latent(mode, vae):
     config = WorldStereoConfig(scale_map=SIZES, nframe=5, latent_cond_mode=mode)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from worldstereo_fp8.worldstereo import render as render_module
 from worldstereo_fp8.worldstereo.cameras import Cameras, quaternion_to_rotation
@@ -71,6 +72,33 @@ def test_equals_the_brute_force_reference(monkeypatch, radius, points_per_pixel,
     assert 0 < holes.mean() < 1
 
 
+class LargestTensor(TorchDispatchMode):
+    """Notes the elements of the largest tensor that any operation makes."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        result = function(*arguments, **(options or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(tensor, torch.Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return result
+
+
+def test_memory_is_bounded_by_tiles_and_chunks(monkeypatch):
+    """Working tensors grow with neither the picture, nor the points, nor their radius."""
+    tile, chunk = 1000, 4000
+    monkeypatch.setattr(render_module, "TILE_PIXELS", tile)
+    monkeypatch.setattr(render_module, "CHUNK_CELLS", chunk)
+    cameras = cameras_of(1, width=100, height=80, focal=60.0)
+    for count, radius in ((10_000, 0.02), (10_000, 0.3), (2_000, 0.3)):
+        cloud = cloud_of(count)
+        with LargestTensor() as largest:
+            render(cloud, cameras, radius, points_per_pixel=5)
+        own = max(3 * count, 3 * 100 * 80)  # the cloud and the finished frame
+        assert largest.elements <= max(own, chunk, tile * (5 + 1) + 1)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_cuda_draws_the_same_picture():
     cloud, cameras = cloud_of(200_000), cameras_of(width=256, height=160, focal=200.0)
@@ -95,6 +123,8 @@ def test_a_camera_that_sees_nothing_gives_the_background():
     pictures, holes = render(cloud, cameras_of(1), background=(0.0, 0.5, 1.0))
     assert holes.all()
     assert torch.equal(pictures, torch.tensor([0.0, 0.5, 1.0]).expand_as(pictures))
+    nothing = render(PointCloud(torch.zeros(0, 3), torch.zeros(0, 3)), cameras_of(1), background=(0.0, 0.5, 1.0))
+    assert torch.equal(nothing[0], pictures) and nothing[1].all()
 
 
 def test_progress_counts_every_frame():
@@ -136,6 +166,13 @@ def test_the_first_frame_is_the_picture():
 def test_the_render_has_the_models_size_nearest_to_the_pictures_shape():
     video, holes, _ = start_of(torch.zeros(1, 48, 64, 3), cloud_of(10), cameras_of(1))
     assert video.shape == (1, 512, 720, 3) and holes.shape == (1, 512, 720)
+
+
+def test_cameras_of_another_shape_are_a_warning(caplog):
+    start_of(torch.zeros(1, 48, 64, 3), cloud_of(10), cameras_of(1, width=64, height=48))
+    assert not caplog.text
+    start_of(torch.zeros(1, 48, 64, 3), cloud_of(10), cameras_of(1, width=64, height=64))
+    assert "cameras are of a 64x64 picture and image is 64x48" in caplog.text
 
 
 def test_frames_that_are_mostly_holes_are_named():
