@@ -156,8 +156,8 @@ class WorldStereoConditioning(io.ComfyNode):
                                           tooltip="The picture through CLIP ViT-H. Without it only the text is "
                                                   "attended to, and the result follows the picture less."),
                 io.Image.Input("reference_images", optional=True,
-                               tooltip="Memory variants: other views of the scene, at most one a keyframe. Without "
-                                       "them the picture itself is the reference."),
+                               tooltip="Memory variants: other views of the scene, as many as keyframes at most. "
+                                       "Without them the picture itself is the reference."),
                 Cameras.Input("reference_cameras", optional=True,
                               tooltip="One camera for each reference, in the same world as the cameras."),
                 io.String.Input("reference_index", default="", optional=True,
@@ -362,9 +362,11 @@ class WorldStereoRender(io.ComfyNode):
                                tooltip="For a depth picture: the depth of its farthest grey, in scene units; for a "
                                        "metric depth map, the depth that white stands for."),
                 io.Int.Input("width", default=0, min=0, max=8192, step=16, advanced=True,
-                             tooltip="Of the render, in pixels. 0: the model's size nearest to the picture's shape."),
+                             tooltip="Of the render, in pixels. If width or height is 0, both are the model's size "
+                                     "nearest to the picture's shape."),
                 io.Int.Input("height", default=0, min=0, max=8192, step=16, advanced=True,
-                             tooltip="Of the render, in pixels. 0: the model's size nearest to the picture's shape."),
+                             tooltip="Of the render, in pixels. If width or height is 0, both are the model's size "
+                                     "nearest to the picture's shape."),
                 io.Float.Input("radius", default=RADIUS, min=0.0005, max=0.2, step=0.0005, round=0.0001, advanced=True,
                                tooltip="Radius of a point, where the shorter side of the picture is 2. The model was "
                                        f"trained with {RADIUS}."),
@@ -412,7 +414,7 @@ class WorldStereoPanorama(io.ComfyNode):
                         "picture in a chosen direction with its camera, for Camera Path and Render.",
             search_aliases=["360", "equirectangular", "panorama to perspective"],
             inputs=[
-                MoGeGeometry.Input("moge_geometry", tooltip="From core's MoGe Panorama Inference."),
+                MoGeGeometry.Input("moge_geometry", tooltip="From core's Run MoGe Panorama Inference."),
                 io.Float.Input("yaw", default=0.0, min=-360.0, max=360.0, step=1.0,
                                tooltip="Degrees to the right of the panorama's middle."),
                 io.Float.Input("pitch", default=0.0, min=-89.0, max=89.0, step=1.0,
