@@ -8,6 +8,7 @@ Attention, cross-attention, feed-forward and the camera embeddings are random an
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from comfy.ldm.wan.vae import WanVAE
 from safetensors.torch import save_file
 
 from ..fp8 import recipe
-from ..worldstereo.config import SCALE_MAP, WorldStereoConfig
+from ..worldstereo.config import CAMERA, SCALE_MAP, WorldStereoConfig
 from ..worldstereo.layout import tensor_shapes
 
 # Widths are multiples of 16, for FP8 matrix units. Those that come from the encoders and the VAE are the real ones.
@@ -24,8 +25,8 @@ CONFIG = WorldStereoConfig(
     dim=128, ffn_dim=256, num_heads=2, num_layers=3, camera_mlp_dim=64,
     control_dim=64, control_ffn_dim=128, control_num_heads=2, control_num_layers=2, mask_channels=16,
 )
-CONFIG_JSON = {
-    "model_type": CONFIG.model_type,
+CAMERA_CONFIG = replace(CONFIG, model_type=CAMERA, camera_mlp_dim=0)
+CONFIG_JSON = {  # without the model's type
     "num_attention_heads": CONFIG.num_heads,
     "attention_head_dim": CONFIG.dim // CONFIG.num_heads,
     "freq_dim": CONFIG.freq_dim,
@@ -38,11 +39,11 @@ CARRIER = 64.0  # one token channel holds it; against it the others are small, s
 GAIN = 1 / 0.625  # Euler's last step, from sigma 0.625 to 0, then leaves nothing of the noise
 
 
-def weights(seed: int = 0) -> dict[str, torch.Tensor]:
+def weights(config: WorldStereoConfig = CONFIG) -> dict[str, torch.Tensor]:
     """The toy model's tensors, BF16, by their published names."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     tensors = {}
-    for name, shape in tensor_shapes(CONFIG).items():
+    for name, shape in tensor_shapes(config).items():
         if name.endswith("bias"):
             tensors[name] = torch.zeros(shape)
         elif len(shape) == 1:  # norms
@@ -66,15 +67,15 @@ def weights(seed: int = 0) -> dict[str, torch.Tensor]:
     return {name: tensor.bfloat16() for name, tensor in tensors.items()}
 
 
-def save_model(path: Path) -> None:
+def save_model(path: Path, config: WorldStereoConfig = CONFIG) -> None:
     """Write the toy checkpoint in the published scaled-FP8 format, config.json's text in its metadata."""
     tensors = {recipe.MARKER: torch.zeros((), dtype=torch.bfloat16)}
-    for name, tensor in weights().items():
+    for name, tensor in weights(config).items():
         if recipe.is_quantised(name, tensor.shape):
             tensors[name], tensors[recipe.scale_name(name)] = recipe.quantise(tensor, "published")
         else:
             tensors[name] = tensor
-    save_file(tensors, path, metadata={"config": json.dumps(CONFIG_JSON)})
+    save_file(tensors, path, metadata={"config": json.dumps({"model_type": config.model_type} | CONFIG_JSON)})
 
 
 @torch.no_grad()

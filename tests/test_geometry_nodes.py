@@ -5,6 +5,7 @@ import os
 import shutil
 from pathlib import Path
 
+import av
 import comfy.cli_args
 import folder_paths
 import numpy as np
@@ -13,13 +14,14 @@ import torch
 from PIL import Image
 from test_workflow import PLACEHOLDERS
 from web_page import open_workflow, page_of
-from worldstereo_fp8.demo import job, scene, server
+from worldstereo_fp8.demo import job, scene, server, toy
 from worldstereo_fp8.nodes import camera_file, camera_files
-from worldstereo_fp8.worldstereo.cameras import read_camera_json, rigid_inverse
+from worldstereo_fp8.worldstereo.cameras import centres, read_camera_json, rigid_inverse
 
 COMFYUI = Path(comfy.cli_args.__file__).parents[1]
 EXAMPLES = Path(__file__).parents[1] / "example_workflows"
 WORKFLOWS = ("worldstereo_one_picture", "worldstereo_camera_unipc", "worldstereo_panorama")
+CAMERA_MODEL = "worldstereo_camera_toy.safetensors"
 WIDTH, HEIGHT, KEYFRAMES = 96, 64, 5
 
 
@@ -27,6 +29,7 @@ WIDTH, HEIGHT, KEYFRAMES = 96, 64, 5
 def comfyui(tmp_path_factory):
     base = tmp_path_factory.mktemp("comfyui")
     job.prepare(base)
+    toy.save_model(base / "models" / "diffusion_models" / CAMERA_MODEL, toy.CAMERA_CONFIG)
     for name in (*PLACEHOLDERS, "diffusion_models/WorldStereo-camera-fp8_e4m3fn_scaled.safetensors",
                  "geometry_estimation/moge_2_vitl_normal_fp16.safetensors"):
         (base / "models" / name).parent.mkdir(exist_ok=True)
@@ -144,6 +147,36 @@ def test_paths_are_chained_and_files_loaded(comfyui):
     assert len(cameras) == 2 + 4 - 1 and cameras.K[-1, 0, 0] == 80
 
 
+def test_cores_camera_sets_the_first_pose(comfyui):
+    """Core's axes have y up and look along -z; OpenCV's come out, and the path goes on from there."""
+    comfyui.run(graph(
+        picture=("LoadImage", {"image": "picture.png"}),
+        viewer=defaults(comfyui, "CreateCameraInfo", **{
+            "mode": "look_at", "mode.position_x": 1.0, "mode.position_y": 2.0, "mode.position_z": 4.0,
+            "target_x": 1.0, "target_y": 2.0, "target_z": 0.0, "fov": 90.0}),
+        path=defaults(comfyui, "WorldStereoCameraPath", image=("picture", 0), start=("viewer", 0), preset="dolly in",
+                      distance=0.5, keyframes=2),
+        camera=defaults(comfyui, "WorldStereoSaveCamera", cameras=("path", 0), filename_prefix="viewer"),
+    ))
+    cameras = read_camera_json(comfyui.base / "output" / "viewer_00001_.json")
+    torch.testing.assert_close(cameras.w2c[:, :3, :3], torch.eye(3).repeat(2, 1, 1))
+    torch.testing.assert_close(centres(cameras.w2c), torch.tensor([[1.0, -2, -4], [1, -2, -2]]))  # half its 4 units
+    assert cameras.K[0, 0, 0].item() == pytest.approx(HEIGHT / 2)
+
+
+def test_frames_that_are_mostly_holes_are_named_in_the_log(comfyui):
+    comfyui.run(graph(
+        picture=("LoadImage", {"image": "picture.png"}),
+        moge=("WorldStereoDemoGeometry", {"image": ("picture", 0)}),
+        path=defaults(comfyui, "WorldStereoCameraPath", image=("picture", 0), preset="pan left", degrees=120.0,
+                      keyframes=4),
+        render=defaults(comfyui, "WorldStereoRender", image=("picture", 0), depth=("moge", 0), cameras=("path", 0),
+                        width=WIDTH, height=HEIGHT, radius=0.08),
+        frames=("PreviewImage", {"images": ("render", 0)}),
+    ))
+    assert "more than half of these frames is holes: 1, 2, 3." in comfyui.log.read_text("utf-8")
+
+
 @pytest.mark.parametrize("kind, changes, message", [
     ("WorldStereoSaveCamera", {"filename_prefix": "../camera"}, "outside the output folder"),
     ("WorldStereoSavePointCloud", {"filename_prefix": "/tmp/points"}, "outside the output folder"),
@@ -191,14 +224,18 @@ def test_an_example_workflow_runs_at_toy_size(comfyui, name):
         if kind in stand_ins:
             node["class_type"] = stand_ins[kind]
             node["inputs"] = {"image": inputs["image"]} if "image" in inputs else {}
-        for widget, value in {"LoadWorldStereoFP8": ("model_name", job.MODEL), "VAELoader": ("vae_name", job.VAE),
+        model = CAMERA_MODEL if "camera" in name else job.MODEL
+        for widget, value in {"LoadWorldStereoFP8": ("model_name", model), "VAELoader": ("vae_name", job.VAE),
                               "KSampler": ("steps", 2)}.items():
             if kind == widget:
                 inputs[value[0]] = value[1]
         if kind == "WorldStereoRender":
             inputs |= {"width": 256, "height": 160}
     prompt = {number: node for number, node in prompt.items() if node["class_type"] != "LoadMoGeModel"}
-    video = scene.read_video(job.saved_video(comfyui.base, comfyui.run(prompt)))
+    path = job.saved_video(comfyui.base, comfyui.run(prompt))
+    with av.open(path) as file:
+        assert file.streams.video[0].average_rate == 16
+    video = scene.read_video(path)
     assert len(video) == 21
     assert np.std(video[-1]) > 5  # it shows something
 
