@@ -130,11 +130,12 @@ class Report:
 
     def gain(self) -> str:
         """How much smaller the errors are than the published recipe's."""
-        gains = [1 - error.rms / published.rms if published.rms else 0.0
-                 for error, published in zip(self.errors, self.published)]
+        pairs = list(zip(self.errors, self.published))
+        gains = [1 - error.rms / published.rms if published.rms else 0.0 for error, published in pairs]
         whole = 1 - self.total(self.errors).rms / (self.total(self.published).rms or 1.0)
+        larger = sum(error.rms > published.rms or error.max > published.max for error, published in pairs)
         return (f"Against the published recipe: RMS error smaller by {whole:.2%} over all, by {min(gains):.2%} to "
-                f"{max(gains):.2%} a weight; larger in {sum(gain < 0 for gain in gains)} of {len(gains)} weights.")
+                f"{max(gains):.2%} a weight; RMS or largest error larger in {larger} of {len(pairs)} weights.")
 
     def errors_by_kind(self) -> list[tuple[str, WeightError]]:
         """The weights of one kind, which is their name without the layer number, taken together."""

@@ -372,6 +372,35 @@ def test_another_run_at_work_is_left_alone(sources, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["other.safetensors", "out.safetensors"]
 
 
+MEMORY = """
+import resource, sys
+sys.path.insert(0, {root!r})
+import torch
+import cook_worldstereo_fp8 as command
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+command.cook(*sys.argv[1:], device=torch.device("cpu"))
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+"""
+
+
+def test_memory_does_not_grow_with_the_file(tmp_path):
+    """Peak memory above that of the imports, MB, for 0.3 GB and 0.8 GB of source (zeros, which take no room on disk);
+    one tensor is too large to be held whole."""
+    script, src = tmp_path / "memory.py", tmp_path / "source.safetensors"
+    script.write_text(MEMORY.format(root=str(ROOT)))
+    grown = []
+    for count in (1, 6):
+        layout = {"controlnet.proj_in.weight": Tensor("", "BF16", (10_000, 10_000), 0)}
+        for i in range(count):
+            layout[f"blocks.{i}.attn1.to_q.weight"] = Tensor("", "BF16", (5000, 10_000), (i + 2) * 100_000_000)
+        with open(src, "wb") as file:
+            file.truncate(file.write(engine.header(layout, {})) + sum(tensor.nbytes for tensor in layout.values()))
+        done = subprocess.run([sys.executable, script, src, tmp_path / f"{count}.safetensors"], capture_output=True, text=True)
+        grown.append(int(done.stdout or pytest.fail(done.stderr)))
+    budget = (reading.BUFFERS * reading.SLICE >> 20) + 150
+    assert grown[1] < min(grown[0] + 60, budget), grown
+
+
 FORK = """
 import os, sys
 sys.path.insert(0, {root!r})
@@ -521,10 +550,14 @@ def test_report(sources, tmp_path):
     report = cook(sources / "bf16.safetensors", tmp_path / "out.safetensors")
     text, data = report.as_text(), report.as_dict()
     assert "larger in 0 of 43 weights" in text and "blocks.N.attn1.to_q" in text
+    rms = [(w["rms_error"], w["published"]["rms_error"]) for w in data["weights"]]
+    whole = 1 - data["total"]["rms_error"] / data["published_total"]["rms_error"]
+    gains = [1 - ours / theirs for ours, theirs in rms]
+    assert f"smaller by {whole:.2%} over all, by {min(gains):.2%} to {max(gains):.2%} a weight" in text and whole > 0
     assert len(data["worst"]) == 10 and all(name in text for name in data["worst"])
     relative = {w["name"]: w["relative_rms_error"] for w in data["weights"]}
     assert data["worst"] == sorted(relative, key=lambda name: -relative[name])[:10]
-    assert all(w["rms_error"] <= w["published"]["rms_error"] for w in data["weights"])
+    assert all(w[error] <= w["published"][error] for w in data["weights"] for error in ("rms_error", "max_error"))
     picture = report.picture()
     assert picture.mode == "RGB" and len(picture.getcolors(10**6)) > 20
 
