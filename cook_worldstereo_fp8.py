@@ -1,4 +1,4 @@
-"""Makes the scaled-FP8 file of a WorldStereo model, and checks such files. Needs torch and safetensors only.
+"""Makes the scaled-FP8 file of a WorldStereo model, and checks such files. Needs torch only.
 
     python cook_worldstereo_fp8.py SRC DST [--recipe default|published] [--convs fp8|bf16]
     python cook_worldstereo_fp8.py --verify FILE SRC    does FILE come out of SRC, byte for byte?

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 # The names of the format (https://github.com/huggingface/safetensors#format).
 DTYPES = {
@@ -22,6 +21,7 @@ INDEX_SUFFIX = ".safetensors.index.json"
 SLICE = 2 * 2**20  # bytes read at once
 BUFFERS = 128  # slices in memory, 268 MB; more than are held of one tensor and in work
 HELD = 72  # slices of one tensor in memory, 150 MB; the largest FP8 weight of Wan 14B has 142 MB
+MAX_HEADER = 100 * 2**20  # bytes, as the safetensors library allows
 PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
 
@@ -96,7 +96,8 @@ def open_files(path: str | Path) -> TensorFiles:
     """
     path = Path(path)
     if not path.name.endswith(INDEX_SUFFIX):
-        tensors, metadata = _read_header(path)
+        tensors, metadata = read_header(path)
+        _check_dtypes(path, tensors)
         return TensorFiles(path, (path,), tensors, metadata)
     try:
         weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
@@ -112,7 +113,8 @@ def open_files(path: str | Path) -> TensorFiles:
                                 "Download the missing ones.")
     tensors, metadata = {}, []
     for file in files:
-        found, file_metadata = _read_header(file)
+        found, file_metadata = read_header(file)
+        _check_dtypes(file, found)
         metadata.append(file_metadata)
         for name in found:
             if weight_map.get(name) != file.name:
@@ -126,29 +128,74 @@ def open_files(path: str | Path) -> TensorFiles:
     return TensorFiles(path, files, tensors, metadata[0])
 
 
-def _read_header(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _check_dtypes(path: Path, tensors: dict[str, Tensor]):
+    for name, tensor in tensors.items():
+        if tensor.dtype not in DTYPES:
+            raise ValueError(f"{path.name}: {name} has the dtype {tensor.dtype}, which is not read here. Use a file whose "
+                             "weights are BF16, FP16, FP32 or FP8.")
+
+
+def read_header(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors, in the order of their bytes, and the metadata of a safetensors file, from its first bytes.
+
+    Raises ValueError, naming the file, for anything that is not a whole safetensors file: a pickle, a truncated
+    download, a broken header, tensors that do not fill the file without gap or overlap.
+    """
+    path = Path(path)
+    size = path.stat().st_size
     with open(path, "rb") as file:
         start = file.read(8)
-    if start.startswith(PICKLE_STARTS):
-        raise ValueError(f"{path.name} is a pickle (.pt, .pth, .bin or .ckpt), which can run code when it is read. Only "
-                         "safetensors files are read: download that version of the model.")
+        if start.startswith(PICKLE_STARTS):
+            raise ValueError(f"{path.name} is a pickle (.pt, .pth, .bin or .ckpt), which can run code when it is read. "
+                             "Only safetensors files are read: download that version of the model.")
+        length = int.from_bytes(start, "little") if len(start) == 8 else 0
+        if not 2 <= length <= MAX_HEADER:
+            raise ValueError(f"{path.name} is not a safetensors file: its header length is {length} bytes. "
+                             "Download it again.")
+        begin = 8 + length
+        if begin > size:
+            raise ValueError(f"{path.name} is cut short: {size} bytes, but its header alone has {length}. "
+                             "Download it again.")
+        text = file.read(length)
     try:
-        with safe_open(path, framework="pt") as file:  # checks that the tensors fill the file without gap or overlap
-            names = file.offset_keys()
-            metadata = file.metadata() or {}
-            described = [(file.get_slice(name).get_dtype(), tuple(file.get_slice(name).get_shape())) for name in names]
-    except SafetensorError as e:
-        raise ValueError(f"{path.name} is not a whole safetensors file ({e}). It is cut short or damaged: download it "
-                         "again.") from e
-    begin = 8 + int.from_bytes(start, "little")
-    tensors = {}
-    for name, (dtype, shape) in zip(names, described):
-        if dtype not in DTYPES:
-            raise ValueError(f"{path.name}: {name} has the dtype {dtype}, which is not read here. Use a file whose "
-                             "weights are BF16, FP16, FP32 or FP8.")
-        tensors[name] = Tensor(name, dtype, shape, begin, path)
-        begin += tensors[name].nbytes
+        header = json.loads(text, object_pairs_hook=_unique)
+        metadata = header.pop("__metadata__", {})
+        if not all(isinstance(value, str) for value in metadata.values()):
+            raise TypeError("metadata that is not text")
+        places = sorted((*map(int, info["data_offsets"]), name) for name, info in header.items())
+        tensors = {name: Tensor(name, str(header[name]["dtype"]), tuple(map(int, header[name]["shape"])),
+                                begin + first, path) for first, _, name in places}
+        ends = [end for _, end, _ in places]
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{path.name} is not a safetensors file: its header is not text ({e}). Download it again.") from e
+    except json.JSONDecodeError as e:
+        raise ValueError(f"{path.name} is not a safetensors file: its header is not JSON ({e}). Download it again.") from e
+    except _Twice as e:
+        raise ValueError(f"{path.name} holds {e} twice. Make the file again.") from e
+    except (KeyError, TypeError, ValueError, AttributeError) as e:
+        raise ValueError(f"{path.name} has a broken safetensors header ({e!r}). Download it again.") from e
+    expected = begin + max(ends, default=0)
+    if size != expected:
+        raise ValueError(f"{path.name} has {size} bytes, its header promises {expected}: the file is "
+                         f"{'cut short' if size < expected else 'damaged'}. Download it again.")
+    for tensor, previous, end in zip(tensors.values(), [0, *ends], ends):
+        fits = tensor.dtype not in DTYPES or tensor.nbytes == end - previous
+        if tensor.begin != begin + previous or min(tensor.shape, default=0) < 0 or not fits:
+            raise ValueError(f"{path.name} has a broken safetensors header: the bytes of {tensor.name} are not as many "
+                             "as its shape says, or leave a gap. Download it again.")
     return tensors, metadata
+
+
+class _Twice(ValueError):
+    """Names that a header holds twice."""
+
+
+def _unique(pairs: list[tuple]) -> dict:
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise _Twice(", ".join(sorted({name for name in names if names.count(name) > 1})))
+    return result
 
 
 def _fill(file, view: memoryview):

@@ -2,14 +2,13 @@
 
 import json
 import os
-import struct
-from dataclasses import dataclass
 from pathlib import Path
 
 import comfy.utils
 import torch
 
 from .. import remap
+from ..fp8.files import Tensor, read_header
 from ..fp8.recipe import FP8, MARKER, dequantise
 
 PREFIXES = ("model.diffusion_model.", "diffusion_model.")  # ComfyUI's "Save" nodes write these
@@ -17,7 +16,6 @@ SCALES = ("weight.scale_weight", "scale_weight", "weight_scale")
 INPUT_SCALES = ("scale_input", "input_scale")  # fixed activation scales; ours are dynamic
 QUANT = "comfy_quant"
 FLOATS = ("F32", "F16", "BF16")
-MAX_HEADER = 100 * 2**20  # bytes, as the safetensors library allows
 COMFY_QUANT_FORMAT = "float8_e4m3fn"
 
 # How other model files are told apart, by a part of one of their tensors' names.
@@ -42,64 +40,6 @@ def some(names, limit: int = 4) -> str:
     """The first few of some names, and how many more there are."""
     names = list(names)
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One tensor of a file: its name there, its safetensors dtype and its shape."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-
-
-def _unique(pairs):
-    result = dict(pairs)
-    if len(result) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"holds {some(sorted({n for n in names if names.count(n) > 1}))} twice")
-    return result
-
-
-def read_header(path: str | os.PathLike) -> tuple[dict[str, Entry], dict[str, str]]:
-    """The tensors and the metadata of a safetensors file, from its first bytes.
-
-    Raises ValueError, naming the file, for anything that is not a whole safetensors file: a pickle, a truncated
-    download, a broken header.
-    """
-    path = Path(path)
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        start = file.read(8)
-        if start.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
-            raise ValueError(f"{path.name} is a pickle (.pt, .pth or .ckpt), which can run code when it is read. "
-                             "Only safetensors files are loaded: download that version of the model.")
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-        if not 2 <= length <= MAX_HEADER:
-            raise ValueError(f"{path.name} is not a safetensors file: its header length is {length} bytes. "
-                             "Download it again.")
-        if 8 + length > size:
-            raise ValueError(f"{path.name} is cut short: {size} bytes, but its header alone has {length}. "
-                             "Download it again.")
-        header = file.read(length)
-    try:
-        header = json.loads(header, object_pairs_hook=_unique)
-        metadata = header.pop("__metadata__", {})
-        entries = {name: Entry(name, info["dtype"], tuple(info["shape"])) for name, info in header.items()}
-        ends = [info["data_offsets"][1] for info in header.values()]
-    except UnicodeDecodeError as e:
-        raise ValueError(f"{path.name} is not a safetensors file: its header is not text ({e}). Download it again.") from e
-    except json.JSONDecodeError as e:
-        raise ValueError(f"{path.name} is not a safetensors file: its header is not JSON ({e}). Download it again.") from e
-    except (KeyError, TypeError, IndexError, AttributeError) as e:
-        raise ValueError(f"{path.name} has a broken safetensors header ({e!r}). Download it again.") from e
-    except ValueError as e:
-        raise ValueError(f"{path.name} {e}. Make the file again.") from e
-    expected = 8 + length + max(ends, default=0)
-    if size != expected:
-        raise ValueError(f"{path.name} has {size} bytes, its header promises {expected}: the file is "
-                         f"{'cut short' if size < expected else 'damaged'}. Download it again.")
-    return entries, metadata
 
 
 def describe(names) -> str:
@@ -142,9 +82,9 @@ class Checkpoint:
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
         entries, self.metadata = read_header(path)
-        self.weights: dict[str, Entry] = {}
-        self.scales: dict[str, Entry] = {}
-        self.quant: dict[str, Entry] = {}
+        self.weights: dict[str, Tensor] = {}
+        self.scales: dict[str, Tensor] = {}
+        self.quant: dict[str, Tensor] = {}
         unknown = []
         for name, entry in entries.items():
             native = native_name(name)

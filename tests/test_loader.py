@@ -244,6 +244,12 @@ class TestNotSafetensors:
         (b"not json at all", "not JSON"), (b'{"\xff": 1}', "not text"), (b"[1, 2]", "broken safetensors header"),
         (b'{"a": {"dtype": "F32"}}', "broken safetensors header"), (b'{"a": 1, "a": 2}', "holds a twice"),
         (b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0]}}', "broken safetensors header"),
+        (b'{"__metadata__": {"config": 1}}', "broken safetensors header"),
+        (b'{"a": {"dtype": "F32", "shape": ["x"], "data_offsets": [0, 0]}}', "broken safetensors header"),
+        (b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 0]}}', "the bytes of a are not as many"),
+        (b'{"a": {"dtype": "BF16", "shape": [-1, 0], "data_offsets": [0, 0]}}', "the bytes of a are not as many"),
+        (b'{"a": {"dtype": ["F32"], "shape": [1], "data_offsets": [0, 0]}}', "not a WorldStereo checkpoint"),
+        (b'{"a": {"dtype": "F4", "shape": [0], "data_offsets": [-4, 0]}}', "the bytes of a are not as many"),
     ])
     def test_broken_header(self, header, message, tmp_path):
         with pytest.raises(ValueError, match=rf"file\.safetensors.*{message}"):
