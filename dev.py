@@ -113,6 +113,10 @@ def link_pack(comfyui: Path) -> None:
     if any(entry.resolve() == ROOT for entry in custom_nodes.iterdir()):
         return
     link = custom_nodes / PACK
+    if link.is_symlink() and not link.exists():
+        link.unlink()  # it led to a checkout that is gone
+    if link.exists():
+        sys.exit(f"{link} is another copy of this pack ({link.resolve()}). Remove it, or run that copy's dev.py.")
     step(f"Linking this checkout as {link}")
     try:
         link.symlink_to(ROOT, target_is_directory=True)

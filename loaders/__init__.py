@@ -168,7 +168,7 @@ def _memory(model, config: WorldStereoConfig, device) -> str:
     references = {"reference_latent": [(1, LATENT_CHANNELS, REFERENCES, *latent[3:])]} if config.has_memory else {}
     need = resident_bytes(model) + model.memory_required(latent, references)
     free = comfy.model_management.get_free_memory(device)
-    line = (f"At {height}×{width}" + (f" with {REFERENCES} references" if references else "") +
+    line = (f"At {width}×{height}" + (f" with {REFERENCES} references" if references else "") +
             f" a step takes about {need / 1e9:.1f} GB of VRAM; {free / 1e9:.1f} GB are free.")
     if need > free:
         line += (f" About {(need - free) / 1e9:.1f} GB of weights will be streamed from RAM at every step. To avoid that, "

@@ -50,6 +50,17 @@ def test_link_is_made_once(dev, tmp_path):
     assert [entry.name for entry in (tmp_path / "custom_nodes").iterdir()] == ["pack"]
 
 
+def test_another_copy_in_the_place_of_the_link(dev, tmp_path):
+    link = tmp_path / "ComfyUI" / "custom_nodes" / dev.PACK
+    link.mkdir(parents=True)
+    with pytest.raises(SystemExit, match="is another copy of this pack"):
+        dev.link_pack(tmp_path / "ComfyUI")
+    link.rmdir()
+    link.symlink_to(tmp_path / "gone")  # a link to a checkout that is no more is replaced
+    dev.link_pack(tmp_path / "ComfyUI")
+    assert link.resolve() == dev.ROOT
+
+
 def test_windows_without_symbolic_links_gets_a_junction(dev, monkeypatch, tmp_path):
     commands = []
 
