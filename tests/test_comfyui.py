@@ -190,7 +190,14 @@ class TestConstants:
         patcher = load_worldstereo(files["fp8"])
         for seed in range(4):
             sample(patcher, conditioning(seed), conditioning(9), steps=1)
-        assert len(patcher.model.diffusion_model.constants.prompts) == 2  # this run's and the one before
+            assert len(patcher.model.diffusion_model.constants.prompts) == 1  # this run's
+
+    def test_a_prompt_of_the_same_call_is_not_computed_again(self, files, computed):
+        """CFG: the negative stays while another positive comes; core gives both in one batch."""
+        patcher = load_worldstereo(files["fp8"])
+        for positive, expected in ((0, 4), (2, 6), (0, 8)):
+            sample(patcher, conditioning(positive), conditioning(1), cfg=5.0, steps=2)
+            assert computed["prompt"] == expected
 
     def test_nothing_is_kept_of_a_call_from_outside(self, files):
         patcher = load_worldstereo(files["fp8"])
@@ -306,6 +313,26 @@ def test_model_patches_see_the_tokens(files):
     assert relative_error(sample(skipping, conditioning(0), conditioning(1), steps=1), plain) > 1e-3
 
 
+def test_what_a_patch_keeps_is_not_overwritten(files):
+    patcher = load_worldstereo(files["fp8"])
+    kept = []
+
+    def keep(name):
+        def patch(args):
+            kept.append((args[name], args[name].clone()))
+            return args if name == "img" else args[name]
+
+        return patch
+
+    patched = patcher.clone()
+    patched.set_model_patch(keep("img"), "double_block")
+    patched.set_model_patch(keep("x"), "attn2_patch")
+    patched.set_model_patch(keep("x"), "attn1_patch")
+    out = sample(patched, conditioning(0), conditioning(1), steps=1)
+    assert relative_error(out, sample(patcher, conditioning(0), conditioning(1), steps=1)) < 1e-6
+    assert len(kept) == 6 and all(torch.equal(seen, then) for seen, then in kept)
+
+
 def test_an_attention_override_serves_backbone_and_control_branch(files):
     patcher = load_worldstereo(files["fp8"])
     plain = sample(patcher, conditioning(0), conditioning(1), steps=1)
@@ -350,3 +377,17 @@ def test_saved_by_core_it_loads_again(files, tmp_path):
     state = patcher.model.state_dict_for_saving(patcher.model.diffusion_model.state_dict())
     again = load_worldstereo(save(state, tmp_path / "saved.safetensors", config))
     assert relative_error(sample(again, conditioning(0), conditioning(1)), plain) < 1e-6
+
+
+def test_the_memory_estimate(files, monkeypatch):
+    """What it counts, at the toy's sizes; what it should come to is measured on a GPU."""
+    monkeypatch.setattr(comfy.model_management, "pytorch_attention_flash_attention", lambda: True)
+    patcher = load_worldstereo(files["fp8"])
+    required, shape = patcher.model.memory_required, (1, 16, 3, 6, 8)
+    alone, references = required(shape), {"reference_latent": [(1, 16, 2, 6, 8)]}
+    assert required(shape, references) > alone and required((2, *shape[1:])) > alone
+    sample(patcher, conditioning(0), conditioning(1), steps=1)
+    prompt = 2 * 2 * (512 + 257) * 64 * 4  # keys and values of 2 blocks in FP32
+    assert alone - required(shape) == prompt  # kept already
+    monkeypatch.setattr(type(patcher.model.diffusion_model.blocks[0].self_attn.q), "why_not_native", lambda self: None)
+    assert required(shape) < alone - prompt  # tokens in FP8 take less

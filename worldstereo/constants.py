@@ -66,7 +66,7 @@ def _same(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
 @dataclass
 class Constants:
     """The kept constants of one model. `weights` says which LoRAs they were computed with; with others they are
-    forgotten. Prompts that a whole run did not use are forgotten after it."""
+    forgotten. A prompt is forgotten after a run that did not use it, and earlier if another needs its room."""
 
     weights: object = None
     prompts: list[_Kept] = field(default_factory=list)
@@ -86,15 +86,22 @@ class Constants:
             self.forget()
             self.weights = weights
 
-    def prompt(self, inputs: tuple[torch.Tensor | None, ...], compute: Callable[[], Prompt]) -> Prompt:
-        """The prompt of these inputs (compared by value), computed if it is not kept."""
-        for kept in self.prompts:
-            if all(map(_same, kept.inputs, inputs)):
+    def prompts_of(self, samples: list[tuple], compute: Callable[..., Prompt]) -> list[Prompt]:
+        """The prompt of each sample's inputs (tensors or None, compared by value); `compute(*inputs)` if it is not kept.
+
+        Before any is computed, those that this run has not used make room: memory is reckoned for this run's alone.
+        """
+        for inputs in samples:
+            if (kept := self._find(inputs)) is not None:
                 kept.used = True
-                return kept.prompt
-        prompt = compute()
-        self.prompts.append(_Kept(tuple(None if t is None else t.clone() for t in inputs), prompt))
-        return prompt
+        for inputs in samples:
+            if self._find(inputs) is None:
+                self.prompts = [kept for kept in self.prompts if kept.used]
+                self.prompts.append(_Kept(tuple(None if t is None else t.clone() for t in inputs), compute(*inputs)))
+        return [self._find(inputs).prompt for inputs in samples]
+
+    def _find(self, inputs: tuple) -> _Kept | None:
+        return next((kept for kept in self.prompts if all(map(_same, kept.inputs, inputs))), None)
 
     def timesteps(self, wanted: list[float], coming: list[float], key: tuple,
                   compute: Callable[[list[float]], list[Time]]) -> list[Time]:

@@ -190,7 +190,11 @@ class Block(WanAttentionBlock):
         self.cross_attn = CrossAttention(dim, num_heads, eps=eps, operation_settings=operation_settings)
 
     def forward(self, x, e, freqs, kv: list[KeysValues], ref_len=0, transformer_options={}):
-        """x: [B, ref_len + F·n, C], references first; overwritten with the result. e: [B,1,6,C]. kv: of each sample."""
+        """x: [B, ref_len + F·n, C], references first; overwritten with the result. e: [B,1,6,C]. kv: of each sample.
+
+        What a patch has seen or returned is its own, here and in the model's forward: it is copied before it is
+        overwritten.
+        """
         patches = transformer_options.get("patches", {})
         modulation = cast_to(self.modulation, dtype=x.dtype, device=x.device).unsqueeze(0) + e
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = modulation.unbind(2)
@@ -204,7 +208,7 @@ class Block(WanAttentionBlock):
         for b in range(len(x)):
             self.cross_attn.add_to(x[b:b + 1, ref_len:], self.norm3, kv[b], transformer_options)
         for patch in patches.get("attn2_patch", []):
-            x = patch({"x": x, "transformer_options": transformer_options})
+            x = patch({"x": x, "transformer_options": transformer_options}).clone()
         for b in range(len(x)):
             sample = slice(b, b + 1)
             add_feed_forward(self.ffn, x[sample], ffn_shift[sample], ffn_scale[sample], ffn_gate[sample], self.eps)
@@ -403,8 +407,8 @@ class WorldStereoModel(WanModel):
                                  transformer_options=transformer_options)
         constants = self._constants(transformer_options)
         times = self._times(constants, timestep.flatten().expand(len(x)), x.dtype, x.device, transformer_options)
-        prompts = [self._prompt(constants, context[b:b + 1], None if clip_fea is None else clip_fea[b:b + 1])
-                   for b in range(len(x))]
+        prompts = constants.prompts_of([(context[b:b + 1], None if clip_fea is None else clip_fea[b:b + 1])
+                                        for b in range(len(x))], self._prompt)
         e, temb = (torch.cat([getattr(time, name) for time in times]) for name in ("e", "temb"))
 
         control = None
@@ -446,7 +450,7 @@ class WorldStereoModel(WanModel):
                                          transformer_options=args["transformer_options"])}
 
                 args = {"img": x, "txt": txt, "vec": e, "pe": freqs, "transformer_options": transformer_options}
-                x = blocks_replace[("double_block", i)](args, {"original_block": run})["img"].clone()  # it may keep its own
+                x = blocks_replace[("double_block", i)](args, {"original_block": run})["img"].clone()
             else:
                 x = block(x, e, freqs, [prompt.blocks[i] for prompt in prompts], ref_len=ref_len,
                           transformer_options=transformer_options)
@@ -456,7 +460,7 @@ class WorldStereoModel(WanModel):
 
             for patch in patches.get("double_block", []):
                 x = patch({"img": x, "x": model_input, "vec": temb, "block_index": i, "img_offset": ref_len,
-                           "transformer_options": transformer_options})["img"]
+                           "transformer_options": transformer_options})["img"].clone()
 
         return self.unpatchify(self.head(x[:, ref_len:], temb), grid)
 
@@ -482,16 +486,12 @@ class WorldStereoModel(WanModel):
 
         return constants.timesteps(timestep.float().tolist(), transformer_options.get(TIMESTEPS, []), (dtype, device), compute)
 
-    def _prompt(self, constants: Constants, context, clip_fea) -> Prompt:
+    def _prompt(self, context, clip_fea) -> Prompt:
         """The constants of one sample's text [1,512,text_dim] and picture [1,257,image_dim] or None."""
-
-        def compute() -> Prompt:
-            text = self.text_embedding(context)
-            image = None if clip_fea is None else self.img_emb(clip_fea)
-            embedded = text if image is None else torch.cat([image, text], dim=1)
-            return Prompt(embedded, [block.cross_attn.keys_values(text, image) for block in self.blocks])
-
-        return constants.prompt((context, clip_fea), compute)
+        text = self.text_embedding(context)
+        image = None if clip_fea is None else self.img_emb(clip_fea)
+        embedded = text if image is None else torch.cat([image, text], dim=1)
+        return Prompt(embedded, [block.cross_attn.keys_values(text, image) for block in self.blocks])
 
     def _keys_values(self, block: Block, context, clip_fea) -> list[KeysValues]:
         """Of a patched, embedded context [B, I+T, C], for each sample."""
@@ -568,8 +568,9 @@ class WorldStereo(comfy.model_base.WAN21):
         """Bytes a step needs beside the weights, in its widest moment, which is in self-attention.
 
         For each sample every token's residual, its control tokens, its render's pixels, and its prompt's keys and
-        values unless they are kept already; for one sample at a time all keys and values, the normed tokens in FP8, a
-        span's queries and result. What was measured stands in the README.
+        values unless they are kept already; for one sample at a time all keys and values, the normed tokens (in FP8
+        their memory serves for the attended ones too), a span's queries and result. What was measured stands in the
+        README.
         """
         if not (comfy.model_management.xformers_enabled() or comfy.model_management.pytorch_attention_flash_attention()):
             return super().memory_required(input_shape, cond_shapes)
@@ -582,7 +583,8 @@ class WorldStereo(comfy.model_base.WAN21):
         pixels = MASK_CAM_CHANNELS * frames * config.mask_downsample * SPATIAL_DOWNSCALE**2 * height * width * size
         prompt = 2 * config.num_layers * (TEXT_TOKENS + IMAGE_TOKENS) * config.dim * size
         missing = max(batch - len(self.diffusion_model.constants.prompts), 0)
-        one = tokens * (2.5 * config.dim * size + rope) + 2 * CHUNK * config.dim * size
+        native = self.diffusion_model.blocks[0].self_attn.q.why_not_native() is None
+        one = tokens * ((2.5 if native else 4) * config.dim * size + rope) + 2 * CHUNK * config.dim * size
         each = tokens * config.dim * size + targets * config.control_dim * size + pixels
         return WORKSPACE + one + batch * each + missing * prompt
 
