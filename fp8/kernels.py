@@ -9,10 +9,12 @@ import torch
 import triton
 import triton.language as tl
 
+from .recipe import FP8_MAX
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # the kernels run in Python, on the CPU
 
 ROWS = 4  # tokens that share the load of their gate
-INVERSE_FP8_MAX = tl.constexpr(1 / 448)
+INVERSE_FP8_MAX = tl.constexpr(1 / FP8_MAX)
 SMALLEST_NORMAL = tl.constexpr(torch.finfo(torch.float32).tiny)
 
 

@@ -26,7 +26,6 @@ RECIPES = ("default", "published")
 CONVS = {"default": "bf16", "published": "fp8"}  # what each recipe does with convolution weights unless told otherwise
 
 
-
 def is_quantised(name: str, shape: tuple[int, ...], convs: str = "fp8") -> bool:
     """Whether the recipe turns the tensor of this diffusers name and shape into FP8.
 

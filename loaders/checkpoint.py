@@ -8,7 +8,7 @@ import comfy.utils
 import torch
 
 from .. import remap
-from ..fp8.files import Tensor, read_header
+from ..fp8.files import DTYPES, Tensor, read_header
 from ..fp8.recipe import FP8, MARKER, dequantise
 
 PREFIXES = ("model.diffusion_model.", "diffusion_model.")  # ComfyUI's "Save" nodes write these
@@ -59,15 +59,14 @@ def describe(names) -> str:
 
 def native_name(name: str) -> str | None:
     """The native name of a tensor named either way, None for a name that no WorldStereo file has."""
-    if name.startswith(PREFIXES[0]):
-        name = name.removeprefix(PREFIXES[0])
-    name = name.removeprefix(PREFIXES[1])
-    for translate in (remap.to_native, lambda n: remap.to_native(remap.to_diffusers(n))):
-        try:
-            return translate(name)
-        except KeyError:
-            pass
-    return None
+    for prefix in PREFIXES:
+        name = name.removeprefix(prefix)
+    if remap.is_native(name):
+        return name
+    try:
+        return remap.to_native(name)
+    except KeyError:
+        return None
 
 
 class Checkpoint:
@@ -93,14 +92,14 @@ class Checkpoint:
             if native is None:
                 unknown.append(name)
                 continue
-            table, key = self.weights, native
-            for suffix in (*SCALES, QUANT, *INPUT_SCALES):
-                if native.endswith("." + suffix):
-                    table = {QUANT: self.quant}.get(suffix, self.scales)
-                    key = native[: -len(suffix) - 1]
-                    break
             if native.endswith(INPUT_SCALES):
                 continue
+            table, key = self.weights, native
+            for suffix in (*SCALES, QUANT):
+                if native.endswith("." + suffix):
+                    table = self.quant if suffix == QUANT else self.scales
+                    key = native[: -len(suffix) - 1]
+                    break
             if key in table:
                 what = f"two scales for {key}" if table is self.scales else f"{key} twice"
                 raise ValueError(f"{self.path.name} holds {what}: {table[key].name} and {name}. Keep one of them.")
@@ -138,8 +137,7 @@ class Checkpoint:
     def storage_dtype(self) -> torch.dtype:
         """The dtype of most of the tensors that are not FP8."""
         dtypes = [entry.dtype for entry in self.weights.values() if entry.dtype in FLOATS]
-        most = max(FLOATS, key=dtypes.count)
-        return {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[most]
+        return DTYPES[max(FLOATS, key=dtypes.count)]
 
     def state_dict(self, keep) -> dict[str, torch.Tensor]:
         """The tensors whose native names are in `keep`, memory-mapped, as core's quantised operations load them:
