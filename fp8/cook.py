@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -33,6 +34,7 @@ CONFIG_FILE = "config.json"
 SOURCES = ("BF16", "F16", "F32")
 WORKERS = 2  # threads that survey and encode: they keep up with the one that reads and hashes
 AHEAD = 2 * WORKERS  # slices in work
+SECONDS_BETWEEN_SYNCS = 0.2
 
 
 @dataclass(frozen=True)
@@ -329,7 +331,8 @@ def _new_file(path: Path, nbytes: int, overwrite: bool):
     try:
         with file:
             _lock(file)
-            yield file
+            with _written_out(file):
+                yield file
             file.flush()
             os.fsync(file.fileno())
         _refuse_to_overwrite(path, overwrite)
@@ -341,6 +344,24 @@ def _new_file(path: Path, nbytes: int, overwrite: bool):
         folder = os.open(path.parent, os.O_DIRECTORY)
         os.fsync(folder)
         os.close(folder)
+
+
+@contextlib.contextmanager
+def _written_out(file):
+    """Has the system write the file out while it grows, so that the sync at its end has little left to wait for."""
+    stop = threading.Event()
+
+    def run():
+        while not stop.wait(SECONDS_BETWEEN_SYNCS):
+            os.fsync(file.fileno())
+
+    with ThreadPoolExecutor(1) as pool:
+        syncs = pool.submit(run)
+        try:
+            yield
+        finally:
+            stop.set()
+        syncs.result()  # the system reports a failed write once, to whichever sync comes next
 
 
 def _refuse_to_overwrite(path: Path, overwrite: bool):
