@@ -28,7 +28,11 @@ class WorldStereoPatcher(ConstantsLast, comfy.model_patcher.ModelPatcher):
 
 
 class WorldStereoPatcherDynamic(ConstantsLast, comfy.model_patcher.ModelPatcherDynamic):
-    pass
+    def clone(self, disable_dynamic=False, **kwargs):
+        clone = super().clone(disable_dynamic, **kwargs)
+        if disable_dynamic:
+            clone.__class__ = WorldStereoPatcher  # core makes it a plain ModelPatcher, which does not know the constants
+        return clone
 
 
 def resident_bytes(model) -> int:
