@@ -3,17 +3,18 @@
     python dev.py bench                      all of them
     python dev.py bench linear [--quick]     the FP8 Linear, the kernels around it, attention
     python dev.py bench step [arguments]     denoising steps of the whole model
+    python dev.py bench workflow [arguments] the example workflow at full size on the ComfyUI server
     python dev.py bench render               the point-cloud render
     python dev.py bench cook [arguments]     Cook FP8 against cp; needs 30 GB of disk, and is no part of "all"
 
-The first two print Markdown tables and need a CUDA GPU.
+Those of the first three lines need a CUDA GPU; linear and step print Markdown tables.
 """
 
 import subprocess
 import sys
 from pathlib import Path
 
-ALL = ("linear", "step", "render")
+ALL = ("linear", "step", "workflow", "render")
 BENCHMARKS = (*ALL, "cook")
 
 

@@ -1,10 +1,14 @@
 """One denoising step of the 14 B memory-dmd model through ComfyUI's sampler: seconds, VRAM, weights moved.
 
-    python dev.py bench step [--references 0 8] [--vram 15.0 22.5 0] [--weights fp8 bf16] [--compute auto bf16] [--runs 2]
+    python dev.py bench step [--references 0 8] [--vram 15.0 22.5 0] [--weights fp8 bf16] [--compute auto bf16]
+                             [--compile no inductor] [--runs 2]
 
 The weights are random, of the published shapes; the files are made on the GPU the first time, in --folder.
---vram: how much memory in GiB the card is taken to have (0: all of it); the process is capped at that.
+--vram: how many GiB of VRAM this process can have beside its CUDA context (0: all); another process takes the rest.
+--compile: with core's TorchCompileModel and this backend.
 --load: instead, how long a file takes to reach the GPU, against ComfyUI's own loader on a plain Wan file.
+
+With ComfyUI's dynamic VRAM, as ComfyUI does by default; WORLDSTEREO_DYNAMIC_VRAM=0 in the environment turns that off.
 """
 
 import argparse
@@ -12,24 +16,22 @@ import gc
 import itertools
 import json
 import math
-import os
 import statistics
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "backend:cudaMallocAsync")  # as ComfyUI starts on these cards
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
 
-import conftest  # noqa: E402, F401  makes ComfyUI and the pack importable
-import comfy.cli_args  # noqa: E402
+import conftest  # noqa: E402  makes ComfyUI and the pack importable
 import comfy.model_management  # noqa: E402
 import comfy.sample  # noqa: E402
 import comfy.sd  # noqa: E402
 import torch  # noqa: E402
+from card import GIB, Card  # noqa: E402
+from comfy_api.torch_helpers import set_torch_compile_wrapper  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 from worldstereo_fp8.fp8.activations import backend  # noqa: E402
 from worldstereo_fp8.fp8.linear import COMPUTE  # noqa: E402
@@ -39,7 +41,6 @@ from worldstereo_fp8.remap import to_native  # noqa: E402
 from worldstereo_fp8.worldstereo.config import WorldStereoConfig  # noqa: E402
 from worldstereo_fp8.worldstereo.layout import tensor_shapes  # noqa: E402
 
-GIB = 2**30
 HEIGHT, WIDTH, FRAMES, STEPS = 480, 768, 21, 4
 
 
@@ -88,20 +89,6 @@ def conditioning(references: int):
     return [[torch.randn(1, 512, 4096), values]]
 
 
-def as_if_the_card_had(gib: float):
-    """Caps the process and tells ComfyUI, which asks the driver, the same."""
-    total = torch.cuda.get_device_properties(0).total_memory
-    cap = gib * GIB if gib else total
-    torch.cuda.set_per_process_memory_fraction(min(cap / total, 1.0))
-
-    def get_free_memory(dev=None, torch_free_too=False):
-        reserved, active = torch.cuda.memory_reserved(), torch.cuda.memory_allocated()
-        free, cached = cap - reserved, reserved - active
-        return (free + cached, cached) if torch_free_too else free + cached
-
-    comfy.model_management.get_free_memory = get_free_memory
-
-
 def unload():
     comfy.model_management.unload_all_models()
     gc.collect()
@@ -131,27 +118,43 @@ def measure_load(folder: Path):
                 print(f"| {name} | {size:.2f} | {seconds:.2f} | {seconds / size:.3f} |", flush=True)
 
 
-moved = 0  # bytes of offloaded weights that core copied to the GPU
+moved = 0  # bytes of weights that core copied to the GPU
 
 
 def count_moves():
-    """Counts the weights that core copies to the GPU for a product: each such copy goes through cast_to."""
-    original = comfy.model_management.cast_to
+    """Counts the weights that core copies to the GPU: one by one, or with dynamic VRAM a layer's together."""
+    one, together = comfy.model_management.cast_to, comfy.model_management.cast_to_gathered
 
     def cast_to(weight, dtype=None, device=None, *args, **kwargs):
         global moved
         if device is not None and weight.device != device and isinstance(weight, torch.nn.Parameter):
             moved += weight.nbytes
-        return original(weight, dtype, device, *args, **kwargs)
+        return one(weight, dtype, device, *args, **kwargs)
 
-    comfy.model_management.cast_to = cast_to
+    def cast_to_gathered(tensors, r, *args, r2=None, **kwargs):
+        global moved
+        moved += sum(room.nbytes for room in (r, r2) if room is not None and room.device.type == "cuda")
+        return together(tensors, r, *args, r2=r2, **kwargs)
+
+    comfy.model_management.cast_to, comfy.model_management.cast_to_gathered = cast_to, cast_to_gathered
 
 
-def measure(path: Path, references: int, vram: float, compute: str, runs: int) -> dict:
+def skip_transformer_options(guards):
+    return ["transformer_options" not in guard.name for guard in guards]
+
+
+def peak_bytes(patcher) -> int:
+    """The most that PyTorch had allocated, and the weights that dynamic VRAM holds beside it at the end."""
+    vbar = patcher._vbar_get() if patcher.is_dynamic() else None
+    return torch.cuda.max_memory_allocated() + (vbar.loaded_size() if vbar else 0)
+
+
+def measure(path: Path, references: int, compute: str, backend: str, runs: int) -> dict:
     """Four steps, `runs` times; the figures are the last run's, the first also compiles kernels and loads weights."""
-    unload()
-    as_if_the_card_had(vram)
     patcher = load_worldstereo(path, compute=compute)
+    if backend != "no":
+        patcher = patcher.clone(disable_dynamic=True)  # as core's TorchCompileModel does
+        set_torch_compile_wrapper(patcher, backend, {"guard_filter_fn": skip_transformer_options})
     cond = conditioning(references)
     latent = torch.zeros(1, 16, FRAMES, HEIGHT // 8, WIDTH // 8)
     noise = torch.randn_like(latent)
@@ -173,8 +176,8 @@ def measure(path: Path, references: int, vram: float, compute: str, runs: int) -
     return {
         "step s": f"{statistics.median(steps[1:]):.3f}", "first step s": f"{steps[0]:.2f}", "four steps s": f"{total:.2f}",
         "four / 4 single": f"{total / (4 * statistics.median(steps[1:])):.3f}",
-        "peak GB": f"{torch.cuda.max_memory_allocated() / 1e9:.2f}",
-        "weights on the GPU GB": f"{sum(p.nbytes for p in patcher.model.parameters() if p.device.type == 'cuda') / 1e9:.2f}",
+        "peak GB": f"{peak_bytes(patcher) / 1e9:.2f}",
+        "weights on the GPU GB": f"{patcher.loaded_size() / 1e9:.2f}",
         "copied in step 1 GB": f"{(copied[1] - copied[0]) / 1e9:.2f}",
         "copied in steps 2-4 GB": f"{(copied[-1] - copied[1]) / 1e9:.2f}",
     }
@@ -186,32 +189,43 @@ def main():
     parser.add_argument("--vram", type=float, nargs="+", default=[15.0, 22.5, 0])
     parser.add_argument("--weights", choices=["fp8", "bf16"], nargs="+", default=["fp8"])
     parser.add_argument("--compute", choices=COMPUTE, nargs="+", default=["auto"])
+    parser.add_argument("--compile", nargs="+", default=["no"], metavar="BACKEND")
     parser.add_argument("--runs", type=int, default=2)
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
     parser.add_argument("--load", action="store_true")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("This benchmark needs a CUDA GPU.")
-    comfy.cli_args.args.cuda_malloc = True
-    print(f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}, CUDA {torch.version.cuda}, "
-          f"kernels {backend(torch.device('cuda'))[0]}; {WIDTH}×{HEIGHT}, {FRAMES} frames, euler, {STEPS} steps, cfg 1\n")
+    print(f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}, CUDA {torch.version.cuda}, kernels "
+          f"{backend(torch.device('cuda'))[0]}, dynamic VRAM {'on' if conftest.DYNAMIC_VRAM else 'off'}; "
+          f"{WIDTH}×{HEIGHT}, {FRAMES} frames, euler, {STEPS} steps, cfg 1\n")
     if args.load:
         return measure_load(args.folder)
     count_moves()
+    torch.cuda.mem_get_info()  # makes the CUDA context, which is not counted
     header = None
-    for weights, compute, references, vram in itertools.product(args.weights, args.compute, args.references, args.vram):
-        path = args.folder / f"worldstereo_{weights}.safetensors"
-        make_checkpoint(path, fp8=weights == "fp8")
-        setting = {"weights": weights, "compute": compute, "references": references, "VRAM GiB": vram or "all"}
-        try:
-            row = setting | measure(path, references, vram, compute, args.runs)
-        except torch.OutOfMemoryError as e:
-            print(f"{setting}: {e}")
-            continue
-        if header is None:
-            header = "| " + " | ".join(row) + " |\n" + "|---" * len(row) + "|"
-            print(header)
-        print("| " + " | ".join(map(str, row.values())) + " |", flush=True)
+    total = torch.cuda.get_device_properties(0).total_memory / GIB
+    with Card() as card:
+        for weights, compute, references, compiled, vram in itertools.product(args.weights, args.compute, args.references,
+                                                                              args.compile, args.vram):
+            path = args.folder / f"worldstereo_{weights}.safetensors"
+            make_checkpoint(path, fp8=weights == "fp8")
+            unload()
+            card.leave_free(vram)
+            torch.cuda.set_per_process_memory_fraction(min((vram or total) / total, 1.0))
+            setting = {"weights": weights, "compute": compute, "references": references, "compiled": compiled,
+                       "VRAM GiB": vram or "all"}
+            try:
+                row = setting | measure(path, references, compute, compiled, args.runs)
+            except torch.OutOfMemoryError as e:
+                print(f"{setting}: {e}")
+                continue
+            finally:
+                card.leave_free(0)
+            if header is None:
+                header = "| " + " | ".join(row) + " |\n" + "|---" * len(row) + "|"
+                print(header)
+            print("| " + " | ".join(map(str, row.values())) + " |", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Makes ComfyUI and this pack importable: the tests write `from worldstereo_fp8.loaders import ...`.
 
-ComfyUI is found at COMFYUI_PATH, which `dev.py test` sets. It runs on the GPU where there is one.
+ComfyUI is found at COMFYUI_PATH, which `dev.py test` sets. Where there is a CUDA GPU it is set up as ComfyUI's main.py
+does by default: its choice of PyTorch's allocator, and dynamic VRAM unless WORLDSTEREO_DYNAMIC_VRAM is 0.
 """
 
 import importlib.util
@@ -15,11 +16,28 @@ if not (COMFYUI / "comfy").is_dir():
 
 sys.path[:0] = [str(COMFYUI), str(Path(__file__).parent)]  # and the tests' own helpers
 
+import comfy_aimdo.control  # noqa: E402
+
+comfy_aimdo.control.init(nvml_pressure=True)  # its other modules take its library when they are imported
+
 import comfy.cli_args  # noqa: E402
+import cuda_malloc  # noqa: E402, F401  before torch
 
 import torch  # noqa: E402
 
-comfy.cli_args.args.cpu = not torch.cuda.is_available()
+CUDA = torch.cuda.is_available()
+DYNAMIC_VRAM = CUDA and os.environ.get("WORLDSTEREO_DYNAMIC_VRAM") != "0"
+comfy.cli_args.args.cpu = not CUDA
+
+import comfy.memory_management  # noqa: E402
+import comfy.model_patcher  # noqa: E402
+
+if DYNAMIC_VRAM:
+    if not comfy_aimdo.control.init_devices([torch.cuda.current_device()]):
+        raise SystemExit("comfy-aimdo does not work here. Set WORLDSTEREO_DYNAMIC_VRAM=0 to do without dynamic VRAM.")
+    comfy_aimdo.control.set_log_warning()
+    comfy.model_patcher.CoreModelPatcher = comfy.model_patcher.ModelPatcherDynamic
+    comfy.memory_management.aimdo_enabled = True
 
 spec = importlib.util.spec_from_file_location("worldstereo_fp8", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
 package = importlib.util.module_from_spec(spec)

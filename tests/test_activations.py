@@ -239,10 +239,11 @@ def test_compiled_without_graph_breaks():
     x, (shift, scale) = tokens(2, 8, 64, dtype=torch.float32), modulation(2, 1, 64, dtype=torch.float32)
     freqs = comfy.ldm.flux.math.rope(torch.arange(8.0, device=DEVICE)[None], 32, 10000)[:, :, None]
     arguments = x, shift, scale, torch.ones(64, device=DEVICE), freqs
+    torch._dynamo.reset()  # which else takes up what it compiled for the backend before
     compiled = torch.compile(step, backend="inductor" if DEVICE.type == "cuda" else "eager", fullgraph=True)
     expected = step(*arguments)
     # Fused operations round differently, and a value may then fall on the next FP8 number.
-    assert (compiled(*arguments) - expected).norm() / expected.norm() < 0.01
+    assert (compiled(*arguments) - expected).norm() / expected.norm() < 1e-3
 
 
 @pytest.mark.skipif(INTERPRETED, reason="is the process that this starts")

@@ -8,12 +8,17 @@ import pytest
 import torch
 from comfy_extras.nodes_model_advanced import ModelSamplingSD3
 from comfy_extras.nodes_torch_compile import TorchCompileModel
-from toy import cooked, golden_inputs, golden_weights, relative_error, run, save, source
+from toy import cooked, forward, golden_inputs, golden_weights, relative_error, run, save, source
 from worldstereo_fp8 import loaders, remap
 from worldstereo_fp8.loaders import load_worldstereo
 from worldstereo_fp8.worldstereo import model
 
 CASE = "memory_dmd"
+
+
+def load(path, **options):
+    """In FP32 and with upcast weights, so that the same computation gives the same numbers on a GPU too."""
+    return load_worldstereo(path, compute="bf16", dtype=torch.float32, **options)
 
 
 @pytest.fixture(scope="module")
@@ -76,13 +81,13 @@ def by_hand(patcher, positive):
 
 
 def test_ksampler_takes_the_originals_steps(files):
-    patcher = load_worldstereo(files["fp8"])
+    patcher = load(files["fp8"])
     positive = conditioning(0)
     assert relative_error(sample(patcher, positive, conditioning(1)), by_hand(patcher, positive)) < 1e-5
 
 
 def test_cfg_is_the_two_conditionings_each_alone(files):
-    patcher = load_worldstereo(files["fp8"])
+    patcher = load(files["fp8"])
     positive, negative = conditioning(0), conditioning(1)
     alone = [sample(patcher, c, c, steps=1) for c in (positive, negative)]
     together = sample(patcher, positive, negative, cfg=5.0, steps=1)
@@ -92,14 +97,14 @@ def test_cfg_is_the_two_conditionings_each_alone(files):
 
 def test_conditionings_of_different_kinds_go_together(files):
     """A negative without references and render is another shape of input; core runs it on its own."""
-    patcher = load_worldstereo(files["fp8"])
+    patcher = load(files["fp8"])
     bare = conditioning(1, reference_latent=None, ref_index=None, camera_qt_ref=None, render_latent=None,
                         render_mask=None, camera_embedding=None)
     assert sample(patcher, conditioning(0), bare, cfg=5.0, steps=1).isfinite().all()
 
 
 def test_a_batch_samples_what_each_alone_samples(files):
-    patcher = load_worldstereo(files["fp8"])
+    patcher = load(files["fp8"])
     positive = conditioning(0)
     out = sample(patcher, positive, positive, batch=2)
     assert relative_error(out[:1], sample(patcher, positive, positive)) < 1e-5
@@ -107,7 +112,7 @@ def test_a_batch_samples_what_each_alone_samples(files):
 
 
 def test_a_latent_of_another_size_is_an_error(files):
-    patcher = load_worldstereo(files["fp8"])
+    patcher = load(files["fp8"])
     with pytest.raises(ValueError, match=r"latent to sample is \(3, 6, 8\).*conditioning was made for \(3, 4, 8\)"):
         sample(patcher, conditioning(0, render_latent=torch.randn(1, 16, 3, 4, 8)), conditioning(1))
 
@@ -134,7 +139,7 @@ class TestConstants:
         return counts
 
     def test_once_a_prompt_and_once_for_all_timesteps(self, files, computed):
-        patcher = load_worldstereo(files["fp8"])
+        patcher = load(files["fp8"])
         first = sample(patcher, conditioning(0), conditioning(1))
         assert computed == {"prompt": 2, "time": 2}  # of 2 blocks each, for 4 steps
         assert torch.equal(sample(patcher, conditioning(0), conditioning(1)), first)
@@ -147,7 +152,7 @@ class TestConstants:
     def test_the_same_without(self, cfg, batch, files, computed):
         outputs = []
         for prompt_cache in (True, False):
-            patcher = load_worldstereo(files["fp8"], prompt_cache=prompt_cache)
+            patcher = load(files["fp8"], prompt_cache=prompt_cache)
             several = conditioning(0) + conditioning(2)  # two prompts at once, as Conditioning (Combine) makes
             outputs += [sample(patcher, c, conditioning(1), cfg=cfg, batch=batch) for c in (conditioning(0), several)]
         assert relative_error(outputs[0], outputs[2]) < 1e-6 and relative_error(outputs[1], outputs[3]) < 1e-6
@@ -157,7 +162,7 @@ class TestConstants:
         class Vision:
             penultimate_hidden_states = torch.randn(1, 257, 32)
 
-        patcher = load_worldstereo(files["fp8"])
+        patcher = load(files["fp8"])
         outputs = [sample(patcher, conditioning(0, clip_vision_output=vision), conditioning(1))
                    for vision in (conditioning(0)[0][1]["clip_vision_output"], Vision, None)]
         assert all(relative_error(a, b) > 1e-3 for a, b in zip(outputs, outputs[1:] + outputs[:1]))
@@ -167,7 +172,7 @@ class TestConstants:
                                   "controlnet.controlnet_blocks.0.norm1.linear"))
         outputs = {}
         for prompt_cache in (True, False):
-            patcher = load_worldstereo(files["bf16"], prompt_cache=prompt_cache)
+            patcher = load(files["bf16"], prompt_cache=prompt_cache)
             patched, _ = comfy.sd.load_lora_for_models(patcher, None, file, 1.0, 1.0)
             stronger, _ = comfy.sd.load_lora_for_models(patcher, None, file, 2.0, 2.0)
             outputs[prompt_cache] = [sample(p, conditioning(0), conditioning(1))
@@ -178,7 +183,7 @@ class TestConstants:
         assert relative_error(once, plain) > 1e-3 and relative_error(twice, once) > 1e-3
 
     def test_freed_with_the_model(self, files, computed):
-        patcher = load_worldstereo(files["fp8"])
+        patcher = load(files["fp8"])
         first = sample(patcher, conditioning(0), conditioning(1))
         comfy.model_management.unload_all_models()
         kept = patcher.model.diffusion_model.constants
@@ -187,20 +192,20 @@ class TestConstants:
         assert computed == {"prompt": 4, "time": 4}
 
     def test_a_prompt_no_longer_used_is_forgotten(self, files):
-        patcher = load_worldstereo(files["fp8"])
+        patcher = load(files["fp8"])
         for seed in range(4):
             sample(patcher, conditioning(seed), conditioning(9), steps=1)
             assert len(patcher.model.diffusion_model.constants.prompts) == 1  # this run's
 
     def test_a_prompt_of_the_same_call_is_not_computed_again(self, files, computed):
         """CFG: the negative stays while another positive comes; core gives both in one batch."""
-        patcher = load_worldstereo(files["fp8"])
+        patcher = load(files["fp8"])
         for positive, expected in ((0, 4), (2, 6), (0, 8)):
             sample(patcher, conditioning(positive), conditioning(1), cfg=5.0, steps=2)
             assert computed["prompt"] == expected
 
     def test_nothing_is_kept_of_a_call_from_outside(self, files):
-        patcher = load_worldstereo(files["fp8"])
+        patcher = load(files["fp8"])
         run(patcher, golden_inputs(CASE)[0])
         assert not patcher.model.diffusion_model.constants.prompts
 
@@ -232,7 +237,7 @@ def lora(naming: str, layers=LAYERS) -> tuple[dict, dict]:
 def test_lora(naming, kind, files, tmp_path):
     """Against the same differences added to the file's weights."""
     file, differences = lora(naming)
-    patcher = load_worldstereo(files[kind])
+    patcher = load(files[kind])
     plain = sample(patcher, conditioning(0), conditioning(1))
     patched, _ = comfy.sd.load_lora_for_models(patcher, None, file, 1.0, 1.0)
     assert {key for key in patched.patches} == {f"diffusion_model.{name}" for name in differences}
@@ -242,7 +247,7 @@ def test_lora(naming, kind, files, tmp_path):
     for name, difference in differences.items():
         merged[remap.to_diffusers(name)] += difference
     path = save(merged, tmp_path / "merged.safetensors", golden_weights(CASE)[1])
-    expected = sample(load_worldstereo(path), conditioning(0), conditioning(1))
+    expected = sample(load(path), conditioning(0), conditioning(1))
     assert relative_error(plain, expected) > 0.2
     assert relative_error(out, expected) < (0.06 if kind == "fp8" else 0.02)
 
@@ -253,18 +258,18 @@ def test_lora(naming, kind, files, tmp_path):
 def test_partly_offloaded_with_a_lora_is_the_same(files):
     """Weights left in RAM get their LoRA while they are streamed; that path must not differ from the resident one."""
     file, _ = lora("kohya")
-    patched, _ = comfy.sd.load_lora_for_models(load_worldstereo(files["fp8"]), None, file, 1.0, 1.0)
+    patched, _ = comfy.sd.load_lora_for_models(load(files["fp8"], disable_dynamic=True), None, file, 1.0, 1.0)
     resident = sample(patched, conditioning(0), conditioning(1))
     comfy.model_management.unload_all_models()
-    patched.load(torch.device("cpu"), lowvram_model_memory=1)  # all but one byte stays offloaded
+    patched.load(patched.load_device, lowvram_model_memory=1)  # all but one byte stays offloaded
     assert patched.model.model_lowvram
     try:
         inputs, _ = golden_inputs(CASE)
-        streamed = run(patched, inputs)
+        streamed = forward(patched, inputs)
         patched.unpatch_model(torch.device("cpu"))
-        patched.load(torch.device("cpu"), full_load=True)
+        patched.load(patched.load_device, full_load=True)
         assert not patched.model.model_lowvram
-        assert relative_error(streamed, run(patched, inputs)) < 0.05  # one rounding of the LoRA's layers to FP8
+        assert relative_error(streamed, forward(patched, inputs)) < 0.05  # one rounding of the LoRA's layers to FP8
     finally:
         patched.unpatch_model(torch.device("cpu"))
     assert resident.isfinite().all()
@@ -273,24 +278,24 @@ def test_partly_offloaded_with_a_lora_is_the_same(files):
 def test_where_not_all_fits_the_constants_stay_in_ram(files, monkeypatch):
     """Their layers, and no others, when there is room for the others; and no more is loaded than that."""
     monkeypatch.setattr(loaders.patcher, "ROOM_TO_STREAM", 20_000)  # in proportion to the toy's layers
-    patcher = load_worldstereo(files["fp8"])
-    cpu = torch.device("cpu")
+    patcher = load(files["fp8"], disable_dynamic=True)
     resident = loaders.patcher.resident_bytes(patcher.model)
     assert resident < 0.8 * patcher.model_size()
-    patcher.load(cpu, lowvram_model_memory=patcher.model_size() - 1)
+    patcher.load(patcher.load_device, lowvram_model_memory=patcher.model_size() - 1)
     try:
         assert patcher.model.model_lowvram
-        offloaded = {name for name, module in patcher.model.named_modules() if hasattr(module, "prev_comfy_cast_weights")}
+        offloaded = {name for name, module in patcher.model.named_modules()
+                     if hasattr(module, "prev_comfy_cast_weights") and module.weight is not None}
         constant = {name for name, module in patcher.model.named_modules()
                     if name.endswith(loaders.patcher.CONSTANTS) and hasattr(module, "comfy_cast_weights")}
         assert offloaded <= constant and len(offloaded) > 0.8 * len(constant)
         assert patcher.loaded_size() <= resident + 20_000
     finally:
-        patcher.unpatch_model(cpu)
+        patcher.unpatch_model(torch.device("cpu"))
 
 
 def test_model_patches_see_the_tokens(files):
-    patcher = load_worldstereo(files["fp8"])
+    patcher = load(files["fp8"])
     plain = sample(patcher, conditioning(0), conditioning(1), steps=1)
     seen = []
 
@@ -314,7 +319,7 @@ def test_model_patches_see_the_tokens(files):
 
 
 def test_what_a_patch_keeps_is_not_overwritten(files):
-    patcher = load_worldstereo(files["fp8"])
+    patcher = load(files["fp8"])
     kept = []
 
     def keep(name):
@@ -334,7 +339,7 @@ def test_what_a_patch_keeps_is_not_overwritten(files):
 
 
 def test_an_attention_override_serves_backbone_and_control_branch(files):
-    patcher = load_worldstereo(files["fp8"])
+    patcher = load(files["fp8"])
     plain = sample(patcher, conditioning(0), conditioning(1), steps=1)
     calls = []
 
@@ -349,7 +354,7 @@ def test_an_attention_override_serves_backbone_and_control_branch(files):
 
 
 def test_interrupt(files):
-    patcher = load_worldstereo(files["fp8"])
+    patcher = load(files["fp8"])
     comfy.model_management.interrupt_current_processing()
     with pytest.raises(comfy.model_management.InterruptProcessingException):
         sample(patcher, conditioning(0), conditioning(1))
@@ -357,32 +362,32 @@ def test_interrupt(files):
 
 
 def test_model_sampling_sd3_changes_the_shift(files):
-    patched = ModelSamplingSD3().patch(load_worldstereo(files["fp8"]), shift=3.0)[0]
+    patched = ModelSamplingSD3().patch(load(files["fp8"]), shift=3.0)[0]
     sigmas = comfy.samplers.calculate_sigmas(patched.get_model_object("model_sampling"), "simple", 4)
     assert torch.allclose(sigmas, torch.tensor([1, 0.9, 0.75, 0.5, 0]), atol=1e-6)
 
 
 def test_torch_compile(files):
     """With the backend that only traces: what is held here is that the graph can be captured, not its speed."""
-    patcher = load_worldstereo(files["fp8"])
+    patcher = load(files["fp8"], disable_dynamic=True)  # as the node has it
     plain = sample(patcher, conditioning(0), conditioning(1), steps=1)
     compiled = TorchCompileModel.execute(patcher, "eager").result[0]
     assert relative_error(sample(compiled, conditioning(0), conditioning(1), steps=1), plain) < 1e-5
 
 
 def test_saved_by_core_it_loads_again(files, tmp_path):
-    patcher = load_worldstereo(files["fp8"])
+    patcher = load(files["fp8"], disable_dynamic=True)
     plain = sample(patcher, conditioning(0), conditioning(1))
     config = golden_weights(CASE)[1]
     state = patcher.model.state_dict_for_saving(patcher.model.diffusion_model.state_dict())
-    again = load_worldstereo(save(state, tmp_path / "saved.safetensors", config))
+    again = load(save(state, tmp_path / "saved.safetensors", config), disable_dynamic=True)
     assert relative_error(sample(again, conditioning(0), conditioning(1)), plain) < 1e-6
 
 
 def test_the_memory_estimate(files, monkeypatch):
     """What it counts, at the toy's sizes; what it should come to is measured on a GPU."""
     monkeypatch.setattr(comfy.model_management, "pytorch_attention_flash_attention", lambda: True)
-    patcher = load_worldstereo(files["fp8"])
+    patcher = load(files["fp8"])
     required, shape = patcher.model.memory_required, (1, 16, 3, 6, 8)
     alone, references = required(shape), {"reference_latent": [(1, 16, 2, 6, 8)]}
     assert required(shape, references) > alone and required((2, *shape[1:])) > alone

@@ -66,8 +66,13 @@ def save(tensors: dict, path: Path, config: dict | None = None) -> Path:
 
 
 def run(patcher, inputs: dict, dtype=torch.float32) -> torch.Tensor:
-    """The diffusion model on inputs named as the goldens', on its own device; FP32 output on the CPU."""
+    """`forward` of the model loaded as ComfyUI loads it."""
     comfy.model_management.load_models_gpu([patcher])
+    return forward(patcher, inputs, dtype)
+
+
+def forward(patcher, inputs: dict, dtype=torch.float32) -> torch.Tensor:
+    """The diffusion model on inputs named as the goldens', on its own device; FP32 output on the CPU."""
     inputs = {k: v.to(dtype) if v.is_floating_point() and k != "timestep" else v for k, v in inputs.items()}
     inputs = {k: v.to(patcher.load_device) for k, v in inputs.items()}
     image = inputs.pop("encoder_hidden_states_image", None)
