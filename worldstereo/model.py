@@ -92,11 +92,11 @@ def _normed(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, eps: floa
 
 
 def _for(x: torch.Tensor, layer: nn.Module, done: Tokens | None = None) -> Tokens:
-    """x as `layer` takes it, kept until its turn comes: FP8 is half as large. done: tokens of x's size that may be
-    written over."""
-    if layer.why_not_native() is not None:
-        return x
-    return quantise(x, into=done if isinstance(done, QuantisedTokens) else None)
+    """x as `layer` takes it, kept until its turn comes: FP8 is half as large. done: tokens of x's size, which are
+    written over where they are of the kind that `layer` takes."""
+    if layer.why_not_native() is None:
+        return quantise(x, into=done if isinstance(done, QuantisedTokens) else None)
+    return done.copy_(x) if isinstance(done, torch.Tensor) else x
 
 
 class SelfAttention(WanSelfAttention):
@@ -568,8 +568,8 @@ class WorldStereo(comfy.model_base.WAN21):
         """Bytes a step needs beside the weights, in its widest moment, which is in self-attention.
 
         For each sample every token's residual, its control tokens, its render's pixels, and its prompt's keys and
-        values unless they are kept already; for one sample at a time all keys and values, the normed tokens (in FP8
-        their memory serves for the attended ones too), a span's queries and result. What was measured stands in the
+        values unless they are kept already; for one sample at a time all keys and values, the normed tokens (whose
+        memory serves for the attended ones too; half as much in FP8), a span's queries and result. What was measured stands in the
         README.
         """
         if not (comfy.model_management.xformers_enabled() or comfy.model_management.pytorch_attention_flash_attention()):
@@ -584,7 +584,7 @@ class WorldStereo(comfy.model_base.WAN21):
         prompt = 2 * config.num_layers * (TEXT_TOKENS + IMAGE_TOKENS) * config.dim * size
         missing = max(batch - len(self.diffusion_model.constants.prompts), 0)
         native = self.diffusion_model.blocks[0].self_attn.q.why_not_native() is None
-        one = tokens * ((2.5 if native else 4) * config.dim * size + rope) + 2 * CHUNK * config.dim * size
+        one = tokens * ((2.5 if native else 3) * config.dim * size + rope) + 2 * CHUNK * config.dim * size
         each = tokens * config.dim * size + targets * config.control_dim * size + pixels
         return WORKSPACE + one + batch * each + missing * prompt
 
