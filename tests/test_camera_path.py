@@ -7,7 +7,7 @@ import torch
 
 from worldstereo_fp8.worldstereo.camera_path import (
     DEFAULT_FOV, EASINGS, LENSES, PRESETS, Move, camera_of_moge, camera_of_viewer, depth_of_scene, draw_path,
-    focal_length, move_on, pinhole,
+    focal_length, move_on, pinhole, plan_path,
 )
 from worldstereo_fp8.worldstereo.cameras import centres
 from worldstereo_fp8.worldstereo.pointcloud import PointCloud
@@ -187,3 +187,12 @@ def test_the_drawing_shows_first_and_last_camera_in_their_colours(cloud):
     blue = ((above[..., 2] > 0.6) & (above[..., 0] < 0.4)).nonzero()[:, 1].float().mean()
     red = ((above[..., 0] > 0.6) & (above[..., 2] < 0.2)).nonzero()[:, 1].float().mean()
     assert blue < red  # it goes to the right
+
+
+def test_a_scene_out_of_sight_needs_a_depth():
+    behind = PointCloud(torch.tensor([[0.0, 0.0, -2.0]]), torch.zeros(1, 3))
+    move = Move("dolly in", 0.0, 0.5, 3, "linear", "auto")
+    with pytest.raises(ValueError, match="sees none of the scene's points.*or give scene_depth"):
+        plan_path(torch.zeros(1, 48, 64, 3), move, "auto", 60.0, 0.0, 0.0, behind, None)
+    cameras, _ = plan_path(torch.zeros(1, 48, 64, 3), move, "auto", 60.0, 2.0, 0.0, behind, None)
+    assert centres(cameras.w2c)[-1, 2].item() == pytest.approx(1.0)  # half of the depth

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 from web_page import open_workflow, page_of
 from worldstereo_fp8.demo import job, scene, server
+from worldstereo_fp8.worldstereo.camera_files import read_cameras
 
 COMFYUI = Path(comfy.cli_args.__file__).parents[1]
 # Names the workflow asks for; the page only looks whether they are there.
@@ -141,3 +142,27 @@ def test_camera_upload(comfyui, tmp_path):
         )
     assert errors == []
     assert (comfyui.base / "input" / "my_cameras.json").read_bytes() == file.read_bytes()
+
+
+def test_an_uploaded_colmap_pair_stays_together(comfyui, tmp_path):
+    """Each time both files get a name of their own, and the images are chosen."""
+    pose = "1 1 0 0 0 0 0 0 1 a.png\n\n"
+    for focal in (40, 80):
+        (tmp_path / "images.txt").write_text(pose)
+        (tmp_path / "cameras.txt").write_text(f"1 PINHOLE 64 48 {focal} {focal} 32 24\n")
+        errors = []
+        with page_of(comfyui, errors) as page:
+            with page.expect_file_chooser() as chooser:
+                page.evaluate("""() => {
+                    const node = window.LiteGraph.createNode("WorldStereoLoadCamera");
+                    window.app.graph.add(node);
+                    node.widgets.find(widget => widget.name === "upload camera file").callback();
+                }""")
+            chooser.value.set_files([tmp_path / "images.txt", tmp_path / "cameras.txt"])
+            chosen = page.wait_for_function(
+                "window.app.graph.nodes.flatMap(node => node.widgets ?? []).map(widget => String(widget.value))"
+                ".find(value => value.endsWith('_images.txt'))"
+            ).json_value()
+        assert errors == []
+        cameras, _ = read_cameras(comfyui.base / "input" / chosen)
+        assert cameras.K[0, 0, 0] == focal

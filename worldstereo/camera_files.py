@@ -36,7 +36,7 @@ def read_cameras(path: str | Path) -> tuple[Cameras, str]:
         if isinstance(content, dict) and "frames" in content:
             return _nerf(content)
         return cameras_from_json(content), "camera.json"
-    except ValueError as error:  # malformed JSON and text too
+    except (ValueError, OverflowError, RecursionError) as error:  # malformed JSON and text too
         raise ValueError(f"No cameras could be read from {path.name}. {error}") from error
 
 

@@ -207,10 +207,12 @@ def plan_path(image: torch.Tensor, move: Move, lens: str, lens_value: float, sce
         first = pinhole(width, height, focal_length(lens, lens_value, width), pitch=start_pitch)
     if picture_depth is not None:
         scene = points_from_depth(image[0, ..., :3], picture_depth, first.w2c[0], first.scaled_to(width, height).K[0])
-    if scene is not None:
+    if scene_depth:
+        depth = scene_depth
+    elif scene is not None:
         depth = depth_of_scene(scene, first)
-    cameras = move_on(first, move, scene_depth or depth)
-    return cameras, draw_path(cameras, scene_depth or depth, scene)
+    cameras = move_on(first, move, depth)
+    return cameras, draw_path(cameras, depth, scene)
 
 
 def extent(cameras: Cameras) -> float:

@@ -25,7 +25,7 @@ def directions(height: int, width: int) -> torch.Tensor:
 def points_of_panorama(geometry: dict) -> PointCloud:
     """The points of core's MOGE_GEOMETRY of a panorama, by the rules of `depth.points_from_depth`; its depth is the
     distance along the ray. Raises ValueError for the geometry of an ordinary picture and where no distance is valid."""
-    if "intrinsics" in geometry:
+    if "intrinsics" in geometry or "mask" not in geometry:
         raise ValueError("This MoGe geometry is of an ordinary picture: connect it to WorldStereo Render, or run MoGe "
                          "Panorama Inference on the panorama.")
     distance, picture = geometry["depth"][0].float().cpu(), geometry["image"][0].float().cpu()

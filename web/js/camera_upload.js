@@ -3,9 +3,9 @@
 import { app } from "../../../scripts/app.js";
 import { api } from "../../../scripts/api.js";
 
-async function upload(file) {
+async function upload(file, name) {
   const body = new FormData();
-  body.append("image", file); // the route's name for any file; it answers with the name it saved
+  body.append("image", file, name); // the route's name for any file; it answers with the name it saved
   const response = await api.fetchApi("/upload/image", { method: "POST", body });
   if (response.status !== 200) {
     throw new Error(`Uploading ${file.name} failed: ${response.status} ${response.statusText}`);
@@ -27,10 +27,13 @@ app.registerExtension({
     chooser.onchange = async () => {
       const files = [...chooser.files];
       chooser.value = ""; // so that choosing the same file again is a change
+      // The route renames a file where another of its name is there: images.txt and its cameras.txt stay a pair by a
+      // prefix of their own.
+      const prefix = new Date().toISOString().replace(/\D/g, "").slice(0, 14);
       try {
         for (const file of files) {
-          const name = await upload(file);
-          if (file.name === "cameras.txt") continue;
+          const name = await upload(file, file.name.endsWith(".txt") ? `${prefix}_${file.name}` : file.name);
+          if (/cameras[^/]*\.txt$/.test(file.name)) continue; // found by the images' name
           if (!camera.options.values.includes(name)) camera.options.values.push(name);
           camera.value = name;
           camera.callback?.(name);
