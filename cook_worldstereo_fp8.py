@@ -8,6 +8,7 @@ SRC is a .safetensors file, or the .safetensors.index.json of a model in shards.
 """
 
 import argparse
+import functools
 import importlib.util
 import json
 import sys
@@ -22,10 +23,11 @@ if not __package__:  # run as a script: make this folder the package that it is 
     __package__ = "worldstereo_fp8"
 
 from . import remap
-from .fp8.cook import CONFIG_FILE, FORMAT_VERSION, TOOL_VERSION, Options, cook, find_config, verify
+from .fp8.cook import FORMAT_VERSION, TOOL_VERSION, Options, cook, verify
 from .fp8.files import Progress, open_files
 from .fp8.recipe import CONVS, EXCLUDED, RECIPES
 from .fp8.report import Report, compare
+from .worldstereo.config import CONFIG_FILE, config_to_embed
 
 SOURCE_PAGE = "https://huggingface.co/hanshanxue/WorldStereo"
 BASE_PAGE = "https://github.com/Wan-Video/Wan2.1"
@@ -33,11 +35,6 @@ APACHE_LICENSE = "LICENSE-Apache-2.0"
 CARD_FILES = ("README.md", CONFIG_FILE, "LICENSE", APACHE_LICENSE, "NOTICE")
 REPORT_FILES = ("report.json", "report.txt", "report.png")
 SECONDS_BETWEEN_LINES = 2.0
-
-
-def is_foreign(name: str) -> bool:
-    """Whether a tensor's name is native Wan's, alone or behind the prefix that ComfyUI's Save nodes write."""
-    return remap.is_native(name.split("diffusion_model.")[-1])
 
 
 def write_report(report: Report, folder: Path):
@@ -175,17 +172,19 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         if given.verify:
             options = Options(given.recipe, given.convs) if given.recipe else None
-            differences = verify(given.first, given.second, options, is_foreign=is_foreign, on_progress=_Line())
+            differences = verify(given.first, given.second, options, is_foreign=remap.is_native, on_progress=_Line())
             print("\n".join(differences) or f"{given.first} is what the recipe makes of {given.second}, byte for byte.")
             return 1 if differences else 0
         options = Options(given.recipe or RECIPES[0], given.convs)
-        report = cook(given.first, given.second, options, overwrite=given.overwrite, config=given.config,
-                      is_foreign=is_foreign, on_progress=_Line())
+        find_config = functools.partial(config_to_embed, given=given.config)
+        report = cook(given.first, given.second, options, overwrite=given.overwrite, find_config=find_config,
+                      is_foreign=remap.is_native, on_progress=_Line())
         print(report.as_text())
         if given.report:
             write_report(report, given.report)
         if given.card:
-            write_card(report, given.card, options, find_config(open_files(given.first), given.config))
+            source = open_files(given.first)
+            write_card(report, given.card, options, find_config(source.path, source.metadata))
         return 0
     except (ValueError, OSError) as e:
         print(f"\nerror: {e}", file=sys.stderr)

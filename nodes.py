@@ -1,6 +1,5 @@
 """The nodes: each declares its schema and calls one function of the pack."""
 
-import logging
 import os
 import re
 from pathlib import Path, PureWindowsPath
@@ -16,7 +15,7 @@ from PIL import ImageColor
 from server import PromptServer
 from typing_extensions import override
 
-from .cook_worldstereo_fp8 import is_foreign
+from . import remap
 from .fp8.cook import Options, cook
 from .fp8.files import INDEX_SUFFIX
 from .fp8.linear import COMPUTE
@@ -27,12 +26,13 @@ from .worldstereo.camera_path import (
     DEFAULT_FOV, EASINGS, LENSES, LOOK_AT, PRESETS, Move, draw_path, extent, focal_length, pinhole, plan_path,
 )
 from .worldstereo.cameras import write_camera_json
+from .worldstereo.config import config_to_embed
 from .worldstereo.conditioning import References, condition, decode_keyframes, encode_keyframes
 from .worldstereo.depth import DEPTH_PICTURES
 from .worldstereo.model import config_of
 from .worldstereo.panorama import points_of_panorama, view_of_panorama
 from .worldstereo.pointcloud import ply_bytes, write_world_mirror
-from .worldstereo.render import POINTS_PER_PIXEL, RADIUS, mostly_holes, render_start
+from .worldstereo.render import POINTS_PER_PIXEL, RADIUS, render_start, summary
 from .worldstereo.schedule import dmd_sigmas
 
 CATEGORY = "WorldStereo"
@@ -50,15 +50,16 @@ MoGeGeometry = io.Custom("MOGE_GEOMETRY")  # core's dict of comfy_extras/nodes_m
 
 
 def diffusion_models() -> list[str]:
-    """The safetensors files in ComfyUI's diffusion_models folders."""
-    return [name for name in folder_paths.get_filename_list("diffusion_models") if name.lower().endswith(SAFETENSORS)]
+    """The safetensors files in ComfyUI's diffusion_models folders, but for the shards of models in several files."""
+    return [name for name in folder_paths.get_filename_list("diffusion_models")
+            if name.lower().endswith(SAFETENSORS) and not SHARD.search(name)]
 
 
 def cook_sources() -> list[str]:
     """What in the diffusion_models folders can be cooked: safetensors files, and the index of a model in shards."""
     files = [name for folder in folder_paths.get_folder_paths("diffusion_models")
              for name in folder_paths.recursive_search(folder, [".git"])[0] if name.endswith(INDEX_SUFFIX)]
-    return sorted({*files, *(name for name in diffusion_models() if not SHARD.search(name))})
+    return sorted({*files, *diffusion_models()})
 
 
 def file_name(name: str, suffix: str) -> str:
@@ -117,18 +118,24 @@ class LoadWorldStereoFP8(io.ComfyNode):
                                tooltip="Only for an overlay file that holds a part of the backbone: the "
                                        "Wan2.1-I2V-14B-480P model it was made on."),
                 io.Boolean.Input("prompt_cache", default=True, optional=True, advanced=True,
-                                 tooltip="Keeps what depends on the prompt or the timestep alone: 0.6 GB of VRAM a "
-                                         "prompt, for which 8 GB of weights need not stay there. Off: computed anew "
-                                         "at every step, with the same result."),
+                                 tooltip="Keeps what depends on the prompt or the timestep alone: 0.6 GB a prompt, in "
+                                         "VRAM during a run, for which 8 GB of weights need not stay there. Off: "
+                                         "computed anew at every step, with the same result."),
             ],
-            outputs=[io.Model.Output()],
+            outputs=[
+                io.Model.Output(),
+                io.String.Output(display_name="negative_prompt",
+                                 tooltip="The negative prompt of the model's configuration, for the variants that are "
+                                         "sampled with cfg above 1; empty where the configuration has none."),
+            ],
         )
 
     @classmethod
     def execute(cls, model_name, compute, base_model=NO_BASE, prompt_cache=True) -> io.NodeOutput:
         path, base = (None if name == NO_BASE else folder_paths.get_full_path_or_raise("diffusion_models", name)
                       for name in (model_name, base_model))
-        return io.NodeOutput(load_worldstereo(path, compute, base=base, prompt_cache=prompt_cache))
+        model = load_worldstereo(path, compute, base=base, prompt_cache=prompt_cache)
+        return io.NodeOutput(model, config_of(model).negative_prompt)
 
 
 class WorldStereoConditioning(io.ComfyNode):
@@ -393,13 +400,7 @@ class WorldStereoRender(io.ComfyNode):
             image, depth, cameras, depth_picture, near, far, width, height, radius, points_per_pixel,
             tuple(channel / 255 for channel in ImageColor.getrgb(background)[:3]),
             comfy.model_management.get_torch_device(), progress.update)
-        empty = mostly_holes(holes)
-        numbers = ", ".join(map(str, empty))
-        if empty:
-            logging.warning("WorldStereo Render: more than half of these frames is holes: %s. The model has to invent "
-                            "them; a shorter path keeps more of the picture.", numbers)
-        most = f"mostly holes: frames {numbers}" if empty else f"at most {holes.mean((1, 2)).max():.0%} in a frame"
-        tell(cls, f"{len(cloud):,} points, {holes.mean():.0%} holes\n{most}")
+        tell(cls, summary(cloud, holes))
         return io.NodeOutput(video, holes, cloud)
 
 
@@ -558,6 +559,10 @@ class CookFP8(io.ComfyNode):
         )
 
     @classmethod
+    def fingerprint_inputs(cls, source, **_):
+        return Path(folder_paths.get_full_path_or_raise("diffusion_models", source)).stat().st_mtime_ns
+
+    @classmethod
     def execute(cls, source, result, recipe, convs, overwrite) -> io.NodeOutput:
         path = Path(folder_paths.get_full_path_or_raise("diffusion_models", source))
         bar = comfy.utils.ProgressBar(100)
@@ -571,7 +576,8 @@ class CookFP8(io.ComfyNode):
 
         report = cook(path, path.with_name(file_name(result, ".safetensors")),
                       Options(recipe, None if convs == CONVS_OF_RECIPE else convs), overwrite=overwrite,
-                      is_foreign=is_foreign, device=comfy.model_management.get_torch_device(), on_progress=on_progress)
+                      find_config=config_to_embed, is_foreign=remap.is_native,
+                      device=comfy.model_management.get_torch_device(), on_progress=on_progress)
         picture = torch.from_numpy(np.array(report.picture(), dtype=np.float32) / 255)[None]
         return io.NodeOutput(report.as_text(), picture)
 

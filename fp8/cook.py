@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 
 from .files import DTYPES, OnProgress, Progress, Reader, Slice, Tensor, TensorFiles, open_files
-from .recipe import CONVS, FP8, MARKER, SCALE_SUFFIX, encode, find_scale, is_quantised, scale_name
-from .report import SCALE_SUFFIXES, Report, WeightError, saturation
+from .recipe import CONVS, FP8, MARKER, SCALE_SUFFIX, SCALE_SUFFIXES, encode, find_scale, is_quantised, scale_name
+from .report import Report, WeightError, saturation
 
 try:
     import fcntl
@@ -30,7 +30,6 @@ except ImportError:  # Windows, which locks open files by itself
 FORMAT_VERSION = "1"
 TOOL_VERSION = re.search(r'^version = "(.+)"$', (Path(__file__).parent.parent / "pyproject.toml").read_text(), re.M)[1]
 TEMPORARY = ".safetensors.cooking"  # what an unfinished file's name ends in
-CONFIG_FILE = "config.json"
 SOURCES = ("BF16", "F16", "F32")
 WORKERS = 2  # threads that survey and encode: they keep up with the one that reads and hashes
 AHEAD = 2 * WORKERS  # slices in work
@@ -120,30 +119,7 @@ def check(files: TensorFiles, options: Options, is_foreign: Callable[[str], bool
                              "download it again.")
     if not any(is_quantised(t.name, t.shape, options.convs) for t in files.tensors.values()):
         raise ValueError(f"{where}: none of its {len(files.tensors)} tensors is a weight that the recipe turns into FP8. "
-                         "Choose a WorldStereo model.")
-
-
-def find_config(files: TensorFiles, given: str | Path | None = None) -> str | None:
-    """The source's config.json as text: the given file, the one beside the source, or that of its metadata.
-
-    Raises ValueError for a given file that is not a JSON object.
-    """
-    beside = files.path.with_name(CONFIG_FILE)
-    if given is None and beside.is_file():
-        with contextlib.suppress(ValueError, AttributeError):  # a folder of models may hold another's
-            text = beside.read_text(encoding="utf-8")
-            if str(json.loads(text).get("model_type", "")).startswith("worldstereo"):
-                return text
-    if given is None:
-        return files.metadata.get("config")
-    try:
-        text = Path(given).read_text(encoding="utf-8")
-        is_object = isinstance(json.loads(text), dict)
-    except ValueError as e:
-        raise ValueError(f"{given} is not JSON: {e}. Give the model's config.json.") from e
-    if not is_object:
-        raise ValueError(f"{given} is not a JSON object. Give the model's config.json.")
-    return text
+                         "It is no model that this recipe was made for.")
 
 
 # Values
@@ -153,7 +129,7 @@ Emit = Callable[[str, int, memoryview], None]  # takes a tensor's name, a byte o
 
 
 @dataclass
-class _Kitchen:
+class _Cooking:
     """Turns the tensors of a source, one after the other, into the bytes of the result.
 
     The bytes are the same on every device: each value is an IEEE division and a rounding to nearest even, and the
@@ -279,8 +255,8 @@ def _error(tensor: Tensor, samples, divisor: torch.Tensor, scale: torch.Tensor) 
 
 
 def _produce(files: TensorFiles, options: Options, device: torch.device | None, emit: Emit,
-             on_progress: OnProgress | None) -> tuple[list[str], _Kitchen]:
-    """Runs a whole source through the recipe. Returns the SHA-256 of its files, and the kitchen with the errors."""
+             on_progress: OnProgress | None) -> tuple[list[str], _Cooking]:
+    """Runs a whole source through the recipe. Returns the SHA-256 of its files, and the cooking with the errors."""
     if device is None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     started, done = time.monotonic(), 0
@@ -297,9 +273,9 @@ def _produce(files: TensorFiles, options: Options, device: torch.device | None, 
     torch.set_num_threads(1)  # slices run in parallel here, not the elements of one
     try:
         with Reader(files) as reader, ThreadPoolExecutor(WORKERS, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            kitchen = _Kitchen(reader, pool, options, device, emit, on_slice)
-            kitchen.run()
-            return reader.digests(), kitchen
+            cooking = _Cooking(reader, pool, options, device, emit, on_slice)
+            cooking.run()
+            return reader.digests(), cooking
     finally:
         torch.set_num_threads(threads)
 
@@ -328,18 +304,25 @@ def _new_file(path: Path, nbytes: int, overwrite: bool):
         file = open(temporary, "xb")
     except FileExistsError as e:
         raise FileExistsError(f"{path.name} is being cooked already: another run holds {temporary.name}.") from e
-    try:
-        with file:
-            _lock(file)
+    with file:
+        # Another run may have taken the file for an abandoned one before it was locked.
+        if not (_lock(file) and _is_at(file, temporary)):
+            raise FileExistsError(f"{path.name} is being cooked already by another run. Wait for it.")
+        try:
             with _written_out(file):
                 yield file
             file.flush()
             os.fsync(file.fileno())
-        _refuse_to_overwrite(path, overwrite)
+            _refuse_to_overwrite(path, overwrite)
+            if fcntl is not None:
+                os.replace(temporary, path)  # while it is locked
+        except BaseException:
+            if fcntl is None:
+                file.close()  # Windows removes and renames no open file
+            temporary.unlink(missing_ok=True)
+            raise
+    if fcntl is None:
         os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
     if hasattr(os, "O_DIRECTORY"):  # the new name itself is on disk once the folder is synced; Windows has no such call
         folder = os.open(path.parent, os.O_DIRECTORY)
         os.fsync(folder)
@@ -379,6 +362,11 @@ def _lock(file) -> bool:
     return True
 
 
+def _is_at(file, path: Path) -> bool:
+    """Whether an open file is the one that has this path."""
+    return path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())
+
+
 def _remove_abandoned(folder: Path):
     for temporary in folder.glob("*" + TEMPORARY):
         with open(temporary, "rb") as file:
@@ -391,8 +379,12 @@ def _remove_abandoned(folder: Path):
 # What this module is for
 
 
+FindConfig = Callable[[Path, dict[str, str]], str | None]  # of a source's path and metadata
+
+
 def cook(source: str | Path, target: str | Path, options: Options = Options(), *, overwrite: bool = False,
-         config: str | Path | None = None, is_foreign: Callable[[str], bool] = lambda name: False,
+         find_config: FindConfig = lambda path, metadata: metadata.get("config"),
+         is_foreign: Callable[[str], bool] = lambda name: False,
          device: torch.device | None = None, on_progress: OnProgress | None = None) -> Report:
     """Writes the scaled-FP8 file of a source. The same source and options give the same bytes everywhere.
 
@@ -402,7 +394,7 @@ def cook(source: str | Path, target: str | Path, options: Options = Options(), *
     Args:
         source: .safetensors with BF16, FP16 or FP32 weights, or the .safetensors.index.json of its shards.
         target: .safetensors to write.
-        config: the model's config.json; see `find_config` for what is taken without it.
+        find_config: gives the text of the model's configuration, or None, for the source's path and metadata.
         is_foreign: see `check`.
         device: for the arithmetic; CUDA if there is one.
 
@@ -415,7 +407,7 @@ def cook(source: str | Path, target: str | Path, options: Options = Options(), *
     check(files, options, is_foreign)
     if any(target.exists() and file.samefile(target) for file in files.files):
         raise ValueError(f"{target.name} is the source itself. Choose another name for the result.")
-    config = find_config(files, config)
+    config = find_config(files.path, files.metadata)
     layout = plan(files.tensors.values(), options.convs)
     # The source's hash is known at the end and stands at the beginning, so the header is written last, in the room
     # that one with a hash of zeros takes.
@@ -428,11 +420,11 @@ def cook(source: str | Path, target: str | Path, options: Options = Options(), *
             file.seek(room + layout[name].begin + begin)
             file.write(data)
 
-        digests, kitchen = _produce(files, options, device, emit, on_progress)
+        digests, cooking = _produce(files, options, device, emit, on_progress)
         file.seek(0)
         file.write(header(layout, make_metadata(options, config, digests)))
     seconds = time.monotonic() - started
-    quantised = len(kitchen.errors)
+    quantised = len(cooking.errors)
     heading = [
         ("source", f"{files.path.name}, {len(files.tensors)} tensors, {files.nbytes / 1e9:.2f} GB"),
         ("source SHA-256", " ".join(digests)),
@@ -441,7 +433,7 @@ def cook(source: str | Path, target: str | Path, options: Options = Options(), *
         ("config.json", "none" if config is None else "in the metadata"),
         ("time", f"{seconds:.1f} s, {files.nbytes / seconds / 1e6:.0f} MB/s"),
     ]
-    return Report(heading, kitchen.errors, kitchen.published)
+    return Report(heading, cooking.errors, cooking.published)
 
 
 def verify(path: str | Path, source: str | Path, options: Options | None = None, *,

@@ -1,5 +1,6 @@
 """Safetensors files read in slices, front to back, so that memory does not grow with the file."""
 
+import collections
 import hashlib
 import json
 import math
@@ -193,8 +194,8 @@ class _Twice(ValueError):
 def _unique(pairs: list[tuple]) -> dict:
     result = dict(pairs)
     if len(result) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise _Twice(", ".join(sorted({name for name in names if names.count(name) > 1})))
+        counts = collections.Counter(name for name, _ in pairs)
+        raise _Twice(", ".join(sorted(name for name, count in counts.items() if count > 1)))
     return result
 
 
@@ -237,6 +238,7 @@ class Reader:
         return tensor.nbytes <= HELD * SLICE
 
     def slices(self, tensor: Tensor) -> Iterator["Slice"]:
+        """The tensor's slices in order. Raises what the reading raised."""
         for _ in range(0, tensor.nbytes, SLICE):
             piece = self._full.get()
             if isinstance(piece, Exception):
@@ -244,6 +246,7 @@ class Reader:
             yield piece
 
     def release(self, piece: "Slice"):
+        """Hands a slice's memory back, to be read into again."""
         self._free.put(piece.buffer)
 
     def digests(self) -> list[str]:

@@ -6,6 +6,7 @@ core's. What is ours is the product: native FP8 matmul with a dynamic scale for 
 
 import contextlib
 import functools
+from collections.abc import Callable
 
 import comfy.model_management
 import comfy.ops
@@ -19,6 +20,7 @@ from .recipe import FP8
 COMPUTE = ("auto", "fp8", "bf16")
 
 
+@functools.cache
 def native_refusal(compute: str, device: torch.device) -> str | None:
     """Why Linear layers cannot take native FP8 matmul on `device`, or None if they can.
 
@@ -39,13 +41,18 @@ def native_refusal(compute: str, device: torch.device) -> str | None:
     return refusal
 
 
-def operations(storage_dtype: torch.dtype, native: bool):
+def operations(storage_dtype: torch.dtype, refusal: Callable[[torch.device], str | None]):
     """ComfyUI operations whose Linear holds scaled-FP8 weights.
 
     storage_dtype: of the tensors that are not FP8, and the dtype an FP8 weight stands for.
-    native: whether the device multiplies FP8 matrices; layers whose size it cannot take upcast all the same.
+    refusal: why a device does not multiply FP8 matrices, None if it does; see `native_refusal`. Layers whose size the
+    matrix units cannot take upcast all the same.
     """
     core = comfy.ops.mixed_precision_ops({}, storage_dtype)
+
+    @torch.compiler.assume_constant_result
+    def refused(device: torch.device) -> str | None:
+        return refusal(device)
 
     class Operations(core):
         class Linear(core.Linear):
@@ -57,23 +64,40 @@ def operations(storage_dtype: torch.dtype, native: bool):
                     self.factory_kwargs["dtype"] = weight.dtype
                 super()._load_from_state_dict(state_dict, prefix, *args)
 
-            def why_not_native(self) -> str | None:
-                """Why this layer upcasts its weight, or None if it multiplies in FP8."""
+            def why_not_native(self, device: torch.device) -> str | None:
+                """Why this layer upcasts its weight on `device`, or None if it multiplies in FP8."""
                 if not isinstance(self.weight, QuantizedTensor):
                     return "not an FP8 weight"
-                if not native:
-                    return "native FP8 matmul is off"
                 if self._full_precision_mm_config:
                     return "the file asks for full precision"
-                return why_not_native(self.in_features, self.out_features)
+                if getattr(self, "comfy_force_cast_weights", False):
+                    return "another compute dtype was chosen for the model"
+                return why_not_native(self.in_features, self.out_features) or refused(device)
+
+            def is_wrapped(self) -> bool:
+                """Whether something stands in for `forward` (core's bypass LoRAs) or hooks onto it."""
+                own = getattr(self.forward, "__func__", None) is type(self).forward
+                return not own or bool(self._forward_hooks or self._forward_pre_hooks)
+
+            def takes_fp8(self, device: torch.device) -> bool:
+                """Whether `held` gives a product that takes QuantisedTokens."""
+                return self.why_not_native(device) is None and not self.is_wrapped()
 
             @contextlib.contextmanager
             def held(self, device: torch.device, dtype: torch.dtype):
-                """The layer's product, a function of tensors or QuantisedTokens, while the weight is fetched (streamed,
-                patched, dequantised) once: for inputs that come in several parts. One layer at a time: core's offload
-                streams reuse their buffers."""
+                """The layer's product, a function of tensors (or QuantisedTokens, see `takes_fp8`), while the weight is
+                fetched (streamed, patched, dequantised) once: for inputs that come in several parts. One layer at a
+                time: core's offload streams reuse their buffers."""
+                if self.is_wrapped():
+                    yield self
+                else:
+                    with self._held(device, dtype) as product:
+                        yield product
+
+            @contextlib.contextmanager
+            def _held(self, device: torch.device, dtype: torch.dtype):
                 comfy.ops.run_every_op()
-                native = self.why_not_native() is None
+                native = self.why_not_native(device) is None
                 # A weight with a LoRA comes back requantised where core streams it, else dequantised with it added.
                 weight, bias, stream = comfy.ops.cast_bias_weight(
                     self, dtype=self.weight.dtype if native else dtype, device=device, bias_dtype=dtype,
@@ -89,7 +113,7 @@ def operations(storage_dtype: torch.dtype, native: bool):
                     comfy.ops.uncast_bias_weight(self, weight, bias, stream)
 
             def forward(self, input):
-                with self.held(input.device, input.dtype) as product:
+                with self._held(input.device, input.dtype) as product:
                     return product(input)
 
     return Operations

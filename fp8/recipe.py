@@ -15,6 +15,12 @@ FP8_MAX = 448.0  # the largest value of float8_e4m3fn
 MARKER = "scaled_fp8"  # the name of the tensor that marks a scaled-FP8 file
 SCALE_SUFFIX = "scale_weight"  # `layer.weight` has its scale at `layer.scale_weight`
 
+# What follows the layer's name in the files of this and other tools: a weight's scale, a fixed scale of the activations,
+# and ComfyUI's description of the format.
+SCALE_SUFFIXES = (f"weight.{SCALE_SUFFIX}", SCALE_SUFFIX, "weight_scale")
+INPUT_SCALE_SUFFIXES = ("scale_input", "input_scale")
+COMFY_QUANT = "comfy_quant"
+
 # A tensor with any of these words in its name stays BF16. The words are matched against diffusers names; on native Wan
 # names they would hit other tensors.
 EXCLUDED = (

@@ -9,12 +9,11 @@ from pathlib import Path
 import torch
 
 from .files import DTYPES, OnProgress, Progress, Tensor, TensorFiles, open_files
-from .recipe import MARKER, SCALE_SUFFIX
+from .recipe import COMFY_QUANT, INPUT_SCALE_SUFFIXES, MARKER, SCALE_SUFFIXES
 
 WORST = 10  # weights named in the text
 COMPARED = 2**19  # elements compared at once
-SCALE_SUFFIXES = (f"weight.{SCALE_SUFFIX}", SCALE_SUFFIX, "weight_scale")  # a weight's scale, as several tools name it
-OTHER_SUFFIXES = (MARKER, "scale_input", "input_scale", "comfy_quant")  # of scaled-FP8 files, but no weight
+SIDE_SUFFIXES = (*SCALE_SUFFIXES, MARKER, *INPUT_SCALE_SUFFIXES, COMFY_QUANT)  # of scaled-FP8 files, but no weight
 
 # The picture's colours from small to large errors, and its sizes in pixels.
 COLOURS = ((38, 70, 120), (42, 140, 150), (140, 190, 110), (240, 200, 90), (215, 80, 60))
@@ -260,7 +259,7 @@ def compare(first: str | Path, second: str | Path, on_progress: OnProgress | Non
 
 
 def _is_side_tensor(name: str) -> bool:
-    return any(name == suffix or name.endswith("." + suffix) for suffix in (*SCALE_SUFFIXES, *OTHER_SUFFIXES))
+    return any(name == suffix or name.endswith("." + suffix) for suffix in SIDE_SUFFIXES)
 
 
 def _scale(files: TensorFiles, tensor: Tensor) -> float | None:

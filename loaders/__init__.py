@@ -1,6 +1,6 @@
 """Files into MODELs."""
 
-import json
+import functools
 import logging
 import os
 from pathlib import Path
@@ -12,7 +12,16 @@ from comfy.quant_ops import QuantizedTensor
 from ..fp8.activations import backend
 from ..fp8.linear import native_refusal, operations
 from ..worldstereo.attention import cudnn_is_faster, prefer_cudnn
-from ..worldstereo.config import LATENT_CHANNELS, SPATIAL_DOWNSCALE, WorldStereoConfig, read_config
+from ..worldstereo.config import (
+    CONFIG_FILE,
+    LATENT_CHANNELS,
+    SPATIAL_DOWNSCALE,
+    ConfigMismatch,
+    WorldStereoConfig,
+    config_beside,
+    parse_config,
+    read_config,
+)
 from ..worldstereo.layout import backbone_shapes, native_shapes
 from ..worldstereo.model import WorldStereoModelConfig
 from . import lora
@@ -21,7 +30,6 @@ from .patcher import make_patcher, resident_bytes
 
 lora.register()
 
-CONFIG_FILE = "config.json"
 REFERENCES = 8  # what the memory line reckons with
 # Without these a file has no size of its own: it is no whole model.
 ANCHORS = ("patch_embedding.weight", "blocks.0.ffn.0.weight", "time_embedding.0.weight", "text_embedding.0.weight",
@@ -30,36 +38,24 @@ CONTROL_ANCHORS = ("controlnet.proj_in.weight", "controlnet.controlnet_blocks.0.
                    "controlnet.controlnet_mask_embedding.mask_proj.0.weight")
 
 
-def _parse_config(text: str, where: str) -> dict:
-    try:
-        config = json.loads(text)
-    except json.JSONDecodeError as e:
-        raise ValueError(f"{where} is not JSON: {e}. Repair it, or remove it to use the defaults.") from e
-    if not isinstance(config, dict):
-        raise ValueError(f"{where} is not a JSON object. Repair it, or remove it to use the defaults.")
-    return config
-
-
 def _read_config(checkpoint: Checkpoint, shapes: dict) -> WorldStereoConfig:
     """The configuration from config.json beside the file, else from the file's metadata, else the defaults.
 
-    A folder of diffusion models is shared: a config.json that is another model's is passed over, and the log says so.
+    Raises ValueError for one that is not JSON, and for one of the metadata that does not fit the tensors. A config.json
+    that does not fit may be that of another WorldStereo file in the folder: it is passed over, and the log says so.
     """
-    beside = checkpoint.path.with_name(CONFIG_FILE)
-    if beside.is_file():
-        config = _parse_config(beside.read_text(encoding="utf-8"), str(beside))
-        if str(config.get("model_type", "")).startswith("worldstereo"):
-            try:
-                return read_config(shapes, config)
-            except ValueError as e:
-                logging.warning(f"{beside} is not of {checkpoint.path.name} and is not used: {e}")
-        else:
-            logging.info(f"{beside} is not a WorldStereo configuration and is not used")
+    beside = config_beside(checkpoint.path)
+    if beside is not None:
+        where = checkpoint.path.with_name(CONFIG_FILE)
+        try:
+            return read_config(shapes, parse_config(beside, str(where)))
+        except ConfigMismatch as e:
+            logging.warning(f"{where} is not of {checkpoint.path.name} and is not used: {e}")
     where = f"{checkpoint.path.name}: the config in its metadata"
-    config = _parse_config(checkpoint.metadata.get("config", "{}"), where)
+    config = parse_config(checkpoint.metadata.get("config", "{}"), where)
     try:
         return read_config(shapes, config)
-    except ValueError as e:
+    except ConfigMismatch as e:
         raise ValueError(f"{where} does not fit its tensors: {e}") from e
 
 
@@ -143,7 +139,7 @@ def load_worldstereo(path: str | os.PathLike, compute: str = "auto", dtype: torc
     if dtype is None:
         dtype = comfy.model_management.unet_manual_cast(None, device, model_config.supported_inference_dtypes)
     model_config.set_inference_dtype(storage_dtype, dtype, device=device)
-    model_config.custom_operations = operations(storage_dtype, native=refusal is None)
+    model_config.custom_operations = operations(storage_dtype, functools.partial(native_refusal, compute))
     model = model_config.get_model(tensors)
     offload_device = comfy.model_management.unet_offload_device()
     patcher = make_patcher(model, device, offload_device, disable_dynamic)
@@ -183,7 +179,7 @@ def _summary(name: str, model, config: WorldStereoConfig, compute: str, refusal:
     if not layers:
         return f"{kind}: no FP8 weights in the file, its {str(model.get_dtype()).removeprefix('torch.')} weights are used as they are"
     device_name = comfy.model_management.get_torch_device_name(device)
-    upcast = [reason for reason in (layer.why_not_native() for layer in layers) if reason]
+    upcast = [reason for reason in (layer.why_not_native(device) for layer in layers) if reason]
     if refusal is not None:
         return f"{kind}: all {len(layers)} FP8 layers upcast their weight for each product, because {refusal}"
     kernels, why = backend(device)

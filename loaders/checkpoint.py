@@ -9,12 +9,8 @@ import torch
 
 from .. import remap
 from ..fp8.files import DTYPES, Tensor, read_header
-from ..fp8.recipe import FP8, MARKER, dequantise
+from ..fp8.recipe import COMFY_QUANT, FP8, INPUT_SCALE_SUFFIXES, MARKER, SCALE_SUFFIX, SCALE_SUFFIXES, dequantise
 
-PREFIXES = ("model.diffusion_model.", "diffusion_model.")  # ComfyUI's "Save" nodes write these
-SCALES = ("weight.scale_weight", "scale_weight", "weight_scale")
-INPUT_SCALES = ("scale_input", "input_scale")  # fixed activation scales; ours are dynamic
-QUANT = "comfy_quant"
 FLOATS = ("F32", "F16", "BF16")
 COMFY_QUANT_FORMAT = "float8_e4m3fn"
 
@@ -59,8 +55,7 @@ def describe(names) -> str:
 
 def native_name(name: str) -> str | None:
     """The native name of a tensor named either way, None for a name that no WorldStereo file has."""
-    for prefix in PREFIXES:
-        name = name.removeprefix(prefix)
+    name = remap.without_prefix(name)
     if remap.is_native(name):
         return name
     try:
@@ -92,12 +87,12 @@ class Checkpoint:
             if native is None:
                 unknown.append(name)
                 continue
-            if native.endswith(INPUT_SCALES):
-                continue
+            if native.endswith(INPUT_SCALE_SUFFIXES):
+                continue  # activations are scaled dynamically here
             table, key = self.weights, native
-            for suffix in (*SCALES, QUANT):
+            for suffix in (*SCALE_SUFFIXES, COMFY_QUANT):
                 if native.endswith("." + suffix):
-                    table = self.quant if suffix == QUANT else self.scales
+                    table = self.quant if suffix == COMFY_QUANT else self.scales
                     key = native[: -len(suffix) - 1]
                     break
             if key in table:
@@ -118,7 +113,7 @@ class Checkpoint:
                 raise ValueError(f"{self.path.name}: {entry.name} is {entry.dtype}; weights are BF16, FP16, FP32 or "
                                  "float8_e4m3fn with a scale, and the other tensors are never FP8.")
             if quantised and layer not in self.scales:
-                raise ValueError(f"{self.path.name}: {entry.name} is FP8 but has no scale ({layer}.{SCALES[1]}): its "
+                raise ValueError(f"{self.path.name}: {entry.name} is FP8 but has no scale ({layer}.{SCALE_SUFFIX}): its "
                                  "values cannot be restored. Use a scaled-FP8 file, or cook one with Cook FP8.")
         for table in (self.scales, self.quant):
             for layer, entry in table.items():

@@ -9,9 +9,8 @@ import functools
 import comfy.lora
 
 from .. import remap
+from ..worldstereo.layout import native_shapes
 from ..worldstereo.model import WorldStereo
-
-PREFIX = "diffusion_model."
 
 
 def diffusers_keys(native_keys) -> dict[str, str]:
@@ -21,9 +20,9 @@ def diffusers_keys(native_keys) -> dict[str, str]:
     """
     keys = {}
     for key in native_keys:
-        layer = remap.to_diffusers(key.removeprefix(PREFIX)).removesuffix(".weight")
+        layer = remap.to_diffusers(remap.without_prefix(key)).removesuffix(".weight")
         flat = layer.replace(".", "_")
-        for name in (f"transformer.{layer}", f"{PREFIX}{layer}", layer, f"lora_unet_{flat}", f"lora_transformer_{flat}",
+        for name in (f"transformer.{layer}", f"{remap.MODEL_PREFIX}{layer}", layer, f"lora_unet_{flat}", f"lora_transformer_{flat}",
                      f"lycoris_{flat}"):
             keys[name] = key
     return keys
@@ -34,8 +33,9 @@ def _with_diffusers_names(model_lora_keys_unet):
     def wrapper(model, key_map={}):
         key_map = model_lora_keys_unet(model, key_map)
         if isinstance(model, WorldStereo):
-            native = [key for key in model.state_dict() if key.startswith(PREFIX) and key.endswith(".weight")]
-            key_map = diffusers_keys(native) | key_map
+            there = model.state_dict()
+            native = (remap.MODEL_PREFIX + name for name in native_shapes(model.diffusion_model.config) if name.endswith(".weight"))
+            key_map = diffusers_keys(key for key in native if key in there) | key_map
         return key_map
 
     wrapper.worldstereo = True

@@ -15,19 +15,25 @@ class ConstantsLast:
 
     def _load_list(self, for_dynamic=False, default_device=None):
         entries = super()._load_list(for_dynamic, default_device)
+        if not self.model.keep_constants:
+            return entries
         # Core's keys: with dynamic VRAM ascending, the first item False for small modules; else descending by size.
         last = 2 if for_dynamic else -1
         return [(last, *entry[1:]) if entry[-3].endswith(CONSTANTS) else entry for entry in entries]
 
 
 class WorldStereoPatcher(ConstantsLast, comfy.model_patcher.ModelPatcher):
+    """Core's patcher that loads what an estimate says fits."""
+
     def load(self, device_to=None, lowvram_model_memory=0, force_patch_weights=False, full_load=False):
-        # Where not all weights fit, the constants' would fill what is left over, for nothing.
+        """Loads no more than every step uses where not all fits: the constants' weights would fill the rest for nothing."""
         enough = resident_bytes(self.model) + ROOM_TO_STREAM
         super().load(device_to, min(lowvram_model_memory, enough), force_patch_weights, full_load)
 
 
 class WorldStereoPatcherDynamic(ConstantsLast, comfy.model_patcher.ModelPatcherDynamic):
+    """Core's patcher with dynamic VRAM: weights come to the GPU as they are used, and are evicted for other needs."""
+
     def clone(self, disable_dynamic=False, **kwargs):
         clone = super().clone(disable_dynamic, **kwargs)
         if disable_dynamic:
@@ -36,8 +42,9 @@ class WorldStereoPatcherDynamic(ConstantsLast, comfy.model_patcher.ModelPatcherD
 
 
 def resident_bytes(model) -> int:
-    """Bytes of the weights that every step uses: all but the constants'."""
-    return sum(p.nbytes for name, p in model.named_parameters() if not name.rsplit(".", 1)[0].endswith(CONSTANTS))
+    """Bytes of the weights that every step uses: all but the constants', if those are kept."""
+    constants = CONSTANTS if model.keep_constants else ()
+    return sum(p.nbytes for name, p in model.named_parameters() if not name.rsplit(".", 1)[0].endswith(constants))
 
 
 def make_patcher(model, load_device, offload_device, disable_dynamic: bool):
@@ -46,6 +53,7 @@ def make_patcher(model, load_device, offload_device, disable_dynamic: bool):
     patcher_class = WorldStereoPatcherDynamic if dynamic and not disable_dynamic else WorldStereoPatcher
     patcher = patcher_class(model, load_device=load_device, offload_device=offload_device)
     patcher.add_callback(CallbacksMP.ON_PRE_RUN, lambda p: p.model.diffusion_model.constants.start_run())
+    patcher.add_callback(CallbacksMP.ON_CLEANUP, lambda p: p.model.diffusion_model.constants.end_run(p.offload_device))
     patcher.add_callback(CallbacksMP.ON_DETACH, _forget_constants)
     return patcher
 

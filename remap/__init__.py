@@ -7,6 +7,8 @@ attention class serves there too.
 
 import re
 
+from ..fp8.recipe import COMFY_QUANT, INPUT_SCALE_SUFFIXES, SCALE_SUFFIXES
+
 # (diffusers, native); `N` stands for a block number.
 _ATTENTION = [
     ("to_q", "q"),
@@ -57,22 +59,14 @@ PARAMETERS = [
 ]
 
 # What a layer's tensors may be called: the weight and bias, and the scales and markers of the quantised formats.
-SUFFIXES = (
-    "weight",
-    "bias",
-    "scale_weight",
-    "weight.scale_weight",
-    "scale_input",
-    "weight_scale",
-    "input_scale",
-    "comfy_quant",
-)
+SUFFIXES = ("weight", "bias", *SCALE_SUFFIXES, *INPUT_SCALE_SUFFIXES, COMFY_QUANT)
+
+MODEL_PREFIX = "diffusion_model."  # of the diffusion model's tensors in a ComfyUI model
+PREFIXES = (f"model.{MODEL_PREFIX}", MODEL_PREFIX)  # ComfyUI's Save nodes write these
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
-_TO_NATIVE = dict(MODULES)
-_TO_DIFFUSERS = {native: diffusers for diffusers, native in MODULES}
-_PARAMETERS_TO_NATIVE = dict(PARAMETERS)
-_PARAMETERS_TO_DIFFUSERS = {native: diffusers for diffusers, native in PARAMETERS}
+_TO_NATIVE = dict(MODULES), dict(PARAMETERS)
+_TO_DIFFUSERS = tuple({native: diffusers for diffusers, native in table} for table in (MODULES, PARAMETERS))
 
 
 def _rename(name: str, modules: dict, parameters: dict) -> str | None:
@@ -96,7 +90,7 @@ def to_native(name: str) -> str:
 
     Raises KeyError for a name that is in no WorldStereo checkpoint.
     """
-    found = _rename(name, _TO_NATIVE, _PARAMETERS_TO_NATIVE)
+    found = _rename(name, *_TO_NATIVE)
     if found is None:
         raise KeyError(f"{name} is not a diffusers name of WorldStereo or Wan2.1-I2V")
     return found
@@ -107,19 +101,20 @@ def to_diffusers(name: str) -> str:
 
     Raises KeyError for a name that is in no WorldStereo checkpoint.
     """
-    found = _rename(name, _TO_DIFFUSERS, _PARAMETERS_TO_DIFFUSERS)
+    found = _rename(name, *_TO_DIFFUSERS)
     if found is None:
         raise KeyError(f"{name} is not a native name of WorldStereo or Wan2.1-I2V")
     return found
 
 
+def without_prefix(name: str) -> str:
+    """A name without the prefix that ComfyUI's Save nodes write."""
+    for prefix in PREFIXES:
+        name = name.removeprefix(prefix)
+    return name
+
+
 def is_native(name: str) -> bool:
-    """Whether only the native naming has this name."""
-    return (_rename(name, _TO_DIFFUSERS, _PARAMETERS_TO_DIFFUSERS) is not None
-            and _rename(name, _TO_NATIVE, _PARAMETERS_TO_NATIVE) is None)
-
-
-def is_diffusers(name: str) -> bool:
-    """Whether only diffusers' naming has this name."""
-    return (_rename(name, _TO_NATIVE, _PARAMETERS_TO_NATIVE) is not None
-            and _rename(name, _TO_DIFFUSERS, _PARAMETERS_TO_DIFFUSERS) is None)
+    """Whether only the native naming has this name, alone or behind ComfyUI's prefix."""
+    name = without_prefix(name)
+    return _rename(name, *_TO_DIFFUSERS) is not None and _rename(name, *_TO_NATIVE) is None

@@ -3,13 +3,15 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from worldstereo_fp8.worldstereo.camera_files import read_cameras
 from worldstereo_fp8.worldstereo.cameras import (
-    Cameras, centres, normalise, plucker, quaternion_to_rotation, quaternions_and_translations, read_camera_json,
-    rotation_to_quaternion, write_camera_json,
+    Cameras, centres, normalise, plucker, quaternion_to_rotation, quaternions_and_translations,
+    rotation_to_quaternion, thin, write_camera_json,
 )
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -67,17 +69,23 @@ def test_quaternions_round_trip_for_every_half_turn():
 
 def test_scaled_and_thinned():
     cameras = path_of(81)
-    thin = cameras.thinned(21).scaled_to(128, 24)
-    assert len(thin) == 21 and (thin.width, thin.height) == (128, 24)
-    torch.testing.assert_close(thin.w2c[[0, 7, 20]], cameras.w2c[[0, 28, 80]])
-    torch.testing.assert_close(thin.K[0], torch.tensor([[115.2, 0, 64], [0, 28.8, 12], [0, 0, 1]]))
+    thinned = cameras.thinned(21).scaled_to(128, 24)
+    assert len(thinned) == 21 and (thinned.width, thinned.height) == (128, 24)
+    torch.testing.assert_close(thinned.w2c[[0, 7, 20]], cameras.w2c[[0, 28, 80]])
+    torch.testing.assert_close(thinned.K[0], torch.tensor([[115.2, 0, 64], [0, 28.8, 12], [0, 0, 1]]))
     assert torch.equal(cameras.thinned(100).w2c, cameras.w2c)
+
+
+def test_thinning_is_numpys():
+    for count in (1, 2, 20, 21, 22, 81, 165, 329, 657):
+        wanted = np.linspace(0, count - 1, min(count, 21)).astype(int)
+        assert thin(count, 21).tolist() == wanted.tolist()
 
 
 def test_camera_json_round_trip(tmp_path):
     cameras = path_of(5)
     write_camera_json(tmp_path / "camera.json", cameras)
-    again = read_camera_json(tmp_path / "camera.json")
+    again = read_cameras(tmp_path / "camera.json")[0]
     assert torch.equal(again.w2c, cameras.w2c) and torch.equal(again.K, cameras.K)
     assert (again.width, again.height) == (64, 48)
 
@@ -86,12 +94,13 @@ def test_camera_json_without_a_size_takes_twice_the_principal_point(tmp_path):
     cameras = path_of(2)
     content = {"extrinsic": cameras.w2c.tolist(), "intrinsic": cameras.K.tolist()}
     (tmp_path / "camera.json").write_text(json.dumps(content))
-    again = read_camera_json(tmp_path / "camera.json")
+    again = read_cameras(tmp_path / "camera.json")[0]
     assert (again.width, again.height) == (64, 48)
 
 
 @pytest.mark.parametrize("content, message", [
-    ("{", "camera.json is not a usable camera.json"),
+    ("{", "No cameras could be read from camera.json"),
+    ("[" * 100_000, "No cameras could be read from camera.json"),
     ("[1, 2]", "no `extrinsic` and `intrinsic`"),
     ('{"extrinsic": [], "intrinsic": []}', "`intrinsic` has the shape"),
     ('{"extrinsic": [[[1, 2], [3]]], "intrinsic": [[[1, 2], [3]]]}', "`extrinsic` is not a list of matrices"),
@@ -102,7 +111,7 @@ def test_camera_json_without_a_size_takes_twice_the_principal_point(tmp_path):
 def test_a_bad_camera_json_is_named(tmp_path, content, message):
     (tmp_path / "camera.json").write_text(content)
     with pytest.raises(ValueError, match=message):
-        read_camera_json(tmp_path / "camera.json")
+        read_cameras(tmp_path / "camera.json")[0]
 
 
 def broken(change):

@@ -5,7 +5,6 @@ import hashlib
 import json
 import os
 import random
-import resource
 import shutil
 import signal
 import subprocess
@@ -15,17 +14,23 @@ from pathlib import Path
 
 import pytest
 import torch
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from toy import GOLDEN, golden_inputs, golden_weights, native, relative_error, run, source
 from worldstereo_fp8 import cook_worldstereo_fp8 as command
+from worldstereo_fp8 import remap
 from worldstereo_fp8.fp8 import cook as engine
 from worldstereo_fp8.fp8 import files as reading
 from worldstereo_fp8.fp8.cook import Options, cook, plan, verify
 from worldstereo_fp8.fp8.files import Tensor, open_files
 from worldstereo_fp8.fp8.report import compare
 from worldstereo_fp8.loaders import load_worldstereo
-from worldstereo_fp8.worldstereo.config import WorldStereoConfig
+from worldstereo_fp8.worldstereo.config import WorldStereoConfig, config_to_embed
 from worldstereo_fp8.worldstereo.layout import tensor_shapes
 
 ROOT = Path(command.__file__).parent
@@ -181,8 +186,9 @@ def test_provenance(sources, tmp_path):
 
 
 def test_which_config(sources, tmp_path):
-    def config_of(**options):
-        cook(tmp_path / "bf16.safetensors", tmp_path / "out.safetensors", overwrite=True, **options)
+    def config_of(*options):
+        arguments = [tmp_path / "bf16.safetensors", tmp_path / "out.safetensors", "--overwrite", *options]
+        assert command.main([*map(str, arguments)]) == 0
         return open_files(tmp_path / "out.safetensors").metadata.get("config")
 
     shutil.copy(sources / "bf16.safetensors", tmp_path)
@@ -192,10 +198,17 @@ def test_which_config(sources, tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "worldstereo-camera"}')
     assert config_of() == '{"model_type": "worldstereo-camera"}'
     (tmp_path / "given.json").write_text('{"nframe": 5}')
-    assert config_of(config=tmp_path / "given.json") == '{"nframe": 5}'
-    (tmp_path / "given.json").write_text("nframe: 5")
-    with pytest.raises(ValueError, match="given.json is not JSON"):
-        config_of(config=tmp_path / "given.json")
+    assert config_of("--config", tmp_path / "given.json") == '{"nframe": 5}'
+    (tmp_path / "config.json").write_bytes('{"model_type": "another"}'.encode("utf-16"))
+    assert config_of() == inside
+
+
+@pytest.mark.parametrize("name", ["given.json", "config.json"])
+def test_a_config_that_is_not_json(sources, tmp_path, name):
+    shutil.copy(sources / "bf16.safetensors", tmp_path)
+    (tmp_path / name).write_text('{"model_type": "worldstereo-camera"')
+    with pytest.raises(ValueError, match=f"{name} is not JSON"):
+        config_to_embed(tmp_path / "bf16.safetensors", {}, tmp_path / name if name == "given.json" else None)
 
 
 @pytest.mark.parametrize("case", ["memory_dmd", "camera", "camera_maskds4"])
@@ -239,7 +252,7 @@ def put(name: str, value: float):
 def test_refused_sources(tmp_path, change, message):
     path = bad(tmp_path, change)
     with pytest.raises(ValueError, match=message):
-        cook(path, tmp_path / "out.safetensors", is_foreign=command.is_foreign)
+        cook(path, tmp_path / "out.safetensors", is_foreign=remap.is_native)
     assert [p.name for p in tmp_path.iterdir()] == ["bad.safetensors"]
 
 
@@ -349,6 +362,7 @@ def test_no_room(sources, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.skipif(resource is None, reason="Windows limits no file's size")
 def test_disk_full_half_way(sources, tmp_path):
     """A file size limit makes the disk refuse the write in the middle."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -372,6 +386,24 @@ def test_another_run_at_work_is_left_alone(sources, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["other.safetensors", "out.safetensors"]
 
 
+def test_two_runs_that_meet_before_the_lock(sources, tmp_path, monkeypatch):
+    """The other takes the file for an abandoned one between its making and its locking."""
+    temporary = tmp_path / f"out{engine.TEMPORARY}"
+    lock = engine._lock
+
+    def meet(file):
+        if Path(file.name) == temporary and file.writable():
+            monkeypatch.setattr(engine, "_lock", lock)
+            engine._remove_abandoned(tmp_path)
+            temporary.write_bytes(b"the other's")
+        return lock(file)
+
+    monkeypatch.setattr(engine, "_lock", meet)
+    with pytest.raises(FileExistsError, match="being cooked already"):
+        cook(sources / "bf16.safetensors", tmp_path / "out.safetensors")
+    assert not (tmp_path / "out.safetensors").exists() and temporary.read_bytes() == b"the other's"
+
+
 MEMORY = """
 import resource, sys
 sys.path.insert(0, {root!r})
@@ -383,6 +415,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
 """
 
 
+@pytest.mark.skipif(resource is None, reason="Windows has no getrusage")
 def test_memory_does_not_grow_with_the_file(tmp_path):
     """Peak memory above that of the imports, MB, for 0.3 GB and 0.8 GB of source (zeros, which take no room on disk);
     one tensor is too large to be held whole."""

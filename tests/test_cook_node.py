@@ -53,6 +53,16 @@ def workflow(comfyui, **changes):
     return prompt
 
 
+def test_what_each_node_offers(comfyui):
+    """The cook takes a model in shards by its index; the loader takes no shards."""
+    info = comfyui.object_info()
+    sources = info["CookFP8"]["input"]["required"]["source"][1]["options"]
+    models = info["LoadWorldStereoFP8"]["input"]["required"]["model_name"][1]["options"]
+    index = str(Path("sharded") / "model.safetensors.index.json")
+    assert index in sources and not any("-of-" in name for name in sources + models)
+    assert str(Path("worldstereo-memory-dmd") / "model.safetensors") in models
+
+
 def load(name: str) -> dict:
     return {"load": {"class_type": "LoadWorldStereoFP8", "inputs": {"model_name": name, "compute": "auto"}},
             "sigmas": {"class_type": "WorldStereoDMDSigmas", "inputs": {"model": ["load", 0]}},

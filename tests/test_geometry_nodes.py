@@ -16,7 +16,8 @@ from test_workflow import PLACEHOLDERS
 from web_page import open_workflow, page_of
 from worldstereo_fp8.demo import job, scene, server, toy
 from worldstereo_fp8.nodes import camera_file, camera_files
-from worldstereo_fp8.worldstereo.cameras import centres, read_camera_json, rigid_inverse
+from worldstereo_fp8.worldstereo.camera_files import read_cameras
+from worldstereo_fp8.worldstereo.cameras import centres, rigid_inverse
 
 COMFYUI = Path(comfy.cli_args.__file__).parents[1]
 EXAMPLES = Path(__file__).parents[1] / "example_workflows"
@@ -93,7 +94,7 @@ def test_from_a_picture_to_the_files(comfyui):
     assert 0 < (holes[-1] > 127).mean() < 0.5 and not frames[-1][holes[-1][..., 0] > 127].any()
     assert outputs["path"]["images"][0]["type"] == "temp"  # the drawing, on the node
 
-    cameras = read_camera_json(output / "worldstereo" / "camera_00001_.json")
+    cameras = read_cameras(output / "worldstereo" / "camera_00001_.json")[0]
     assert (len(cameras), cameras.width, cameras.height) == (KEYFRAMES, WIDTH, HEIGHT)
     assert cameras.K[0, 0, 0].item() == pytest.approx(0.9 * WIDTH)  # the lens of the geometry
 
@@ -133,7 +134,7 @@ def test_a_panorama_starts_a_path(comfyui):
 
 
 def test_paths_are_chained_and_files_loaded(comfyui):
-    comfyui.run(graph(
+    outputs = comfyui.run(graph(
         picture=("LoadImage", {"image": "picture.png"}),
         depth=("LoadImage", {"image": "depth.png"}),
         file=("WorldStereoLoadCamera", {"camera": "images.txt"}),
@@ -143,8 +144,9 @@ def test_paths_are_chained_and_files_loaded(comfyui):
                         width=WIDTH, height=HEIGHT),
         cloud=defaults(comfyui, "WorldStereoSavePointCloud", points=("render", 2), filename_prefix="chained"),
     ))
-    cameras = read_camera_json(comfyui.base / "output" / "chained_00001_.json")
+    cameras = read_cameras(comfyui.base / "output" / "chained_00001_.json")[0]
     assert len(cameras) == 2 + 4 - 1 and cameras.K[-1, 0, 0] == 80
+    assert (comfyui.base / "output" / outputs["cloud"]["3d"][0]["filename"]).stat().st_size > 2000  # 15 bytes a point
 
 
 def test_cores_camera_sets_the_first_pose(comfyui):
@@ -158,7 +160,7 @@ def test_cores_camera_sets_the_first_pose(comfyui):
                       distance=0.5, keyframes=2),
         camera=defaults(comfyui, "WorldStereoSaveCamera", cameras=("path", 0), filename_prefix="viewer"),
     ))
-    cameras = read_camera_json(comfyui.base / "output" / "viewer_00001_.json")
+    cameras = read_cameras(comfyui.base / "output" / "viewer_00001_.json")[0]
     torch.testing.assert_close(cameras.w2c[:, :3, :3], torch.eye(3).repeat(2, 1, 1))
     torch.testing.assert_close(centres(cameras.w2c), torch.tensor([[1.0, -2, -4], [1, -2, -2]]))  # half its 4 units
     assert cameras.K[0, 0, 0].item() == pytest.approx(HEIGHT / 2)

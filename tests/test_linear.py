@@ -14,10 +14,18 @@ from worldstereo_fp8.fp8.matmul import scaled_linear, why_not_native
 from worldstereo_fp8.fp8.recipe import FP8_MAX, quantise
 
 
+CPU = torch.device("cpu")
+FULL_PRECISION = b'{"format": "float8_e4m3fn", "full_precision_matrix_mult": true}'
+
+
+def refusal(native: bool):
+    return lambda device: None if native else "native FP8 matmul is off"
+
+
 def layer(in_features=64, out_features=48, bias=True, native=False, dtype=torch.bfloat16, quant=b'{"format": "float8_e4m3fn"}'):
     torch.manual_seed(0)
     weight, scale = quantise(torch.randn(out_features, in_features))
-    linear = operations(dtype, native).Linear(in_features, out_features, bias=bias)
+    linear = operations(dtype, refusal(native)).Linear(in_features, out_features, bias=bias)
     state = {"weight": weight, "weight_scale": scale.float(), "comfy_quant": torch.tensor(list(quant), dtype=torch.uint8)}
     if bias:
         state["bias"] = torch.randn(out_features).to(dtype)
@@ -57,19 +65,18 @@ def test_a_non_contiguous_input():
 def test_odd_sizes_upcast(sizes, reason):
     assert reason in why_not_native(*sizes)
     linear, weight, scale, b = layer(*sizes, native=True)
-    assert reason in linear.why_not_native()
+    assert reason in linear.why_not_native(CPU)
     x = torch.randn(3, sizes[0])
     assert torch.allclose(linear(x), torch.nn.functional.linear(x, weight.float() * scale.float(), b.float()), atol=1e-5)
 
 
 def test_which_layers_take_the_native_product():
-    assert layer(native=True)[0].why_not_native() is None
-    assert layer(native=False)[0].why_not_native() == "native FP8 matmul is off"
-    full = b'{"format": "float8_e4m3fn", "full_precision_matrix_mult": true}'
-    assert layer(native=True, quant=full)[0].why_not_native() == "the file asks for full precision"
-    plain = operations(torch.bfloat16, True).Linear(16, 16)
+    assert layer(native=True)[0].why_not_native(CPU) is None
+    assert layer(native=False)[0].why_not_native(CPU) == "native FP8 matmul is off"
+    assert layer(native=True, quant=FULL_PRECISION)[0].why_not_native(CPU) == "the file asks for full precision"
+    plain = operations(torch.bfloat16, refusal(True)).Linear(16, 16)
     plain.load_state_dict({"weight": torch.randn(16, 16), "bias": torch.randn(16)})
-    assert plain.why_not_native() == "not an FP8 weight" and plain.weight.dtype == torch.float32
+    assert plain.why_not_native(CPU) == "not an FP8 weight" and plain.weight.dtype == torch.float32
 
 
 def seed_formula(x, weight, scale):
@@ -81,6 +88,7 @@ def seed_formula(x, weight, scale):
 def test_native_is_refused_without_a_product_for_it(monkeypatch):
     """A device with FP8 units whose PyTorch takes no scale a token, and no backend with one scale for the tensor."""
     cpu = torch.device("cpu")
+    native_refusal.cache_clear()
     assert "no FP8 matmul with a scale a token" in row_scales_refusal(cpu)  # so it is with PyTorch's CPU
     monkeypatch.setattr(comfy.model_management, "supports_fp8_compute", lambda device: True)
     monkeypatch.setattr(activations, "forced", "eager")
@@ -88,6 +96,34 @@ def test_native_is_refused_without_a_product_for_it(monkeypatch):
     assert native_refusal("bf16", cpu) == "compute is bf16"
     with pytest.raises(ValueError, match="compute is fp8, but this PyTorch has no FP8 matmul with a scale a token"):
         native_refusal("fp8", cpu)
+    native_refusal.cache_clear()
+
+
+def test_a_compute_dtype_that_was_chosen_for_the_model_wins():
+    linear, *_ = layer(native=True)
+    linear.comfy_force_cast_weights = True  # core's Model Compute Dtype
+    assert "compute dtype" in linear.why_not_native(CPU)
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_what_stands_in_for_forward_is_called(native):
+    """Core's bypass LoRAs replace `forward` and call the original one, and leave that in its place when they go."""
+    linear, weight, scale, b = layer(native=native)
+    x = torch.randn(3, 64)
+    expected = torch.nn.functional.linear(x, weight.float() * scale.float(), b.float())
+    original = linear.forward
+    linear.forward = lambda x: 1 + torch.nn.functional.linear(x, weight.float() * scale.float(), b.float())
+    assert not linear.takes_fp8(CPU)
+    with linear.held(CPU, torch.float32) as product:
+        assert torch.allclose(product(x), 1 + expected, atol=1e-5)
+    linear.forward = original
+    assert linear.takes_fp8(CPU) == native
+    hook = linear.register_forward_hook(lambda module, args, out: torch.zeros_like(out))
+    assert not linear.takes_fp8(CPU)
+    if not native:
+        with linear.held(CPU, torch.float32) as product:
+            assert not product(x).any()
+    hook.remove()
 
 
 @pytest.mark.parametrize("magnitude", [1e-3, 1.0, 1e3])

@@ -85,6 +85,11 @@ def test_sizes_and_settings_from_the_file_the_config_and_the_defaults(tmp_path):
     assert load_worldstereo(path).get_model_object("model_sampling").shift == 7.0
     beside.write_text(json.dumps({"model_type": "flux"}))
     assert loaded().nframe == 9
+    beside.write_bytes(json.dumps({"model_type": "flux"}).encode("utf-16"))
+    assert loaded().nframe == 9
+    beside.write_text('{"model_type": "worldstereo-memory",')
+    with pytest.raises(ValueError, match="config.json is not JSON"):
+        loaded()
     beside.write_text(json.dumps(config | {"model_type": "worldstereo-camera"}))  # another file's, by its tensors
     assert loaded().nframe == 9
     beside.unlink()
@@ -96,7 +101,8 @@ def test_sizes_and_settings_from_the_file_the_config_and_the_defaults(tmp_path):
 
 @pytest.mark.parametrize("bad", [{"nframe": 0}, {"scale_map": [[480]]}, {"scale_map": [[100, 768]]}, {"gen_shift": "x"},
                                  {"latent_cond_mode": "other"}, {"model_type": "worldstereo-camera"},
-                                 {"controlnet_cfg": {"num_heads": 5}}, {"controlnet_cfg": {"dim": 99}}])
+                                 {"controlnet_cfg": {"num_heads": 5}}, {"controlnet_cfg": {"dim": 99}}, {"attention_head_dim": 0},
+                                 {"attention_head_dim": "32"}])
 def test_a_config_that_does_not_fit(bad, tmp_path):
     tensors, config = golden_weights(CASE)
     key = list(bad.get("controlnet_cfg", bad))[0]
@@ -184,6 +190,7 @@ SCALE = scale_name(LINEAR)
     (change(LINEAR, torch.ones(64, 64).to(torch.float8_e5m2)), rf"{LINEAR} is F8_E5M2"),
     (change(LINEAR, torch.ones(64, 64)), rf"{SCALE} scales {LINEAR}, which is F32"),
     (change("blocks.0.attn1.to_q.scale_bias", torch.ones(1)), "belong to no WorldStereo model"),
+    (change("blocks.999999999.norm2.weight", torch.ones(64)), r"there is a tensor of blocks\.999999999, but the file has"),
 ])
 def test_a_damaged_checkpoint(edit, message, tmp_path):
     path = save(edit(cooked(CASE)), tmp_path / "broken.safetensors", golden_weights(CASE)[1])

@@ -132,6 +132,8 @@ def test_without_clip_vision_only_the_text_is_attended_to(memory):
     ({"ref_index": lambda v: v[:1]}, "2 references but 1 in ref_index"),
     ({"reference_latent": lambda v: v.repeat(1, 1, 2, 1, 1)}, "4 references for 3 frames"),
     ({"hidden_states": lambda v: v[..., :7]}, "both must be even"),
+    ({"camera_qt_ref": lambda v: v[:, :1]}, "camera_qt_ref is"),
+    ({"reference_latent": lambda v: v[..., :4]}, "reference_latent is"),
 ])
 def test_inputs_that_do_not_fit(memory, change, message):
     inputs, _ = golden_inputs("memory_dmd")
@@ -170,6 +172,9 @@ def native(monkeypatch):
     monkeypatch.setattr(comfy.model_management, "supports_fp8_compute", lambda device: True)
     monkeypatch.setattr(linear, "row_scales_refusal", lambda device: None)
     monkeypatch.setattr(linear, "scaled_linear", product)
+    linear.native_refusal.cache_clear()
+    yield
+    linear.native_refusal.cache_clear()
 
 
 def test_native_and_upcast_agree_but_for_the_tokens_rounding(native, tmp_path):

@@ -59,7 +59,8 @@ def test_an_unknown_name_is_an_error(name):
 def test_the_two_namings_are_told_apart():
     for name in NAMES:
         native = remap.to_native(name)
-        assert remap.is_diffusers(name) == remap.is_native(native) == (name != native)
+        assert remap.is_native(native) == remap.is_native(f"model.diffusion_model.{native}") == (name != native)
+        assert not remap.is_native(name)
 
 
 def test_diffusers_own_wan_and_comfyuis_agree_after_the_remap():

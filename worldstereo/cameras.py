@@ -16,8 +16,13 @@ OUTLIER_QUANTILE = 0.97
 
 
 def thin(count, wanted):
-    """The indices of at most `wanted` of `count` frames: linspace(0, count - 1, wanted) truncated, as WorldStereo thins its videos."""
-    return torch.linspace(0, count - 1, min(count, wanted), dtype=torch.float64).long()
+    """The indices of at most `wanted` of `count` frames: linspace(0, count - 1, wanted) truncated, as WorldStereo thins
+    its videos. In NumPy's arithmetic: where the exact place is a whole number, its rounding decides."""
+    wanted = min(count, wanted)
+    places = torch.arange(wanted, dtype=torch.float64) * ((count - 1) / max(wanted - 1, 1))
+    if wanted > 1:
+        places[-1] = count - 1
+    return places.long()
 
 
 def centres(w2c):
@@ -95,18 +100,6 @@ class Cameras:
     def thinned(self, count):
         """At most `count` cameras, the first and last among them; see `thin`."""
         return self[thin(len(self), count)]
-
-
-def read_camera_json(path):
-    """Cameras of a camera.json: `extrinsic` [N, 4, 4] and `intrinsic` [N, 3, 3]; `width` and `height` are optional, and
-    without them the principal point of the first camera is taken for the centre of the picture.
-
-    Raises ValueError that names the file.
-    """
-    try:
-        return cameras_from_json(json.loads(Path(path).read_text(encoding="utf-8")))
-    except ValueError as error:  # malformed JSON and text too
-        raise ValueError(f"{Path(path).name} is not a usable camera.json. {error}") from error
 
 
 def cameras_from_json(content):

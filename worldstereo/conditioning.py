@@ -6,7 +6,9 @@ from dataclasses import dataclass
 
 import comfy.utils
 import torch
+from comfy.ldm.wan.vae import WanVAE
 from comfy.model_management import throw_exception_if_processing_interrupted
+from comfy.taesd.taehv import TAEHV
 
 from .cameras import Cameras, normalise, plucker, quaternions_and_translations, thin
 from .config import LATENT_CHANNELS, SPATIAL_DOWNSCALE, WorldStereoConfig
@@ -51,10 +53,11 @@ def keyframe_size(config: WorldStereoConfig, height: int, width: int) -> tuple[i
     return min(config.scale_map, key=lambda size: abs(size[0] / size[1] - height / width))
 
 
-def resize_pictures(pictures: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """[N,H,W,C] in 0..1, bicubic to [N,height,width,3]."""
+def resize_pictures(pictures: torch.Tensor, height: int, width: int, antialias: bool = True) -> torch.Tensor:
+    """[N,H,W,C] in 0..1, bicubic to [N,height,width,3]. WorldStereo resizes the picture with Pillow, which filters what
+    is made smaller (antialias), and renders and references with PyTorch, which does not."""
     pictures = pictures[..., :3].movedim(-1, 1)
-    resized = torch.nn.functional.interpolate(pictures, (height, width), mode="bicubic", antialias=True)
+    resized = torch.nn.functional.interpolate(pictures, (height, width), mode="bicubic", antialias=antialias)
     return resized.clamp(0, 1).movedim(1, -1)
 
 
@@ -72,8 +75,16 @@ def warn_of_stretch(cameras: Cameras, image: torch.Tensor):
                         cameras.width, cameras.height, width, height)
 
 
+def check_vae(vae):
+    """Raises ValueError for any VAE but Wan 2.1's and its tiny stand-ins: others may take the same shapes."""
+    if vae.latent_channels != LATENT_CHANNELS or not isinstance(vae.first_stage_model, WanVAE | TAEHV):
+        raise ValueError(f"vae is {type(vae.first_stage_model).__name__} with {vae.latent_channels} latent channels; "
+                         "WorldStereo needs the Wan 2.1 VAE. Choose wan_2.1_vae.safetensors in Load VAE.")
+
+
 def encode_keyframes(vae, pictures: torch.Tensor, progress: comfy.utils.ProgressBar | None = None) -> torch.Tensor:
-    """[N,H,W,3] in 0..1, each alone through the Wan VAE, to [1,16,N,h,w]."""
+    """[N,H,W,3] in 0..1, each alone through the Wan VAE, to [1,16,N,h,w]. Raises ValueError for another VAE."""
+    check_vae(vae)
     progress = progress or comfy.utils.ProgressBar(len(pictures))
     latents = []
     for picture in pictures.split(1):
@@ -86,8 +97,9 @@ def encode_keyframes(vae, pictures: torch.Tensor, progress: comfy.utils.Progress
 def decode_keyframes(vae, latent: torch.Tensor) -> torch.Tensor:
     """[B,16,F,h,w], each frame alone through the Wan VAE, to [B·F,H,W,3] in 0..1.
 
-    Raises ValueError for a latent that is not a Wan video's.
+    Raises ValueError for a latent that is not a Wan video's, and for another VAE.
     """
+    check_vae(vae)
     if latent.ndim != 5 or latent.shape[1] != LATENT_CHANNELS:
         raise ValueError(f"The latent is {tuple(latent.shape)}; keyframes are (batch, {LATENT_CHANNELS}, frames, "
                          "height, width), as the sampler returns them for the latent of WorldStereo Conditioning.")
@@ -125,9 +137,7 @@ def _frames(config: WorldStereoConfig, count: int) -> tuple[torch.Tensor, torch.
 
 
 def _check(config: WorldStereoConfig, vae, image, render, mask, cameras, references):
-    if vae.latent_channels != LATENT_CHANNELS or vae.latent_dim != 3:
-        raise ValueError("vae: WorldStereo needs the Wan 2.1 VAE (16 latent channels); this one has "
-                         f"{vae.latent_channels}. Choose wan_2.1_vae.safetensors in Load VAE.")
+    check_vae(vae)
     for name, value in (("image", image), ("render_video", render), ("render_mask", mask)):
         if value.numel() == 0:
             raise ValueError(f"{name} is empty ({'×'.join(map(str, value.shape))}).")
@@ -173,13 +183,13 @@ def condition(config: WorldStereoConfig, vae, image: torch.Tensor, render: torch
     keyframes, dense = _frames(config, len(render))
     height, width = keyframe_size(config, *image.shape[1:3])
     image = resize_pictures(image, height, width)
-    render = torch.cat([image, resize_pictures(render[keyframes[1:]], height, width)])
+    render = torch.cat([image, resize_pictures(render[keyframes[1:]], height, width, antialias=False)])
     mask = torch.nn.functional.interpolate(mask[dense, None].float(), (height, width), mode="nearest")
     cameras = cameras.scaled_to(width, height)
     seen, repeated = dense.unique(return_inverse=True)
 
     values = {
-        "render_mask": (mask > MASK_THRESHOLD).float().movedim(1, 0)[None],
+        "render_mask": (mask >= MASK_THRESHOLD).float().movedim(1, 0)[None],
         "camera_embedding": plucker(normalise(cameras.w2c[seen]), cameras.K[seen], height, width)[None, :, repeated],
     }
     frames = len(keyframes)
@@ -189,7 +199,7 @@ def condition(config: WorldStereoConfig, vae, image: torch.Tensor, render: torch
         if references is None:
             reference_images, reference_w2c, indices = image, targets[:1], (0,)
         else:
-            reference_images = resize_pictures(references.images, height, width)
+            reference_images = resize_pictures(references.images, height, width, antialias=False)
             reference_w2c, indices = references.cameras.w2c, references.indices
         poses = normalise(torch.cat([targets, reference_w2c]), targets=frames)
         camera_qt = quaternions_and_translations(poses)[None]

@@ -1,8 +1,12 @@
 """What a WorldStereo checkpoint is: sizes from its tensors' shapes, the rest from its config.json or the defaults."""
 
+import json
+import logging
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
+CONFIG_FILE = "config.json"
 CAMERA, MEMORY, MEMORY_DMD = MODEL_TYPES = ("worldstereo-camera", "worldstereo-memory", "worldstereo-memory-dmd")
 
 SCALE_MAP = ((480, 768), (512, 720), (576, 640), (608, 608), (640, 576), (720, 512), (768, 480))  # height, width
@@ -61,14 +65,57 @@ class WorldStereoConfig:
         return self.model_type == MEMORY_DMD
 
 
+class ConfigMismatch(ValueError):
+    """A configuration that a checkpoint cannot have."""
+
+
+def parse_config(text: str, where: str) -> dict:
+    """The content of a config.json. Raises ValueError, naming `where` it stands, if it is not a JSON object."""
+    try:
+        config = json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as e:
+        raise ValueError(f"{where} is not JSON: {e}. Repair it, or remove it to use the defaults.") from e
+    if not isinstance(config, dict):
+        raise ValueError(f"{where} is not a JSON object. Repair it, or remove it to use the defaults.")
+    return config
+
+
+def config_beside(path: Path) -> str | None:
+    """The text of the config.json in a model file's folder; None if there is none, or if it is another model's: a
+    folder of models is shared."""
+    file = path.with_name(CONFIG_FILE)
+    if not file.is_file():
+        return None
+    content = file.read_bytes()
+    if b"worldstereo" not in content:
+        logging.info(f"{file} is not a WorldStereo configuration and is not used")
+        return None
+    return content.decode("utf-8", "replace")
+
+
+def config_to_embed(path: Path, metadata: dict[str, str], given: Path | None = None) -> str | None:
+    """The text of the configuration that goes with a model file: the given file, the config.json beside it, or that of
+    its metadata. Raises ValueError for one that is not a JSON object."""
+    if given is not None:
+        text, where = given.read_text(encoding="utf-8", errors="replace"), str(given)
+    else:
+        text, where = config_beside(path), str(path.with_name(CONFIG_FILE))
+    if text is None:
+        return metadata.get("config")
+    parse_config(text, where)
+    return text
+
+
 def _positive_int(value) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def _setting(config: dict, key: str, default, valid, wanted: str):
-    value = config.get(key, default)
+    value = config.get(key)
+    if value is None:
+        return default
     if not valid(value):
-        raise ValueError(f"config: {key} is {value!r}, expected {wanted}")
+        raise ConfigMismatch(f"config: {key} is {value!r}, expected {wanted}")
     return value
 
 
@@ -86,15 +133,16 @@ def read_config(shapes: dict[str, tuple[int, ...]], config: dict) -> WorldStereo
 
     Sizes come from the shapes; the head counts, `update_ref`, the conditioning and the sampling settings from
     `config`. Without a `model_type`, a checkpoint with a camera MLP is taken for worldstereo-memory-dmd and one
-    without for worldstereo-camera. Raises ValueError where the two contradict each other or a setting is out of range.
+    without for worldstereo-camera. Raises ConfigMismatch where the two contradict each other or a setting is out of range.
     """
 
     def count(prefix: str) -> int:
-        return 1 + max((int(n[len(prefix):].split(".")[0]) for n in shapes if n.startswith(prefix)), default=-1)
+        last = max((int(n[len(prefix):].split(".")[0]) for n in shapes if n.startswith(prefix)), default=-1)
+        if last >= len(shapes):
+            raise ConfigMismatch(f"config: there is a tensor of {prefix}{last}, but the file has {len(shapes)} tensors in all")
+        return 1 + last
 
-    control = config.get("controlnet_cfg", {})
-    if not isinstance(control, dict):
-        raise ValueError(f"config: controlnet_cfg is {control!r}, expected an object")
+    control = _setting(config, "controlnet_cfg", {}, lambda v: isinstance(v, dict), "an object")
     dim = shapes["patch_embedding.weight"][0]
     control_dim = shapes["controlnet.proj_in.weight"][0]
     mask_proj = shapes["controlnet.controlnet_mask_embedding.mask_proj.0.weight"]
@@ -109,16 +157,17 @@ def read_config(shapes: dict[str, tuple[int, ...]], config: dict) -> WorldStereo
         "main_camera_embedding": has_camera_mlp,
     }
     for key, size in sizes.items():
-        if key in control and control[key] != size:
-            raise ValueError(f"config: controlnet_cfg.{key} is {control[key]!r}, but the tensors say {size!r}")
+        if control.get(key) not in (None, size):
+            raise ConfigMismatch(f"config: controlnet_cfg.{key} is {control[key]!r}, but the tensors say {size!r}")
 
     default_type = MEMORY_DMD if has_camera_mlp else CAMERA
     model_type = _setting(config, "model_type", default_type, MODEL_TYPES.__contains__, " or ".join(MODEL_TYPES))
     if (model_type == CAMERA) == has_camera_mlp:
-        raise ValueError(f"config: model_type is {model_type}, but the checkpoint has "
+        raise ConfigMismatch(f"config: model_type is {model_type}, but the checkpoint has "
                          f"{'a' if has_camera_mlp else 'no'} camera MLP (camera_embedding.*)")
 
-    heads = _setting(config, "num_attention_heads", dim // config.get("attention_head_dim", 128) or 1,
+    head_dim = _setting(config, "attention_head_dim", 128, _positive_int, "a positive integer")
+    heads = _setting(config, "num_attention_heads", dim // head_dim or 1,
                      lambda v: _positive_int(v) and dim % v == 0, f"a divisor of {dim}")
     control_heads = _setting(control, "num_heads", 16,
                              lambda v: _positive_int(v) and control_dim % v == 0, f"a divisor of {control_dim}")

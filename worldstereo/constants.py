@@ -1,8 +1,8 @@
 """What of a forward pass depends on the prompt or on the timestep alone, computed once and kept.
 
 The cross-attention's keys and values (of 40 layers: 6.3 GB of weights) follow from the prompt and the picture, the
-modulations of backbone and control branch (1.6 GB of weights) from the timestep. Kept, they cost 0.6 GB a prompt, and
-their weights need not be in VRAM while the steps run.
+modulations of backbone and control branch (1.6 GB of weights) from the timestep. Kept, they cost 0.6 GB a prompt, in
+VRAM while a run uses them and else in RAM, and their weights need not be in VRAM while the steps run.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ KEPT_TIMESTEPS = 256
 
 # What the sampling model tells the diffusion model in transformer_options; without it nothing outlives a call.
 WEIGHTS = "worldstereo_weights"  # which LoRAs the weights carry
-TIMESTEPS = "worldstereo_timesteps"  # the timesteps this run will come by
+COMING_TIMESTEPS = "worldstereo_timesteps"  # the timesteps this run will come by
 
 # Layers whose weights are used for these constants only, by the ends of their native names.
 LAYERS = ("cross_attn.k", "cross_attn.v", "cross_attn.k_img", "cross_attn.v_img", "text_embedding.0",
@@ -38,6 +38,12 @@ class Prompt:
 
     context: torch.Tensor
     blocks: list[KeysValues]
+
+    def to(self, device: torch.device) -> "Prompt":
+        """The same on another device."""
+        blocks = [KeysValues(*(None if t is None else t.to(device) for t in (kv.k, kv.v, kv.k_img, kv.v_img)))
+                  for kv in self.blocks]
+        return Prompt(self.context.to(device), blocks)
 
 
 @dataclass(frozen=True)
@@ -73,15 +79,23 @@ class Constants:
     times: dict[tuple, Time] = field(default_factory=dict)
 
     def forget(self):
+        """Frees everything."""
         self.prompts.clear()
         self.times.clear()
 
     def start_run(self):
+        """Forgets the prompts that the run before did not use."""
         self.prompts = [kept for kept in self.prompts if kept.used]
         for kept in self.prompts:
             kept.used = False
 
+    def end_run(self, device: torch.device):
+        """Moves the prompts to `device`: between runs their room is other models'."""
+        for kept in self.prompts:
+            kept.prompt = kept.prompt.to(device)
+
     def use_weights(self, weights):
+        """Forgets everything if `weights` are not those of the call before."""
         if weights != self.weights:
             self.forget()
             self.weights = weights
@@ -91,27 +105,36 @@ class Constants:
 
         Before any is computed, those that this run has not used make room: memory is reckoned for this run's alone.
         """
-        for inputs in samples:
-            if (kept := self._find(inputs)) is not None:
-                kept.used = True
-        for inputs in samples:
-            if self._find(inputs) is None:
-                self.prompts = [kept for kept in self.prompts if kept.used]
-                self.prompts.append(_Kept(tuple(None if t is None else t.clone() for t in inputs), compute(*inputs)))
-        return [self._find(inputs).prompt for inputs in samples]
+        found = [self._find(inputs) for inputs in samples]
+        if None in found:
+            self.prompts = [kept for kept in self.prompts if kept.used]
+            for i, inputs in enumerate(samples):
+                if found[i] is None:
+                    found[i] = self._find(inputs)  # that of a sample before
+                if found[i] is None:
+                    found[i] = _Kept(tuple(None if t is None else t.clone() for t in inputs), compute(*inputs))
+                    self.prompts.append(found[i])
+        return [kept.prompt for kept in found]
 
     def _find(self, inputs: tuple) -> _Kept | None:
-        return next((kept for kept in self.prompts if all(map(_same, kept.inputs, inputs))), None)
+        for kept in self.prompts:
+            if all(map(_same, kept.inputs, inputs)):
+                kept.used = True
+                if kept.prompt.context.device != inputs[0].device:
+                    kept.prompt = kept.prompt.to(inputs[0].device)
+                return kept
+        return None
 
     def timesteps(self, wanted: list[float], coming: list[float], key: tuple,
                   compute: Callable[[list[float]], list[Time]]) -> list[Time]:
-        """The constants of the wanted timesteps. If one is not kept, those of the coming ones are computed with it.
+        """The constants of the wanted timesteps. If one is not kept, those of the coming ones are computed with it, where
+        there is room for all.
         key: what else they depend on (dtype, device)."""
         missing = [t for t in dict.fromkeys(wanted) if (t, *key) not in self.times]
         if missing:
             missing += [t for t in dict.fromkeys(coming) if (t, *key) not in self.times and t not in missing]
             if len(self.times) + len(missing) > KEPT_TIMESTEPS:
                 self.times.clear()
-                missing = list(dict.fromkeys(wanted + coming))[:KEPT_TIMESTEPS]
+                missing = list(dict.fromkeys(wanted))
             self.times |= {(t, *key): time for t, time in zip(missing, compute(missing))}
         return [self.times[(t, *key)] for t in wanted]

@@ -41,9 +41,10 @@ from ..fp8.activations import (
     rms_rope,
 )
 from .config import CAMERA_QT, IN_CHANNELS, LATENT_CHANNELS, MASK_CAM_CHANNELS, PATCH, SPATIAL_DOWNSCALE, WorldStereoConfig
-from .constants import TIMESTEPS, WEIGHTS, Constants, KeysValues, Prompt, Time
+from .constants import COMING_TIMESTEPS, WEIGHTS, Constants, KeysValues, Prompt, Time
 
 NORM_EPS = 1e-5  # LayerNorms of the control branch
+CONTROL_QK_EPS = 1e-6  # and the RMSNorms of its queries and keys
 ROPE_THETA = 10000.0
 CHUNK = 16384  # tokens that wide intermediates are made for at once
 TEXT_TOKENS, IMAGE_TOKENS = 512, 257
@@ -87,14 +88,14 @@ def _norm_weights(norm: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch
 
 def _normed(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, eps: float, layer: nn.Module) -> Tokens:
     """LayerNorm(x)·(1 + scale) + shift for `layer`: in FP8 if it multiplies so. shift, scale: [1, 1, C]."""
-    function = layer_norm_quantise if layer.why_not_native() is None else layer_norm_modulate
+    function = layer_norm_quantise if layer.takes_fp8(x.device) else layer_norm_modulate
     return function(x, shift, scale, eps)
 
 
 def _for(x: torch.Tensor, layer: nn.Module, done: Tokens | None = None) -> Tokens:
     """x as `layer` takes it, kept until its turn comes: FP8 is half as large. done: tokens of x's size, which are
     written over where they are of the kind that `layer` takes."""
-    if layer.why_not_native() is None:
+    if layer.takes_fp8(x.device):
         return quantise(x, into=done if isinstance(done, QuantisedTokens) else None)
     return done.copy_(x) if isinstance(done, torch.Tensor) else x
 
@@ -172,7 +173,7 @@ def add_feed_forward(ffn: nn.Sequential, x, shift, scale, gate, eps: float):
     with first.held(x.device, x.dtype) as product:
         for span in spans:
             h = product(_normed(x[:, span], shift, scale, eps, first))
-            hidden.append(gelu_quantise(h) if second.why_not_native() is None else nn.functional.gelu(h, approximate="tanh"))
+            hidden.append(gelu_quantise(h) if second.takes_fp8(h.device) else nn.functional.gelu(h, approximate="tanh"))
             del h
     with second.held(x.device, x.dtype) as product:
         for span, h in zip(spans, hidden):
@@ -234,12 +235,14 @@ class AdaptiveNorm(nn.Module):
 
 
 class ControlBlock(nn.Module):
+    """A block of the control branch: self-attention and feed-forward, their norms modulated by the time embedding."""
+
     def __init__(self, config: WorldStereoConfig, operation_settings):
         super().__init__()
         ops, factory = operation_settings["operations"], {k: operation_settings[k] for k in ("device", "dtype")}
         dim = config.control_dim
         self.norm1 = AdaptiveNorm(dim, config.dim, operation_settings)
-        self.self_attn = SelfAttention(dim, config.control_num_heads, eps=config.eps, operation_settings=operation_settings)
+        self.self_attn = SelfAttention(dim, config.control_num_heads, eps=CONTROL_QK_EPS, operation_settings=operation_settings)
         self.norm2 = AdaptiveNorm(dim, config.dim, operation_settings)
         self.ffn = nn.Sequential(ops.Linear(dim, config.control_ffn_dim, **factory), nn.GELU(approximate="tanh"),
                                  ops.Linear(config.control_ffn_dim, dim, **factory))
@@ -263,7 +266,8 @@ class MaskCamEmbedding(nn.Module):
     def __init__(self, config: WorldStereoConfig, operation_settings):
         super().__init__()
         ops, factory = operation_settings["operations"], {k: operation_settings[k] for k in ("device", "dtype")}
-        # FP32, as core's patch embedding: FP8 values times their scale need more than BF16's 8 bits.
+        # Weights in FP32, as core's patch embedding has them: an FP8 value times its scale has more than BF16's 8 bits,
+        # which counts where the model computes in FP32.
         factory["dtype"] = torch.float32
         kernel = (config.mask_downsample, SPATIAL_DOWNSCALE, SPATIAL_DOWNSCALE)
         self.padding = config.mask_downsample - 1
@@ -373,6 +377,7 @@ class WorldStereoModel(WanModel):
                 raise ValueError(f"WorldStereo: {count} references but {ref_index.shape[-1]} in ref_index")
             if (camera_qt is None) != (camera_qt_ref is None):
                 raise ValueError("WorldStereo: camera_qt and camera_qt_ref are given together with references")
+        count = ref_index.shape[-1] if reference_latent is not None else 0
         mask_frames = (frames - 1) * self.config.mask_downsample + 1
         pixels = (mask_frames, SPATIAL_DOWNSCALE * height, SPATIAL_DOWNSCALE * width)
         for name, value, shape in (
@@ -380,6 +385,8 @@ class WorldStereoModel(WanModel):
             ("render_mask", render_mask, (b, 1, *pixels)),
             ("camera_embedding", camera_embedding, (b, MASK_CAM_CHANNELS - 1, *pixels)),
             ("camera_qt", camera_qt, (b, frames, CAMERA_QT)),
+            ("reference_latent", reference_latent, (b, IN_CHANNELS, count, height, width)),
+            ("camera_qt_ref", camera_qt_ref, (b, count, CAMERA_QT)),
         ):
             if value is not None and tuple(value.shape) != shape:
                 raise ValueError(f"WorldStereo: {name} is {tuple(value.shape)}, expected {shape} for a latent of "
@@ -416,8 +423,6 @@ class WorldStereoModel(WanModel):
             control = self.controlnet.embed(x[:, :LATENT_CHANNELS + 4], render_latent, render_mask, camera_embedding)
             frame_times = torch.arange(frames, device=x.device, dtype=torch.float32)[None]
             control_freqs = self.controlnet.rope_embedder(self._positions(frame_times, rows, columns)).movedim(1, 2)
-            # Patches are written for the backbone's tokens; an attention override serves both.
-            control_options = {k: v for k, v in transformer_options.items() if not k.startswith("patches")}
 
         model_input = x
         x = self._embed_frames(x, camera_qt)
@@ -436,8 +441,10 @@ class WorldStereoModel(WanModel):
         blocks_replace = transformer_options.get("patches_replace", {}).get("dit", {})
         transformer_options["total_blocks"] = len(self.blocks)
         transformer_options["block_type"] = "double"
+        # Patches are written for the backbone's tokens; an attention override serves both.
+        control_options = {k: v for k, v in transformer_options.items() if not k.startswith("patches")}
         for i, block in enumerate(self.blocks):
-            transformer_options["block_index"] = i
+            transformer_options["block_index"] = control_options["block_index"] = i
             if references is not None and i > 0:
                 x[:, :ref_len] = references
 
@@ -484,7 +491,7 @@ class WorldStereoModel(WanModel):
             return [Time(temb[s:s + 1], e[s:s + 1], [tuple(m[s:s + 1] for m in block) for block in control])
                     for s in range(len(timesteps))]
 
-        return constants.timesteps(timestep.float().tolist(), transformer_options.get(TIMESTEPS, []), (dtype, device), compute)
+        return constants.timesteps(timestep.float().tolist(), transformer_options.get(COMING_TIMESTEPS, []), (dtype, device), compute)
 
     def _prompt(self, context, clip_fea) -> Prompt:
         """The constants of one sample's text [1,512,text_dim] and picture [1,257,image_dim] or None."""
@@ -527,15 +534,17 @@ class WorldStereo(comfy.model_base.WAN21):
         self._moved = WeakTensorKeyDictionary()
         self.memory_usage_factor_conds = ("reference_latent",)
 
+    # Core's own signature; beside core's it tells the diffusion model which weights it runs with.
     def _apply_model(self, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options={}, **kwargs):
-        # Hooks change weights without a trace in the uuid, so nothing is kept under them.
-        if self.keep_constants and self.current_patcher is not None and not self.current_patcher.current_hooks:
+        if self.keep_constants and self.current_patcher is not None and not _changes_the_model(self.current_patcher):
             sigmas = transformer_options.get("sample_sigmas", t)
             coming = self.model_sampling.timestep(sigmas[sigmas > 0]).float().tolist()
-            transformer_options = transformer_options | {WEIGHTS: self.current_weight_patches_uuid, TIMESTEPS: coming}
+            transformer_options = transformer_options | {WEIGHTS: self.current_weight_patches_uuid, COMING_TIMESTEPS: coming}
         return super()._apply_model(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
 
     def extra_conds(self, **kwargs):
+        """Core's I2V conditions and WorldStereo's, for the diffusion model. Raises ValueError where the latent to sample
+        is not of the size that the conditioning was made for."""
         out = super().extra_conds(**kwargs)
         noise = kwargs["noise"]
         latents = {name: self.process_latent_in(kwargs[name]) for name in CONDITION_LATENTS if name in kwargs}
@@ -568,7 +577,7 @@ class WorldStereo(comfy.model_base.WAN21):
         """Bytes a step needs beside the weights, in its widest moment, which is in self-attention.
 
         For each sample every token's residual, its control tokens, its render's pixels, and its prompt's keys and
-        values unless they are kept already; for one sample at a time all keys and values, the normed tokens (whose
+        values; for one sample at a time all keys and values, the normed tokens (whose
         memory serves for the attended ones too; half as much in FP8), a span's queries and result. What was measured stands in the
         README.
         """
@@ -582,11 +591,16 @@ class WorldStereo(comfy.model_base.WAN21):
         rope = 4 * 2 * sum((config.dim // config.num_heads, config.control_dim // config.control_num_heads))
         pixels = MASK_CAM_CHANNELS * frames * config.mask_downsample * SPATIAL_DOWNSCALE**2 * height * width * size
         prompt = 2 * config.num_layers * (TEXT_TOKENS + IMAGE_TOKENS) * config.dim * size
-        missing = max(batch - len(self.diffusion_model.constants.prompts), 0)
-        native = self.diffusion_model.blocks[0].self_attn.q.why_not_native() is None
+        native = self.diffusion_model.blocks[0].self_attn.q.takes_fp8(comfy.model_management.get_torch_device())
         one = tokens * ((2.5 if native else 3) * config.dim * size + rope) + 2 * CHUNK * config.dim * size
-        each = tokens * config.dim * size + targets * config.control_dim * size + pixels
-        return WORKSPACE + one + batch * each + missing * prompt
+        each = tokens * config.dim * size + targets * config.control_dim * size + pixels + prompt
+        return WORKSPACE + one + batch * each
+
+
+def _changes_the_model(patcher) -> bool:
+    """Whether it runs another model than its weights' uuid says: hooks, injections (bypass LoRAs), patched modules."""
+    patched = any(name.startswith("diffusion_model") for name in patcher.object_patches)
+    return patched or bool(patcher.current_hooks or patcher.injections)
 
 
 def config_of(patcher) -> WorldStereoConfig:

@@ -4,11 +4,13 @@ The splats are those of the renders that WorldStereo was trained on: PyTorch3D's
 PointsRasterizer with alpha compositing (Wiles et al., SynSin, 2020), here in plain torch.
 """
 
+import logging
 import math
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from comfy.model_management import throw_exception_if_processing_interrupted
 
 from .cameras import Cameras
 from .conditioning import keyframe_size, resize_pictures, same_shape, warn_of_stretch
@@ -53,6 +55,18 @@ def render_start(image: torch.Tensor, scene: dict | torch.Tensor | PointCloud, c
 def mostly_holes(holes: torch.Tensor) -> list[int]:
     """The frames of holes [N, H, W] more than half of which are holes."""
     return (holes.mean((1, 2)) > 0.5).nonzero().flatten().tolist()
+
+
+def summary(cloud: PointCloud, holes: torch.Tensor) -> str:
+    """Two lines about a render: its points, and its holes [N, H, W]. Frames that are mostly holes are logged as a
+    warning."""
+    empty = mostly_holes(holes)
+    numbers = ", ".join(map(str, empty))
+    if empty:
+        logging.warning("WorldStereo Render: more than half of these frames is holes: %s. The model has to invent them; a "
+                        "shorter path keeps more of the picture.", numbers)
+    most = f"mostly holes: frames {numbers}" if empty else f"at most {holes.mean((1, 2)).max():.0%} in a frame"
+    return f"{len(cloud):,} points, {holes.mean():.0%} holes\n{most}"
 
 
 def render(cloud: PointCloud, cameras: Cameras, radius: float = RADIUS, points_per_pixel: int = POINTS_PER_PIXEL,
@@ -104,6 +118,7 @@ def _splat(u, v, colors, index, top, bottom, width, radius, points_per_pixel, ba
     span = math.ceil(2 * radius)  # the pixel centres that a splat can cover on an axis
     reaching = ((v > top - radius) & (v < bottom + radius)).nonzero().squeeze(1)
     for chunk in reaching.split(max(1, CHUNK_CELLS // span**2)):
+        throw_exception_if_processing_interrupted()
         column, dx2 = _covered(u[chunk], span, radius, 0, width)
         row, dy2 = _covered(v[chunk], span, radius, top, bottom)
         d2 = (dy2[:, :, None] + dx2[:, None, :]).flatten()
