@@ -124,10 +124,8 @@ def take_screenshot(page, path):
     page.screenshot(path=path, clip={"x": 0, "y": 0, "width": 2160, "height": 1390})
 
 
-def test_camera_upload(comfyui, tmp_path):
-    """The upload button of WorldStereo Load Camera puts a file into the input folder and chooses it."""
-    file = tmp_path / "my_cameras.json"
-    file.write_bytes((comfyui.base / "input" / "camera.json").read_bytes())
+def upload_cameras(comfyui, files, ending):
+    """Gives files to the upload button of a WorldStereo Load Camera. Returns the chosen file's name, with this ending."""
     errors = []
     with page_of(comfyui, errors) as page:
         with page.expect_file_chooser() as chooser:
@@ -136,33 +134,27 @@ def test_camera_upload(comfyui, tmp_path):
                 window.app.graph.add(node);
                 node.widgets.find(widget => widget.name === "upload camera file").callback();
             }""")
-        chooser.value.set_files(file)
-        page.wait_for_function(
-            "window.app.graph.nodes.some(node => node.widgets?.some(widget => widget.value === 'my_cameras.json'))"
-        )
+        chooser.value.set_files(files)
+        chosen = page.wait_for_function(
+            """ending => window.app.graph.nodes.flatMap(node => node.widgets ?? [])
+                .map(widget => String(widget.value)).find(value => value.endsWith(ending))""", arg=ending).json_value()
     assert errors == []
-    assert (comfyui.base / "input" / "my_cameras.json").read_bytes() == file.read_bytes()
+    return chosen
+
+
+def test_camera_upload(comfyui, tmp_path):
+    """The file comes into the input folder and is chosen."""
+    file = tmp_path / "my_cameras.json"
+    file.write_bytes((comfyui.base / "input" / "camera.json").read_bytes())
+    assert upload_cameras(comfyui, file, file.name) == file.name
+    assert (comfyui.base / "input" / file.name).read_bytes() == file.read_bytes()
 
 
 def test_an_uploaded_colmap_pair_stays_together(comfyui, tmp_path):
     """Each time both files get a name of their own, and the images are chosen."""
-    pose = "1 1 0 0 0 0 0 0 1 a.png\n\n"
+    (tmp_path / "images.txt").write_text("1 1 0 0 0 0 0 0 1 a.png\n\n")
     for focal in (40, 80):
-        (tmp_path / "images.txt").write_text(pose)
         (tmp_path / "cameras.txt").write_text(f"1 PINHOLE 64 48 {focal} {focal} 32 24\n")
-        errors = []
-        with page_of(comfyui, errors) as page:
-            with page.expect_file_chooser() as chooser:
-                page.evaluate("""() => {
-                    const node = window.LiteGraph.createNode("WorldStereoLoadCamera");
-                    window.app.graph.add(node);
-                    node.widgets.find(widget => widget.name === "upload camera file").callback();
-                }""")
-            chooser.value.set_files([tmp_path / "images.txt", tmp_path / "cameras.txt"])
-            chosen = page.wait_for_function(
-                "window.app.graph.nodes.flatMap(node => node.widgets ?? []).map(widget => String(widget.value))"
-                ".find(value => value.endsWith('_images.txt'))"
-            ).json_value()
-        assert errors == []
+        chosen = upload_cameras(comfyui, [tmp_path / "images.txt", tmp_path / "cameras.txt"], "_images.txt")
         cameras, _ = read_cameras(comfyui.base / "input" / chosen)
         assert cameras.K[0, 0, 0] == focal
