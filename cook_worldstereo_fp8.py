@@ -22,6 +22,11 @@ if not __package__:  # run as a script: make this folder the package that it is 
     sys.modules["worldstereo_fp8"] = importlib.util.module_from_spec(spec)
     __package__ = "worldstereo_fp8"
 
+try:
+    import torch  # noqa: F401
+except ImportError:
+    sys.exit("This needs PyTorch: run it with the Python that runs ComfyUI (in the portable version python_embeded).")
+
 from . import remap
 from .fp8.cook import FORMAT_VERSION, TOOL_VERSION, Options, cook, verify
 from .fp8.files import Progress, open_files
@@ -44,6 +49,7 @@ def write_report(report: Report, folder: Path):
     data.write_text(json.dumps(report.as_dict(), indent=1), encoding="utf-8")
     text.write_text(report.as_text(), encoding="utf-8")
     report.picture().save(picture)
+    print(f"The report is in {folder}.")
 
 
 def write_card(report: Report, folder: Path, options: Options, config: str | None):
@@ -116,6 +122,7 @@ Statement of changes: {len(report.errors)} weights were converted to float8_e4m3
         files[CONFIG_FILE] = config
     for name, text in files.items():
         (folder / name).write_text(text, encoding="utf-8")
+    print(f"The card is in {folder}.")
 
 
 class _Line:
@@ -172,13 +179,17 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         if given.verify:
             options = Options(given.recipe, given.convs) if given.recipe else None
-            differences = verify(given.first, given.second, options, is_foreign=remap.is_native, on_progress=_Line())
-            print("\n".join(differences) or f"{given.first} is what the recipe makes of {given.second}, byte for byte.")
-            return 1 if differences else 0
+            differences = verify(given.first, given.second, options, why_not=remap.why_no_source, on_progress=_Line())
+            if not differences:
+                print(f"{given.first} is what the recipe makes of {given.second}, byte for byte.")
+                return 0
+            print(f"{given.first} is not what the recipe makes of {given.second}: {len(differences)} differences.")
+            print("\n".join(differences))
+            return 1
         options = Options(given.recipe or RECIPES[0], given.convs)
         find_config = functools.partial(config_to_embed, given=given.config)
         report = cook(given.first, given.second, options, overwrite=given.overwrite, find_config=find_config,
-                      is_foreign=remap.is_native, on_progress=_Line())
+                      why_not=remap.why_no_source, on_progress=_Line())
         print(report.as_text())
         if given.report:
             write_report(report, given.report)

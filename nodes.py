@@ -1,7 +1,6 @@
 """The nodes: each declares its schema and calls one function of the pack."""
 
 import os
-import re
 from pathlib import Path, PureWindowsPath
 
 import comfy.model_management
@@ -17,7 +16,7 @@ from typing_extensions import override
 
 from . import remap
 from .fp8.cook import Options, cook
-from .fp8.files import INDEX_SUFFIX
+from .fp8.files import INDEX_SUFFIX, SHARD
 from .fp8.linear import COMPUTE
 from .fp8.recipe import CONVS, RECIPES
 from .loaders import load_worldstereo
@@ -38,7 +37,6 @@ from .worldstereo.schedule import dmd_sigmas
 CATEGORY = "WorldStereo"
 SAFETENSORS = (".safetensors", ".sft")
 NO_BASE = "none"
-SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
 CONVS_OF_RECIPE = "as the recipe"
 
 CAMERA_FILES = (".json", ".txt")
@@ -576,7 +574,7 @@ class CookFP8(io.ComfyNode):
 
         report = cook(path, path.with_name(file_name(result, ".safetensors")),
                       Options(recipe, None if convs == CONVS_OF_RECIPE else convs), overwrite=overwrite,
-                      find_config=config_to_embed, is_foreign=remap.is_native,
+                      find_config=config_to_embed, why_not=remap.why_no_source,
                       device=comfy.model_management.get_torch_device(), on_progress=on_progress)
         picture = torch.from_numpy(np.array(report.picture(), dtype=np.float32) / 255)[None]
         return io.NodeOutput(report.as_text(), picture)

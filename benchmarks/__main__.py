@@ -7,7 +7,7 @@
     python dev.py bench render               the point-cloud render
     python dev.py bench cook [arguments]     Cook FP8 against cp; needs 30 GB of disk, and is no part of "all"
 
-Those of the first three lines need a CUDA GPU; linear and step print Markdown tables.
+linear, step and workflow need a CUDA GPU; the first two print Markdown tables.
 """
 
 import subprocess

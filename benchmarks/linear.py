@@ -261,7 +261,7 @@ def main():
     parser.add_argument("--quick", action="store_true", help="a fifth of the rounds, for a look")
     rounds = 5 if parser.parse_args().quick else 25
     if not torch.cuda.is_available():
-        sys.exit("This benchmark needs a CUDA GPU.")
+        sys.exit("The benchmark linear needs a CUDA GPU.")
     torch.manual_seed(0)
     print(machine() + "\n")
     backends = usable_backends()

@@ -195,7 +195,7 @@ def main():
     parser.add_argument("--load", action="store_true")
     args = parser.parse_args()
     if not torch.cuda.is_available():
-        sys.exit("This benchmark needs a CUDA GPU.")
+        sys.exit("The benchmark step needs a CUDA GPU.")
     print(f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}, CUDA {torch.version.cuda}, kernels "
           f"{backend(torch.device('cuda'))[0]}, dynamic VRAM {'on' if conftest.DYNAMIC_VRAM else 'off'}; "
           f"{WIDTH}×{HEIGHT}, {FRAMES} frames, euler, {STEPS} steps, cfg 1\n")

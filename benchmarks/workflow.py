@@ -78,7 +78,7 @@ def main():
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
     args = parser.parse_args()
     if not torch.cuda.is_available():
-        sys.exit("This benchmark needs a CUDA GPU.")
+        sys.exit("The benchmark workflow needs a CUDA GPU.")
     base = args.folder / "worldstereo_workflow"
     prepare(base, args.folder)
     torch.cuda.empty_cache()

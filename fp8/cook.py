@@ -96,22 +96,23 @@ def make_metadata(options: Options, config: str | None, digests: list[str]) -> d
 # Refusals
 
 
-def check(files: TensorFiles, options: Options, is_foreign: Callable[[str], bool]):
+WhyNot = Callable[[str], str | None]
+
+def check(files: TensorFiles, options: Options, why_not: WhyNot):
     """Raises ValueError for a source that the recipe must not or cannot be used on.
 
-    is_foreign: whether a tensor's name is one that the recipe's exclusion words were not made for.
+    why_not: why the recipe was not made for a tensor of this name, or None.
     """
     where = files.path.name
     if not files.tensors:
         raise ValueError(f"{where} holds no tensors. Choose the BF16 model.")
     for name, tensor in files.tensors.items():
         if tensor.dtype.startswith("F8") or name == MARKER or name.endswith(tuple("." + s for s in SCALE_SUFFIXES)):
-            raise ValueError(f"{where} is FP8 already: it holds {name} ({tensor.dtype}). Cook the BF16 model it was made "
-                             "from.")
+            raise ValueError(f"{where} is FP8 already: it holds {name} ({tensor.dtype}). The source is the BF16 model "
+                             "that it was made from.")
     for name, tensor in files.tensors.items():
-        if is_foreign(name):
-            raise ValueError(f"{where} has native Wan names, such as {name}. The recipe's exclusion words are made for the "
-                             "names of the source and would leave out the wrong tensors here: cook the source itself.")
+        if reason := why_not(name):
+            raise ValueError(f"{where}: {name} {reason}")
         if tensor.dtype not in SOURCES:
             raise ValueError(f"{where}: {name} is {tensor.dtype}. The weights of a source are BF16, FP16 or FP32.")
         if not tensor.count:
@@ -384,7 +385,7 @@ FindConfig = Callable[[Path, dict[str, str]], str | None]  # of a source's path 
 
 def cook(source: str | Path, target: str | Path, options: Options = Options(), *, overwrite: bool = False,
          find_config: FindConfig = lambda path, metadata: metadata.get("config"),
-         is_foreign: Callable[[str], bool] = lambda name: False,
+         why_not: WhyNot = lambda name: None,
          device: torch.device | None = None, on_progress: OnProgress | None = None) -> Report:
     """Writes the scaled-FP8 file of a source. The same source and options give the same bytes everywhere.
 
@@ -395,7 +396,7 @@ def cook(source: str | Path, target: str | Path, options: Options = Options(), *
         source: .safetensors with BF16, FP16 or FP32 weights, or the .safetensors.index.json of its shards.
         target: .safetensors to write.
         find_config: gives the text of the model's configuration, or None, for the source's path and metadata.
-        is_foreign: see `check`.
+        why_not: see `check`.
         device: for the arithmetic; CUDA if there is one.
 
     Raises:
@@ -404,7 +405,7 @@ def cook(source: str | Path, target: str | Path, options: Options = Options(), *
         OSError: no room, or the disk failed.
     """
     files, target = open_files(source), Path(target)
-    check(files, options, is_foreign)
+    check(files, options, why_not)
     if any(target.exists() and file.samefile(target) for file in files.files):
         raise ValueError(f"{target.name} is the source itself. Choose another name for the result.")
     config = find_config(files.path, files.metadata)
@@ -437,7 +438,7 @@ def cook(source: str | Path, target: str | Path, options: Options = Options(), *
 
 
 def verify(path: str | Path, source: str | Path, options: Options | None = None, *,
-           is_foreign: Callable[[str], bool] = lambda name: False, device: torch.device | None = None,
+           why_not: WhyNot = lambda name: None, device: torch.device | None = None,
            on_progress: OnProgress | None = None) -> list[str]:
     """How a scaled-FP8 file differs from what its source and recipe give, a line for each tensor; empty if it does not.
 
@@ -452,7 +453,7 @@ def verify(path: str | Path, source: str | Path, options: Options | None = None,
         convs = any(t.dtype == "F8_E4M3" and len(t.shape) > 2 for t in found.tensors.values())
         options = Options(found.metadata.get("recipe", "published"),
                           found.metadata.get("convs", "fp8" if convs else "bf16"))
-    check(files, options, is_foreign)
+    check(files, options, why_not)
     layout = plan(files.tensors.values(), options.convs)
     held = {name: name for name in found.tensors}
     for name in found.tensors:  # the other name a scale may have

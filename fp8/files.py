@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 import queue
+import re
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
 }
 INDEX_SUFFIX = ".safetensors.index.json"
+SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")  # in the name of a model's shard
 SLICE = 2 * 2**20  # bytes read at once
 BUFFERS = 128  # slices in memory, 268 MB; more than are held of one tensor and in work
 HELD = 72  # slices of one tensor in memory, 150 MB; the largest FP8 weight of Wan 14B has 142 MB
@@ -96,6 +98,9 @@ def open_files(path: str | Path) -> TensorFiles:
     FileNotFoundError for missing shards.
     """
     path = Path(path)
+    if path.is_dir() or SHARD.search(path.name):
+        raise ValueError(f"{path.name} is {'a folder' if path.is_dir() else 'one shard of a model'}. Give the .safetensors "
+                         f"file, or for a model in shards its {INDEX_SUFFIX}.")
     if not path.name.endswith(INDEX_SUFFIX):
         tensors, metadata = read_header(path)
         _check_dtypes(path, tensors)
@@ -110,7 +115,7 @@ def open_files(path: str | Path) -> TensorFiles:
         raise ValueError(f"{path.name} names shards outside its own folder. Use the index that belongs to the shards.")
     missing = [file.name for file in files if not file.is_file()]
     if missing:
-        raise FileNotFoundError(f"{path.name} names {len(files)} shards, and {', '.join(missing)} not beside it. "
+        raise FileNotFoundError(f"{path.name} names {len(files)} shards; of them {', '.join(missing)} is missing beside it. "
                                 "Download the missing ones.")
     tensors, metadata = {}, []
     for file in files:
@@ -151,6 +156,8 @@ def read_header(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
                              "Only safetensors files are read: download that version of the model.")
         length = int.from_bytes(start, "little") if len(start) == 8 else 0
         if not 2 <= length <= MAX_HEADER:
+            if start.startswith(b"<"):
+                raise ValueError(f"{path.name} is a web page, not a model. Download the file itself.")
             raise ValueError(f"{path.name} is not a safetensors file: its header length is {length} bytes. "
                              "Download it again.")
         begin = 8 + length

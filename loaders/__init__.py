@@ -42,19 +42,24 @@ def _read_config(checkpoint: Checkpoint, shapes: dict) -> WorldStereoConfig:
     """The configuration from config.json beside the file, else from the file's metadata, else the defaults.
 
     Raises ValueError for one that is not JSON, and for one of the metadata that does not fit the tensors. A config.json
-    that does not fit may be that of another WorldStereo file in the folder: it is passed over, and the log says so.
+    may be that of another WorldStereo file in the folder: where it does not fit the tensors it is passed over, and the
+    log says so, as it does where the file's own says otherwise.
     """
-    beside = config_beside(checkpoint.path)
+    beside, own = config_beside(checkpoint.path), checkpoint.metadata.get("config")
     if beside is not None:
         where = checkpoint.path.with_name(CONFIG_FILE)
         try:
-            return read_config(shapes, parse_config(beside, str(where)))
+            config = read_config(shapes, parse_config(beside, str(where)))
         except ConfigMismatch as e:
             logging.warning(f"{where} is not of {checkpoint.path.name} and is not used: {e}")
+        else:
+            if own is not None and read_config(shapes, parse_config(own, checkpoint.path.name)) != config:
+                logging.warning(f"{where} is used ({config.model_type}), but {checkpoint.path.name} holds another "
+                                "configuration. If they do not belong together, give each model a folder of its own.")
+            return config
     where = f"{checkpoint.path.name}: the config in its metadata"
-    config = parse_config(checkpoint.metadata.get("config", "{}"), where)
     try:
-        return read_config(shapes, config)
+        return read_config(shapes, parse_config(own or "{}", where))
     except ConfigMismatch as e:
         raise ValueError(f"{where} does not fit its tensors: {e}") from e
 
@@ -98,11 +103,12 @@ def _account(checkpoint: Checkpoint, base: Checkpoint | None, source: dict[str, 
                   for name in shapes if name not in expected]
     if unexpected:
         raise ValueError(f"{checkpoint.path.name}: {len(unexpected)} tensors have no place in a {config.model_type} "
-                         f"model of {config.num_layers} layers: {some(unexpected)}.")
+                         f"model of {config.num_layers} layers: {some(unexpected)}. Choose another file.")
     wrong = [f"{source[name].weights[name].name} is {list(shapes[name])}, expected {list(shape)}"
              for name, shape in expected.items() if shapes[name] != shape]
     if wrong:
-        raise ValueError(f"{checkpoint.path.name}: wrong shapes: {some(wrong)}.")
+        raise ValueError(f"{checkpoint.path.name}: wrong shapes: {some(wrong)}. The file is damaged, or "
+                         "of another model.")
 
 
 def load_worldstereo(path: str | os.PathLike, compute: str = "auto", dtype: torch.dtype | None = None,

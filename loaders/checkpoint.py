@@ -119,7 +119,8 @@ class Checkpoint:
             for layer, entry in table.items():
                 weight = self.weights.get(f"{layer}.weight")
                 if weight is None:
-                    raise ValueError(f"{self.path.name}: {entry.name} belongs to no weight.")
+                    raise ValueError(f"{self.path.name}: {entry.name} is of a weight that is missing. The file is not whole; "
+                                     "download or make it again.")
                 # A convolution left in BF16 may carry the scale it would have had; a matrix may not.
                 if weight.dtype != "F8_E4M3" and len(weight.shape) < 3:
                     raise ValueError(f"{self.path.name}: {entry.name} scales {weight.name}, which is {weight.dtype}, "

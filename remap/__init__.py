@@ -118,3 +118,13 @@ def is_native(name: str) -> bool:
     """Whether only the native naming has this name, alone or behind ComfyUI's prefix."""
     name = without_prefix(name)
     return _rename(name, *_TO_DIFFUSERS) is not None and _rename(name, *_TO_NATIVE) is None
+
+
+def why_no_source(name: str) -> str | None:
+    """Why no tensor of a WorldStereo source, which has diffusers names, is called so; None if one is."""
+    if is_native(name):
+        return ("is a native Wan name. The recipe's exclusion words are made for the source's names and would leave out "
+                "the wrong tensors here: cook the source itself.")
+    if _rename(name, *_TO_NATIVE) is None:
+        return "belongs to no WorldStereo model. Choose the BF16 WorldStereo model."
+    return None

@@ -120,8 +120,8 @@ def test_colmap_needs_both_files_and_poses(tmp_path):
     ({"fl_x": "wide"}, "Frame 0 holds a value that cannot be used"),
     ({"frames": []}, "`frames` is not a list"),
     ({"frames": [{"transform_matrix": [[1, 2], [3, 4]]}]}, "Frame 0 holds a value"),
-    ({"frames": [{"transform_matrix": torch.ones(4, 4).tolist()}]}, "Camera 0 of 1: the last row"),
-    ({"frames": [{"transform_matrix": torch.eye(4).mul(2).tolist()}]}, "Camera 0 of 1: the last row"),
+    ({"frames": [{"transform_matrix": torch.ones(4, 4).tolist()}]}, "Camera 0 of 1 .*: the last row"),
+    ({"frames": [{"transform_matrix": torch.eye(4).mul(2).tolist()}]}, "Camera 0 of 1 .*: the last row"),
 ])
 def test_bad_transforms_are_named(tmp_path, changes, message):
     (tmp_path / "transforms.json").write_text(json.dumps(nerf_content(**changes)))

@@ -122,13 +122,13 @@ def broken(change):
 
 
 @pytest.mark.parametrize("change, message", [
-    (lambda w2c, K: w2c.fill_(float("nan")), "Camera 2 of 4: its pose holds NaN"),
-    (lambda w2c, K: K.mul_(float("inf")), "Camera 2 of 4: its intrinsics hold NaN"),
-    (lambda w2c, K: w2c[:3, :3].mul_(1.01), "Camera 2 of 4: its rotation is not orthonormal"),
-    (lambda w2c, K: w2c[:3, 0].mul_(-1), "Camera 2 of 4: its rotation mirrors"),
-    (lambda w2c, K: w2c.copy_(w2c.T.clone()), "Camera 2 of 4: the last row of its pose"),
-    (lambda w2c, K: K[1, 1].mul_(-1), "Camera 2 of 4: its focal length is not positive"),
-    (lambda w2c, K: K.copy_(K.T.clone()), "Camera 2 of 4: the last row of its intrinsics"),
+    (lambda w2c, K: w2c.fill_(float("nan")), "Camera 2 of 4 .*: its pose holds NaN"),
+    (lambda w2c, K: K.mul_(float("inf")), "Camera 2 of 4 .*: its intrinsics hold NaN"),
+    (lambda w2c, K: w2c[:3, :3].mul_(1.01), "Camera 2 of 4 .*: its rotation is not orthonormal"),
+    (lambda w2c, K: w2c[:3, 0].mul_(-1), "Camera 2 of 4 .*: its rotation mirrors"),
+    (lambda w2c, K: w2c.copy_(w2c.T.clone()), "Camera 2 of 4 .*: the last row of its pose"),
+    (lambda w2c, K: K[1, 1].mul_(-1), "Camera 2 of 4 .*: its focal length is not positive"),
+    (lambda w2c, K: K.copy_(K.T.clone()), "Camera 2 of 4 .*: the last row of its intrinsics"),
 ])
 def test_impossible_cameras_are_named(change, message):
     with pytest.raises(ValueError, match=message):

@@ -244,15 +244,16 @@ def put(name: str, value: float):
     (lambda t: t.clear(), "holds no tensors"),
     (lambda t: t.update({LINEAR: torch.zeros(0, 4, dtype=torch.bfloat16)}), "no element"),
     (lambda t: t.update({LINEAR: torch.zeros(4, 4, dtype=torch.int32)}), "is I32"),
+    (lambda t: (t.clear(), t.update({"blocks.0.attn1.to_q.lora_A.weight": torch.ones(4, 4)})), "belongs to no WorldStereo model"),
     (lambda t: [t.pop(name) for name in list(t) if not name.endswith("bias")], "none of its"),
-    (lambda t: (renamed := native(t), t.clear(), t.update(renamed)), "native Wan names"),
+    (lambda t: (renamed := native(t), t.clear(), t.update(renamed)), "is a native Wan name"),
     (lambda t: (renamed := {f"model.diffusion_model.{n}": v for n, v in native(t).items()}, t.clear(), t.update(renamed)),
-     "native Wan names"),
+     "is a native Wan name"),
 ])
 def test_refused_sources(tmp_path, change, message):
     path = bad(tmp_path, change)
     with pytest.raises(ValueError, match=message):
-        cook(path, tmp_path / "out.safetensors", is_foreign=remap.is_native)
+        cook(path, tmp_path / "out.safetensors", why_not=remap.why_no_source)
     assert [p.name for p in tmp_path.iterdir()] == ["bad.safetensors"]
 
 
@@ -267,6 +268,7 @@ def test_all_zero_weight_has_scale_one(tmp_path, convert):
 @pytest.mark.parametrize("content, message", [
     (b"PK\x03\x04" + bytes(64), "is a pickle"),
     (b"\x80\x02}q\x00." + bytes(64), "is a pickle"),
+    (b"<html>" * 9, "is a web page"),
     (b"", "not a safetensors file: its header length is 0"),
     (bytes(64), "not a safetensors file: its header length is 0"),
 ])
@@ -302,8 +304,11 @@ def test_bad_shards(sources, tmp_path):
     with pytest.raises(ValueError, match="is not an index"):
         cook(index, target)
     index.write_text(json.dumps(content))
+    for path in (tmp_path, tmp_path / "model-00001-of-00003.safetensors"):
+        with pytest.raises(ValueError, match="Give the .safetensors file, or for a model in shards its .safetensors.index.json"):
+            cook(path, target)
     (tmp_path / "model-00002-of-00003.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match="model-00002-of-00003.safetensors not beside it"):
+    with pytest.raises(FileNotFoundError, match="model-00002-of-00003.safetensors is missing beside it"):
         cook(index, target)
 
 

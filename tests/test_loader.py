@@ -63,7 +63,7 @@ def test_every_form_gives_the_same_model(case, form, tmp_path):
         assert torch.equal(run(load_worldstereo(same), inputs), run(patcher, inputs))
 
 
-def test_sizes_and_settings_from_the_file_the_config_and_the_defaults(tmp_path):
+def test_sizes_and_settings_from_the_file_the_config_and_the_defaults(tmp_path, caplog):
     tensors, config = golden_weights(CASE)
     del config["num_attention_heads"], config["controlnet_cfg"]["num_heads"]
     config["controlnet_cfg"]["num_heads"] = 4
@@ -81,6 +81,7 @@ def test_sizes_and_settings_from_the_file_the_config_and_the_defaults(tmp_path):
     beside = tmp_path / "config.json"
     beside.write_text(json.dumps(config | {"nframe": 5, "model_type": "worldstereo-memory"}))
     assert (loaded().nframe, loaded().model_type, loaded().gen_shift) == (5, "worldstereo-memory", 3.0)
+    assert "is used (worldstereo-memory), but m.safetensors holds another" in caplog.text
     beside.write_text(json.dumps(config | {"model_type": "worldstereo-memory", "gen_shift": 7.0}))
     assert load_worldstereo(path).get_model_object("model_sampling").shift == 7.0
     beside.write_text(json.dumps({"model_type": "flux"}))
@@ -263,8 +264,9 @@ class TestNotSafetensors:
             load_worldstereo(self.write(tmp_path, struct.pack("<Q", len(header)) + header))
 
     def test_header_of_another_kind_of_file(self, tmp_path):
-        with pytest.raises(ValueError, match="header length"):
-            load_worldstereo(self.write(tmp_path, b"<!DOCTYPE html><html>" * 10))
+        for content, message in ((b"<!DOCTYPE html><html>" * 10, "is a web page"), (b"GGUF\x03" * 20, "header length")):
+            with pytest.raises(ValueError, match=message):
+                load_worldstereo(self.write(tmp_path, content))
 
 
 def test_fp8_needs_a_device_that_has_it(tmp_path):

@@ -115,13 +115,13 @@ def take_screenshot(page, path):
     """The drawn workflow alone, as it stands in the README."""
     page.evaluate("""async () => {
         await window.app.extensionManager.command.execute("Workspace.ToggleFocusMode");
-        window.app.canvas.ds.scale = 1;
-        window.app.canvas.ds.offset = [50, 110]; // the groups begin at (-20, -80)
+        window.app.canvas.ds.scale = 0.9;
+        window.app.canvas.ds.offset = [40, 105]; // the groups begin at (-20, -80)
         window.app.canvas.show_info = false;
         window.app.canvas.setDirty(true, true);
     }""")
     page.wait_for_timeout(3000)
-    page.screenshot(path=path, clip={"x": 0, "y": 0, "width": 2160, "height": 1390})
+    page.screenshot(path=path, clip={"x": 0, "y": 0, "width": 1926, "height": 1454})
 
 
 def upload_cameras(comfyui, files, ending):

@@ -32,7 +32,10 @@ def read_cameras(path: str | Path) -> tuple[Cameras, str]:
         text = path.read_text(encoding="utf-8")
         if path.suffix.lower() != ".json":
             return _colmap(text, path)
-        content = json.loads(text)
+        try:
+            content = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"It is not JSON: {error}.") from error
         if isinstance(content, dict) and "frames" in content:
             return _nerf(content)
         return cameras_from_json(content), "camera.json"

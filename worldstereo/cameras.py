@@ -72,15 +72,15 @@ class Cameras:
         checks = [
             (w2c.isfinite().all((1, 2)), "its pose holds NaN or infinity"),
             (K.isfinite().all((1, 2)), "its intrinsics hold NaN or infinity"),
-            ((w2c[:, 3] == last_rows).all(1), "the last row of its pose is not 0 0 0 1; is the matrix transposed?"),
+            ((w2c[:, 3] == last_rows).all(1), "the last row of its pose is not 0 0 0 1 (transposed?)"),
             (gram_error <= RIGID_TOLERANCE, "its rotation is not orthonormal; remove scale and shear from the pose"),
             (R.det() > 0, "its rotation mirrors the world (determinant -1); convert the pose to OpenCV axes"),
             ((K[:, 0, 0] > 0) & (K[:, 1, 1] > 0), "its focal length is not positive; give fx and fy above 0"),
-            ((K[:, 2] == last_rows[1:]).all(1), "the last row of its intrinsics is not 0 0 1; is it transposed?"),
+            ((K[:, 2] == last_rows[1:]).all(1), "the last row of its intrinsics is not 0 0 1 (transposed?)"),
         ]
         for good, problem in checks:
             if not good.all():
-                raise ValueError(f"Camera {good.int().argmin().item()} of {len(w2c)}: {problem}.")
+                raise ValueError(f"Camera {good.int().argmin().item()} of {len(w2c)} (the first is 0): {problem}.")
         object.__setattr__(self, "w2c", w2c.float())
         object.__setattr__(self, "K", K.float())
 

@@ -206,9 +206,10 @@ def condition(config: WorldStereoConfig, vae, image: torch.Tensor, render: torch
         values |= {"camera_qt": camera_qt[:, :frames], "camera_qt_ref": camera_qt[:, frames:],
                    "ref_index": torch.tensor([indices])}
 
-    progress = comfy.utils.ProgressBar(1 + frames + (0 if reference_images is None else len(reference_images)))
+    first = TEMPORAL_DOWNSCALE * (frames - 1) + 1 if config.latent_cond_mode == "full_vae" else min(frames, 2)  # pictures
+    progress = comfy.utils.ProgressBar(first + frames + (0 if reference_images is None else len(reference_images)))
     values["concat_latent_image"] = _condition_latent(config, vae, image, frames)
-    progress.update(1)
+    progress.update(first)
     values["render_latent"] = encode_keyframes(vae, render, progress)
     if reference_images is not None:
         values["reference_latent"] = encode_keyframes(vae, reference_images, progress)
