@@ -45,7 +45,8 @@ def _read_config(checkpoint: Checkpoint, shapes: dict) -> WorldStereoConfig:
     may be that of another WorldStereo file in the folder: where it does not fit the tensors it is passed over, and the
     log says so, as it does where the file's own says otherwise.
     """
-    beside, own = config_beside(checkpoint.path), checkpoint.metadata.get("config")
+    beside = config_beside(checkpoint.path)
+    own = parse_config(checkpoint.metadata.get("config", "{}"), f"{checkpoint.path.name}: the config in its metadata")
     if beside is not None:
         where = checkpoint.path.with_name(CONFIG_FILE)
         try:
@@ -53,15 +54,14 @@ def _read_config(checkpoint: Checkpoint, shapes: dict) -> WorldStereoConfig:
         except ConfigMismatch as e:
             logging.warning(f"{where} is not of {checkpoint.path.name} and is not used: {e}")
         else:
-            if own is not None and read_config(shapes, parse_config(own, checkpoint.path.name)) != config:
-                logging.warning(f"{where} is used ({config.model_type}), but {checkpoint.path.name} holds another "
-                                "configuration. If they do not belong together, give each model a folder of its own.")
+            if own.get("model_type") not in (None, config.model_type):
+                logging.warning(f"{where} is used ({config.model_type}), but {checkpoint.path.name} says that it is "
+                                f"{own['model_type']}. If they do not belong together, give each model a folder of its own.")
             return config
-    where = f"{checkpoint.path.name}: the config in its metadata"
     try:
-        return read_config(shapes, parse_config(own or "{}", where))
+        return read_config(shapes, own)
     except ConfigMismatch as e:
-        raise ValueError(f"{where} does not fit its tensors: {e}") from e
+        raise ValueError(f"{checkpoint.path.name}: the config in its metadata does not fit its tensors: {e}") from e
 
 
 def _overlay(checkpoint: Checkpoint, base: Checkpoint | None) -> dict[str, Checkpoint]:

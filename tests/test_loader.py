@@ -81,7 +81,7 @@ def test_sizes_and_settings_from_the_file_the_config_and_the_defaults(tmp_path, 
     beside = tmp_path / "config.json"
     beside.write_text(json.dumps(config | {"nframe": 5, "model_type": "worldstereo-memory"}))
     assert (loaded().nframe, loaded().model_type, loaded().gen_shift) == (5, "worldstereo-memory", 3.0)
-    assert "is used (worldstereo-memory), but m.safetensors holds another" in caplog.text
+    assert "is used (worldstereo-memory), but m.safetensors says that it is worldstereo-memory-dmd" in caplog.text
     beside.write_text(json.dumps(config | {"model_type": "worldstereo-memory", "gen_shift": 7.0}))
     assert load_worldstereo(path).get_model_object("model_sampling").shift == 7.0
     beside.write_text(json.dumps({"model_type": "flux"}))
