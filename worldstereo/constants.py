@@ -100,6 +100,7 @@ class Constants:
             self.forget()
             self.weights = weights
 
+    @torch.compiler.disable
     def prompts_of(self, samples: list[tuple], compute: Callable[..., Prompt]) -> list[Prompt]:
         """The prompt of each sample's inputs (tensors or None, compared by value); `compute(*inputs)` if it is not kept.
 

@@ -305,14 +305,15 @@ class ControlBranch(nn.Module):
         x = self.controlnet_patch_embedding(torch.cat([x, render_latent], dim=1))
         return self.proj_in(_tokens(x + self.controlnet_mask_embedding(render_mask, camera_embedding)))
 
-    def block(self, i, x, times: list[Time], freqs, transformer_options, target):
-        """Runs block i on the branch's tokens x [B, F·n, D], in place, and adds its residual to the backbone's target
-        tokens [B, F·n, C], in place. times: of each sample."""
-        for b, time in enumerate(times):
-            self.controlnet_blocks[i](x[b:b + 1], time.control[i], freqs, transformer_options)
-        with self.proj_out[i].held(x.device, x.dtype) as product:
-            for span in _spans(x.shape[1]):
-                target[:, span] += product(x[:, span])
+
+def add_control(block: ControlBlock, proj_out: nn.Linear, x, modulations, freqs, transformer_options, target):
+    """Runs a block of the control branch on its tokens x [B, F·n, D], in place, and adds its residual to the backbone's
+    target tokens [B, F·n, C], in place. modulations: of each sample."""
+    for b, modulation in enumerate(modulations):
+        block(x[b:b + 1], modulation, freqs, transformer_options)
+    with proj_out.held(x.device, x.dtype) as product:
+        for span in _spans(x.shape[1]):
+            target[:, span] += product(x[:, span])
 
 
 class WorldStereoModel(WanModel):
@@ -392,6 +393,7 @@ class WorldStereoModel(WanModel):
                 raise ValueError(f"WorldStereo: {name} is {tuple(value.shape)}, expected {shape} for a latent of "
                                  f"{tuple(x.shape)}")
 
+    @torch.compiler.disable(recursive=False)  # torch.compile takes a block, once for all of them, not their loop
     def _forward(self, x, timestep, context, clip_fea=None, time_dim_concat=None, transformer_options={},
                  render_latent=None, render_mask=None, camera_embedding=None, reference_latent=None, ref_index=None,
                  camera_qt=None, camera_qt_ref=None, **kwargs):
@@ -463,7 +465,8 @@ class WorldStereoModel(WanModel):
                           transformer_options=transformer_options)
 
             if control is not None and i < len(self.controlnet.controlnet_blocks):
-                self.controlnet.block(i, control, times, control_freqs, control_options, x[:, ref_len:])
+                add_control(self.controlnet.controlnet_blocks[i], self.controlnet.proj_out[i], control,
+                            [time.control[i] for time in times], control_freqs, control_options, x[:, ref_len:])
 
             for patch in patches.get("double_block", []):
                 x = patch({"img": x, "x": model_input, "vec": temb, "block_index": i, "img_offset": ref_len,
@@ -479,6 +482,7 @@ class WorldStereoModel(WanModel):
         self.constants.use_weights(weights)
         return self.constants
 
+    @torch.compiler.disable
     def _times(self, constants: Constants, timestep, dtype, device, transformer_options) -> list[Time]:
         """The constants of each sample's timestep."""
 
