@@ -112,6 +112,10 @@ class Layer:
         activations.forced = backend
         return scaled_linear(x, self.weight, self.scale, self.bias)
 
+    def upcast(self, x):
+        """As on a GPU without FP8 matmul."""
+        return F.linear(x, self.comfy.weight.dequantize(), self.bias)
+
     def product(self, x: QuantisedTokens, bias: bool = True):
         return scaled_linear(x, self.weight, self.scale, self.bias if bias else None)
 
@@ -155,6 +159,7 @@ def linear(rounds: int, backends: list[str]):
             "fixed scale of 1": lambda: layer.seed(x),
             "ComfyUI's FP8": lambda: layer.comfy(x),
             **{f"**ours, {name}**": lambda name=name: layer.ours(x, name) for name in backends},
+            "**ours, upcast**": lambda: layer.upcast(x),
             f"ours, {best}, one quantisation for three products": lambda: layer.shared(x, best),
             **{f"ours, {best}, in chunks of {n} tokens": lambda n=n: layer.in_chunks(x, n) for n in CHUNKS},
             "product alone, a scale a token": lambda: layer.product(by_token),
@@ -162,6 +167,7 @@ def linear(rounds: int, backends: list[str]):
             "product alone, a scale a token, tokens padded to 256": lambda: layer.product(padded_tokens),
             "product alone, one scale": lambda: layer.product(by_tensor),
             **{f"quantisation alone, {name}": lambda name=name: layer_quantise(x, name) for name in backends},
+            "upcasting the weight alone": layer.comfy.weight.dequantize,
         }
         times = time_in_turns(candidates, rounds)
         shared = f"ours, {best}, one quantisation for three products"

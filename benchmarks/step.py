@@ -1,11 +1,12 @@
 """One denoising step of the 14 B memory-dmd model through ComfyUI's sampler: seconds, VRAM, weights moved.
 
     python dev.py bench step [--references 0 8] [--vram 15.0 22.5 0] [--weights fp8 bf16] [--compute auto bf16]
-                             [--compile no inductor] [--runs 2]
+                             [--compile no inductor] [--runs 2] [--profile]
 
 The weights are random, of the published shapes; the files are made on the GPU the first time, in --folder.
 --vram: how many GiB of VRAM this process can have beside its CUDA context (0: all); another process takes the rest.
 --compile: with core's TorchCompileModel and this backend.
+--profile: and the kernels that took the most time in a step of another run.
 --load: instead, how long a file takes to reach the GPU, against ComfyUI's own loader on a plain Wan file.
 
 With ComfyUI's dynamic VRAM, as ComfyUI does by default; WORLDSTEREO_DYNAMIC_VRAM=0 in the environment turns that off.
@@ -149,7 +150,19 @@ def peak_bytes(patcher) -> int:
     return torch.cuda.max_memory_allocated() + (vbar.loaded_size() if vbar else 0)
 
 
-def measure(path: Path, references: int, compute: str, backend: str, runs: int) -> dict:
+def profile(sample, kernels: int = 16):
+    """A table of the kernels that took the most time, of `sample`'s last step."""
+    schedule = torch.profiler.schedule(wait=0, warmup=STEPS - 1, active=1)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], schedule=schedule, acc_events=True) as profiler:
+        sample(lambda *_: (torch.cuda.synchronize(), profiler.step()))
+    events = sorted(profiler.key_averages(), key=lambda event: -event.self_device_time_total)
+    total = sum(event.self_device_time_total for event in events)
+    print(f"\n| kernel | ms of {total / 1e3:.0f} | calls |\n|---|---:|---:|")
+    for event in events[:kernels]:
+        print(f"| {event.key[:90]} | {event.self_device_time_total / 1e3:.1f} | {event.count} |")
+
+
+def measure(path: Path, references: int, compute: str, backend: str, runs: int, profiled: bool) -> dict:
     """Four steps, `runs` times; the figures are the last run's, the first also compiles kernels and loads weights."""
     patcher = load_worldstereo(path, compute=compute)
     if backend != "no":
@@ -158,7 +171,14 @@ def measure(path: Path, references: int, compute: str, backend: str, runs: int) 
     cond = conditioning(references)
     latent = torch.zeros(1, 16, FRAMES, HEIGHT // 8, WIDTH // 8)
     noise = torch.randn_like(latent)
+
+    def sample(callback):
+        with torch.inference_mode():
+            return comfy.sample.sample(patcher, noise, STEPS, 1.0, "euler", "simple", cond, cond, latent, seed=0,
+                                       callback=callback, disable_pbar=True)
+
     torch.cuda.reset_peak_memory_stats()
+    totals = []
     for _ in range(runs):
         stamps, copied = [time.perf_counter()], [moved]
 
@@ -167,20 +187,22 @@ def measure(path: Path, references: int, compute: str, backend: str, runs: int) 
             stamps.append(time.perf_counter())
             copied.append(moved)
 
-        with torch.inference_mode():
-            out = comfy.sample.sample(patcher, noise, STEPS, 1.0, "euler", "simple", cond, cond, latent, seed=0,
-                                      callback=callback, disable_pbar=True)
-        total = time.perf_counter() - stamps[0]
+        out = sample(callback)
+        totals.append(time.perf_counter() - stamps[0])
     assert out.isfinite().all()
     steps = [b - a for a, b in zip(stamps, stamps[1:])]
-    return {
-        "step s": f"{statistics.median(steps[1:]):.3f}", "first step s": f"{steps[0]:.2f}", "four steps s": f"{total:.2f}",
-        "four / 4 single": f"{total / (4 * statistics.median(steps[1:])):.3f}",
+    step = statistics.median(steps[1:])
+    row = {
+        "first run s": f"{totals[0]:.1f}", "step s": f"{step:.3f}", "first step s": f"{steps[0]:.2f}",
+        "four steps s": f"{totals[-1]:.2f}", "four / 4 single": f"{totals[-1] / (4 * step):.3f}",
         "peak GB": f"{peak_bytes(patcher) / 1e9:.2f}",
         "weights on the GPU GB": f"{patcher.loaded_size() / 1e9:.2f}",
         "copied in step 1 GB": f"{(copied[1] - copied[0]) / 1e9:.2f}",
         "copied in steps 2-4 GB": f"{(copied[-1] - copied[1]) / 1e9:.2f}",
     }
+    if profiled:
+        profile(sample)
+    return row
 
 
 def main():
@@ -191,6 +213,7 @@ def main():
     parser.add_argument("--compute", choices=COMPUTE, nargs="+", default=["auto"])
     parser.add_argument("--compile", nargs="+", default=["no"], metavar="BACKEND")
     parser.add_argument("--runs", type=int, default=2)
+    parser.add_argument("--profile", action="store_true")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
     parser.add_argument("--load", action="store_true")
     args = parser.parse_args()
@@ -216,7 +239,7 @@ def main():
             setting = {"weights": weights, "compute": compute, "references": references, "compiled": compiled,
                        "VRAM GiB": vram or "all"}
             try:
-                row = setting | measure(path, references, compute, compiled, args.runs)
+                row = setting | measure(path, references, compute, compiled, args.runs, args.profile)
             except torch.OutOfMemoryError as e:
                 print(f"{setting}: {e}")
                 continue

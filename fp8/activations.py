@@ -62,6 +62,8 @@ class QuantisedTokens:
         """Tokens start to stop (of M), as activations [stop − start, K]."""
         values = self.values[start:stop]
         scale = self.scale if len(self.scale) == 1 else self.scale[start:stop]
+        if start % 4:
+            scale = scale.clone()  # cuBLASLt reads scales 16 bytes at a time
         return QuantisedTokens(values, scale, tuple(values.shape), self.dtype)
 
 

@@ -31,8 +31,7 @@ def scaled_linear(x: torch.Tensor | QuantisedTokens, weight: torch.Tensor, scale
     scale = scale.reshape(1, 1)
     if x.scale.numel() > 1:
         scale = scale.expand(1, len(weight)).contiguous()  # a scale a token wants a scale an output, in memory
-    x_scale = x.scale if x.scale.data_ptr() % 16 == 0 else x.scale.clone()  # cuBLASLt reads scales 16 bytes at a time
-    y = torch._scaled_mm(x.values, weight.t(), scale_a=x_scale, scale_b=scale,
+    y = torch._scaled_mm(x.values, weight.t(), scale_a=x.scale, scale_b=scale,
                          bias=None if bias is None else bias.to(torch.bfloat16), out_dtype=torch.bfloat16,
                          use_fast_accum=True)
     return y.to(x.dtype).reshape(shape)

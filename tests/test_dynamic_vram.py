@@ -11,11 +11,13 @@ import torch
 from comfy.patcher_extension import CallbacksMP
 from comfy.quant_ops import QuantizedTensor
 from comfy_api.torch_helpers import set_torch_compile_wrapper
+from torch._dynamo.eval_frame import _debug_get_cache_entry_list
 from toy import relative_error, save
 from worldstereo_fp8 import remap
 from worldstereo_fp8.fp8.recipe import MARKER, is_quantised, quantise, scale_name
 from worldstereo_fp8.loaders import load_worldstereo
 from worldstereo_fp8.loaders.patcher import CONSTANTS, WorldStereoPatcher
+from worldstereo_fp8.worldstereo import model
 from worldstereo_fp8.worldstereo.config import WorldStereoConfig
 from worldstereo_fp8.worldstereo.layout import tensor_shapes
 
@@ -147,6 +149,10 @@ def test_torch_compile(compute, path):
     patcher = load_worldstereo(path, compute)
     compiled = patcher.clone(disable_dynamic=True)  # as core's TorchCompileModel does
     assert isinstance(compiled, WorldStereoPatcher)
-    set_torch_compile_wrapper(compiled, "inductor")
+    torch._dynamo.reset()
+    set_torch_compile_wrapper(compiled, "inductor", {
+        "guard_filter_fn": lambda guards: ["transformer_options" not in guard.name for guard in guards]})
     # In FP8 a last bit of difference in one layer may round a token of the next to the neighbouring number.
     assert relative_error(sample(compiled), sample(patcher)) < (0.01 if compute == "bf16" else 0.05)
+    for function in (model.Block.forward, model.add_control):  # one graph for all blocks
+        assert len(_debug_get_cache_entry_list(function.__code__)) == 1

@@ -11,7 +11,7 @@ from worldstereo_fp8.fp8.activations import BACKENDS, QuantisedTokens, row_scale
 from worldstereo_fp8.fp8.activations import quantise as quantise_tokens
 from worldstereo_fp8.fp8.linear import native_refusal, operations
 from worldstereo_fp8.fp8.matmul import scaled_linear, why_not_native
-from worldstereo_fp8.fp8.recipe import FP8_MAX, quantise
+from worldstereo_fp8.fp8.recipe import FP8, FP8_MAX, quantise
 
 
 CPU = torch.device("cpu")
@@ -158,6 +158,18 @@ def test_one_scale_for_the_tensor():
 
 def has_fp8_units() -> bool:
     return torch.cuda.is_available() and comfy.model_management.supports_fp8_compute(torch.device("cuda"))
+
+
+def test_the_native_product_is_compiled_whole():
+    """Tensors without values: on the CPU the product can be traced, but not computed."""
+    x = torch.empty(256, 64, device="meta", dtype=torch.bfloat16)
+    weight, scale = torch.empty(48, 64, device="meta", dtype=FP8), torch.ones((), device="meta")
+
+    def product(x):
+        return scaled_linear(quantise_tokens(x).rows(128, 256), weight, scale, None)
+
+    torch._dynamo.reset()
+    assert torch.compile(product, backend="eager", fullgraph=True)(x).shape == (128, 48)
 
 
 @pytest.mark.skipif(not has_fp8_units(), reason="needs a CUDA GPU with FP8 units (compute capability 8.9)")

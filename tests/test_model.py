@@ -191,6 +191,7 @@ def test_tokens_in_parts_give_what_all_at_once_give(compute, native, monkeypatch
     patcher = load_worldstereo(save(cooked("memory_dmd"), tmp_path / "m.safetensors", config), compute, torch.float32)
     whole = run(patcher, inputs)
     monkeypatch.setattr(model, "CHUNK", 128)
-    assert len(model._spans(480)) == 4 and len(model._spans(288)) == 3
+    monkeypatch.setattr(model, "UPCAST_QUERIES", 128)
+    assert len(model._spans(480, 128)) == 4 and len(model._spans(288, 128)) == 3
     # In FP8 a last bit of difference in one layer may round a token of the next to the neighbouring number.
     assert relative_error(run(patcher, inputs), whole) < (1e-5 if compute == "bf16" else 1e-2)

@@ -47,6 +47,7 @@ NORM_EPS = 1e-5  # LayerNorms of the control branch
 CONTROL_QK_EPS = 1e-6  # and the RMSNorms of its queries and keys
 ROPE_THETA = 10000.0
 CHUNK = 16384  # tokens that wide intermediates are made for at once
+UPCAST_QUERIES = CHUNK // 2  # queries at once where normed tokens and weights are not in FP8 and take twice the room
 TEXT_TOKENS, IMAGE_TOKENS = 512, 257
 WORKSPACE = 150 * 2**20  # bytes, of cuBLAS, cuDNN and what is too small to count
 
@@ -64,9 +65,9 @@ def _tokens(x: torch.Tensor) -> torch.Tensor:
     return x.flatten(2).transpose(1, 2)
 
 
-def _spans(length: int) -> list[slice]:
-    """Parts of at most CHUNK tokens, about equal, in whole tiles of 128."""
-    count = max(math.ceil(length / CHUNK), 1)
+def _spans(length: int, chunk: int) -> list[slice]:
+    """Parts of at most `chunk` tokens, about equal, in whole tiles of 128."""
+    count = max(math.ceil(length / chunk), 1)
     step = math.ceil(length / count / 128) * 128
     return [slice(start, min(start + step, length)) for start in range(0, length, step)]
 
@@ -114,7 +115,8 @@ class SelfAttention(WanSelfAttention):
             k = rms_rope(product(h), norm_k, freqs, self.num_heads, self.eps)
         with self.v.held(x.device, x.dtype) as product:
             v = product(h)
-        spans = [slice(0, x.shape[1])] if patches else _spans(x.shape[1])
+        queries = CHUNK if isinstance(h, QuantisedTokens) else UPCAST_QUERIES
+        spans = [slice(0, x.shape[1])] if patches else _spans(x.shape[1], queries)
         attended = []
         with self.q.held(x.device, x.dtype) as product:
             for span in spans:
@@ -148,7 +150,7 @@ class CrossAttention(WanI2VCrossAttention):
         weight, bias = _norm_weights(norm, x)
         scale, shift = (weight.float() - 1)[None, None], bias[None, None]
         norm_q = _norm_weights(self.norm_q, x)[0]
-        spans = _spans(x.shape[1])
+        spans = _spans(x.shape[1], CHUNK)
         attended = []
         with self.q.held(x.device, x.dtype) as product:
             for span in spans:
@@ -168,12 +170,13 @@ class CrossAttention(WanI2VCrossAttention):
 def add_feed_forward(ffn: nn.Sequential, x, shift, scale, gate, eps: float):
     """x += gate · ffn(LayerNorm(x)·(1 + scale) + shift), in place. x: [B,L,C]; the others [B,1,C]."""
     first, _, second = ffn
-    spans = _spans(x.shape[1])
+    spans = _spans(x.shape[1], CHUNK)
     hidden = []
     with first.held(x.device, x.dtype) as product:
         for span in spans:
             h = product(_normed(x[:, span], shift, scale, eps, first))
-            hidden.append(gelu_quantise(h) if second.takes_fp8(h.device) else nn.functional.gelu(h, approximate="tanh"))
+            # In place where it stays as wide: all spans' hidden tokens are there at once.
+            hidden.append(gelu_quantise(h) if second.takes_fp8(h.device) else torch.ops.aten.gelu_(h, approximate="tanh"))
             del h
     with second.held(x.device, x.dtype) as product:
         for span, h in zip(spans, hidden):
@@ -312,7 +315,7 @@ def add_control(block: ControlBlock, proj_out: nn.Linear, x, modulations, freqs,
     for b, modulation in enumerate(modulations):
         block(x[b:b + 1], modulation, freqs, transformer_options)
     with proj_out.held(x.device, x.dtype) as product:
-        for span in _spans(x.shape[1]):
+        for span in _spans(x.shape[1], CHUNK):
             target[:, span] += product(x[:, span])
 
 
@@ -581,8 +584,8 @@ class WorldStereo(comfy.model_base.WAN21):
         """Bytes a step needs beside the weights, in its widest moment, which is in self-attention.
 
         For each sample every token's residual, its control tokens, its render's pixels, and its prompt's keys and
-        values; for one sample at a time all keys and values, the normed tokens (whose
-        memory serves for the attended ones too; half as much in FP8), a span's queries and result. What was measured stands in the
+        values; for one sample at a time all keys and values, the normed tokens (whose memory serves for the attended
+        ones too; half as much in FP8), a span's queries and result, an upcast weight. What was measured stands in the
         README.
         """
         if not (comfy.model_management.xformers_enabled() or comfy.model_management.pytorch_attention_flash_attention()):
@@ -596,7 +599,8 @@ class WorldStereo(comfy.model_base.WAN21):
         pixels = MASK_CAM_CHANNELS * frames * config.mask_downsample * SPATIAL_DOWNSCALE**2 * height * width * size
         prompt = 2 * config.num_layers * (TEXT_TOKENS + IMAGE_TOKENS) * config.dim * size
         native = self.diffusion_model.blocks[0].self_attn.q.takes_fp8(comfy.model_management.get_torch_device())
-        one = tokens * ((2.5 if native else 3) * config.dim * size + rope) + 2 * CHUNK * config.dim * size
+        normed, queries, weight = (0.5, CHUNK, 0) if native else (1, UPCAST_QUERIES, config.dim**2)
+        one = tokens * ((2 + normed) * config.dim * size + rope) + (2 * queries * config.dim + weight) * size
         each = tokens * config.dim * size + targets * config.control_dim * size + pixels + prompt
         return WORKSPACE + one + batch * each
 
