@@ -61,6 +61,7 @@ class _Kept:
     inputs: tuple[torch.Tensor | None, ...]
     prompt: Prompt
     used: bool = True
+    parked: Prompt | None = None  # the copy that waits between runs
 
 
 def _same(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
@@ -90,9 +91,11 @@ class Constants:
             kept.used = False
 
     def end_run(self, device: torch.device):
-        """Moves the prompts to `device`: between runs their room is other models'."""
+        """Leaves the prompts on `device` alone: between runs their room is other models'."""
         for kept in self.prompts:
-            kept.prompt = kept.prompt.to(device)
+            if kept.parked is None:
+                kept.parked = kept.prompt.to(device)
+            kept.prompt = kept.parked
 
     def use_weights(self, weights):
         """Forgets everything if `weights` are not those of the call before."""
