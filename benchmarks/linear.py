@@ -167,7 +167,6 @@ def linear(rounds: int, backends: list[str]):
             "product alone, a scale a token, tokens padded to 256": lambda: layer.product(padded_tokens),
             "product alone, one scale": lambda: layer.product(by_tensor),
             **{f"quantisation alone, {name}": lambda name=name: layer_quantise(x, name) for name in backends},
-            "upcasting the weight alone": layer.comfy.weight.dequantize,
         }
         times = time_in_turns(candidates, rounds)
         shared = f"ours, {best}, one quantisation for three products"
