@@ -16,7 +16,7 @@ from typing_extensions import override
 
 from . import remap
 from .fp8.cook import Options, cook
-from .fp8.files import INDEX_SUFFIX, SHARD
+from .fp8.files import INDEX_SUFFIX, SHARD, open_files
 from .fp8.linear import COMPUTE
 from .fp8.recipe import CONVS, RECIPES
 from .loaders import load_worldstereo
@@ -62,9 +62,10 @@ def cook_sources() -> list[str]:
 
 def file_name(name: str, suffix: str) -> str:
     """A file's name with the suffix. Raises ValueError for one that has path parts, on any system."""
-    if not name.strip(". ") or PureWindowsPath(name).name != name:
+    stem = name.removesuffix(suffix)
+    if not stem.strip(". ") or PureWindowsPath(name).name != name:
         raise ValueError(f"{name!r} is no file name: give a name alone, without a folder.")
-    return name.removesuffix(suffix) + suffix
+    return stem + suffix
 
 
 def camera_files() -> list[str]:
@@ -558,7 +559,8 @@ class CookFP8(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, source, **_):
-        return Path(folder_paths.get_full_path_or_raise("diffusion_models", source)).stat().st_mtime_ns
+        files = open_files(folder_paths.get_full_path_or_raise("diffusion_models", source)).files
+        return [file.stat().st_mtime_ns for file in files]
 
     @classmethod
     def execute(cls, source, result, recipe, convs, overwrite) -> io.NodeOutput:

@@ -64,6 +64,10 @@ def operations(storage_dtype: torch.dtype, refusal: Callable[[torch.device], str
                     self.factory_kwargs["dtype"] = weight.dtype
                 super()._load_from_state_dict(state_dict, prefix, *args)
 
+            def set_weight(self, weight, inplace_update=False, **kwargs):
+                """Core's hook LoRAs ask for an update in place, which core's own layer of this kind does not offer."""
+                return super().set_weight(weight, **kwargs)
+
             def why_not_native(self, device: torch.device) -> str | None:
                 """Why this layer upcasts its weight on `device`, or None if it multiplies in FP8."""
                 if not isinstance(self.weight, QuantizedTensor):

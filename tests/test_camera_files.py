@@ -54,6 +54,14 @@ def test_colmap_comes_in_the_order_of_its_names(tmp_path, prefix):
     assert "COLMAP" in kind
 
 
+def test_colmap_as_other_editors_leave_it(tmp_path):
+    """A byte order mark, tabs, and an empty line before the first pose."""
+    path = write_colmap(tmp_path, "1\tPINHOLE\t640\t480\t500\t510\t330\t235")
+    for file in (path, tmp_path / "cameras.txt"):
+        file.write_text("\ufeff" + file.read_text("utf-8").replace("each image\n", "each image\n\n"), "utf-8")
+    assert_ours(read_cameras(path)[0])
+
+
 def test_nerf_axes_are_converted(tmp_path):
     (tmp_path / "transforms.json").write_text(json.dumps(nerf_content()))
     cameras, kind = read_cameras(tmp_path / "transforms.json")
@@ -104,6 +112,9 @@ def test_colmap_needs_both_files_and_poses(tmp_path):
     path = write_colmap(tmp_path)
     path.write_text("1 0.5 0.5 what 1 2 3 1 a.png")
     with pytest.raises(ValueError, match="Line 1 is no COLMAP pose"):
+        read_cameras(path)
+    path.write_text("1 1 0 0 0 1 2 3 1 a.png\n2 1 0 0 0 1 2 3 1 b.png")
+    with pytest.raises(ValueError, match="Line 2 is no list of 2-D points"):
         read_cameras(path)
     path.write_text("# nothing")
     with pytest.raises(ValueError, match="It holds no poses"):

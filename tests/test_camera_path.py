@@ -170,12 +170,22 @@ def test_unusable_viewer_cameras_are_named(changes, message):
         camera_of_viewer(viewer_info(**changes), 640, 480, LENSES[0], 0.0)
 
 
-def test_the_scenes_depth_is_the_median_of_what_the_first_camera_sees():
+def test_the_scenes_depth_is_the_median_of_what_the_camera_sees():
     points = torch.tensor([[0.0, 0, 1], [0, 0, 3], [0.1, 0, 9], [0, 0, -5], [80, 0, 1]])
     cloud = PointCloud(points, torch.ones_like(points))
     assert depth_of_scene(cloud, START) == 3
     with pytest.raises(ValueError, match="sees none"):
         depth_of_scene(PointCloud(points[3:], torch.ones(2, 3)), START)
+
+
+def test_a_chained_orbit_goes_round_what_the_last_camera_sees():
+    scene, lens = PointCloud(torch.tensor([[0.0, 0.0, 4.0]]), torch.ones(1, 3)), ("auto", 60.0, 0.0, 0.0)
+    image, moves = torch.zeros(1, 48, 64, 3), {"keyframes": 3, "easing": "linear", "look_at_centre": "auto"}
+    near, _ = plan_path(image, Move("dolly in", 0.0, 0.5, **moves), *lens, scene, None)
+    orbit, _ = plan_path(image, Move("orbit left", 90.0, 0.0, **moves), *lens, scene, near)
+    torch.testing.assert_close(centres(orbit.w2c)[-1].abs(), torch.tensor([2.0, 0, 4]), atol=1e-5, rtol=0)
+    away, _ = plan_path(image, Move("pan left", 170.0, 0.0, **moves), *lens, scene, near)
+    assert depth_of_scene(scene, away) == 4  # sees nothing: what the first camera saw
 
 
 @pytest.mark.parametrize("cloud", [None, PointCloud(torch.rand(50, 3) + 1, torch.ones(50, 3)),

@@ -1,5 +1,6 @@
 """The MODEL in ComfyUI's hands: sampling, CFG, LoRA, offload, model patches, interrupt."""
 
+import comfy.hooks
 import comfy.model_management
 import comfy.sample
 import comfy.samplers
@@ -413,6 +414,17 @@ def test_an_attention_override_serves_backbone_and_control_branch(files):
     assert calls.count(60) == 2 and calls.count(36) == 6  # self-attention; text, picture and control branch
 
 
+def test_hook_loras_on_the_bf16_source(files):
+    """Core cannot list the weights of a quantised model for its hooks, so FP8 files take none."""
+    file, _ = lora("native", ("blocks.0.cross_attn.k", "text_embedding.2", "blocks.0.self_attn.q"))
+    hooked = comfy.hooks.set_hooks_for_conditioning(conditioning(0), comfy.hooks.create_hook_lora(file, 1.0, 1.0))
+    patcher = load(files["bf16"])
+    patched, _ = comfy.sd.load_lora_for_models(load(files["bf16"]), None, file, 1.0, 1.0)
+    before, out, after = (sample(patcher, c, conditioning(1)) for c in (conditioning(0), hooked, conditioning(0)))
+    assert relative_error(out, before) > 1e-2 and torch.equal(after, before)
+    assert relative_error(out, sample(patched, conditioning(0), conditioning(1))) < 1e-5
+
+
 def test_interrupt(files):
     patcher = load(files["fp8"])
     comfy.model_management.interrupt_current_processing()
@@ -427,13 +439,11 @@ def test_model_sampling_sd3_changes_the_shift(files):
     assert torch.allclose(sigmas, torch.tensor([1, 0.9, 0.75, 0.5, 0]), atol=1e-6)
 
 
-def test_torch_compile(files):
+def test_torch_compile(files, monkeypatch):
     """With the backend that only traces: what is held here is that the graph can be captured, and that there is one for
     all blocks of a kind, not its speed."""
     patcher = load(files["fp8"], disable_dynamic=True)  # as the node has it
-    # Core's attention for CPUs reads the free memory in a loop, which cannot be traced.
-    patcher.model_options["transformer_options"]["optimized_attention_override"] = (
-        lambda function, *args, **kwargs: attention_pytorch(*args, **kwargs))
+    monkeypatch.setattr(model, "optimized_attention", attention_pytorch)  # core's for CPUs cannot be traced
     plain = sample(patcher, conditioning(0), conditioning(1), steps=2)
     torch._dynamo.reset()
     compiled = TorchCompileModel.execute(patcher, "eager").result[0]
@@ -442,6 +452,28 @@ def test_torch_compile(files):
     assert len(diffusion_model.blocks) > 1 and len(diffusion_model.controlnet.controlnet_blocks) > 1
     for function in (model.Block.forward, model.add_control):
         assert len(_debug_get_cache_entry_list(function.__code__)) == 1
+
+
+@pytest.mark.parametrize("kind", ["patch", "override"])
+def test_torch_compile_with_what_looks_at_the_blocks_number(kind, files, monkeypatch):
+    monkeypatch.setattr(model, "optimized_attention", attention_pytorch)
+    patcher = load(files["fp8"], disable_dynamic=True)
+
+    def strength(transformer_options):
+        return 3.0 if transformer_options["block_index"] == 1 else 1.0
+
+    changed = patcher.clone()
+    if kind == "patch":
+        changed.set_model_patch(lambda values: values["x"] * strength(values["transformer_options"]), "attn1_patch")
+    else:
+        changed.model_options["transformer_options"]["optimized_attention_override"] = (
+            lambda function, *args, **kwargs: function(*args, **kwargs) * strength(kwargs["transformer_options"]))
+    torch._dynamo.reset()
+    compiled, compiled_plain = (TorchCompileModel.execute(p, "eager").result[0] for p in (changed, patcher))
+    plain, eager, out_plain, out = (sample(p, conditioning(0), conditioning(1), steps=1)
+                                    for p in (patcher, changed, compiled_plain, compiled))
+    assert relative_error(eager, plain) > 1e-2
+    assert relative_error(out_plain, plain) < 1e-5 and relative_error(out, eager) < 1e-5
 
 
 def test_saved_by_core_it_loads_again(files, tmp_path):

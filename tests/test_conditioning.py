@@ -5,11 +5,14 @@ import comfy.sd
 import pytest
 import torch
 from comfy.ldm.wan.vae import WanVAE
+from comfy.taesd.taehv import TAEHV
 from toy import GOLDEN
 from worldstereo_fp8.loaders import load_worldstereo
 from worldstereo_fp8.worldstereo import conditioning
 from worldstereo_fp8.worldstereo.cameras import Cameras, normalise, plucker
-from worldstereo_fp8.worldstereo.conditioning import References, condition, decode_keyframes, encode_keyframes, keyframe_size
+from worldstereo_fp8.worldstereo.conditioning import (
+    References, check_vae, condition, decode_keyframes, encode_keyframes, keyframe_size, resize_pictures,
+)
 from worldstereo_fp8.worldstereo.config import WorldStereoConfig
 from worldstereo_fp8.worldstereo.schedule import dmd_sigmas
 
@@ -163,6 +166,21 @@ def test_another_vae_is_refused(vae):
                 lambda other: decode_keyframes(other, torch.rand(1, 16, 1, 4, 6))):
         with pytest.raises(ValueError, match="vae is Identity.*needs the Wan 2.1 VAE"):
             use(HunyuanLike())
+
+
+def test_a_tiny_vae_of_another_model_is_refused():
+    def tiny(dtype):
+        return comfy.sd.VAE(sd={name: value.to(dtype) for name, value in TAEHV(16).state_dict().items()})
+
+    check_vae(tiny(torch.float32))  # lighttaew2_1
+    with pytest.raises(ValueError, match="takes for HunyuanVideo's.*choose wan_2.1_vae.safetensors"):
+        check_vae(tiny(torch.float16))
+
+
+def test_pictures_in_half_precision():
+    """As ComfyUI's --fp16-intermediates gives them."""
+    pictures = torch.rand(2, 9, 12, 3)
+    assert (resize_pictures(pictures.half(), 6, 8) - resize_pictures(pictures, 6, 8)).abs().max() < 2e-3
 
 
 def test_keyframes_are_coded_alone(vae):

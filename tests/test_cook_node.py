@@ -1,6 +1,7 @@
 """Cook FP8 on a real ComfyUI server: what it writes, where, and how it is cancelled; the workflow in the web page."""
 
 import json
+import os
 import threading
 import time
 from pathlib import Path
@@ -87,6 +88,10 @@ def test_shards_by_their_index(comfyui):
     comfyui.run(workflow(comfyui, source="sharded/model.safetensors.index.json", result="cooked.safetensors", recipe="published"))
     folder = comfyui.base / "models" / "diffusion_models" / "sharded"
     assert verify(folder / "cooked.safetensors", folder / "model.safetensors.index.json") == []
+    shard = next(folder.glob("*-of-0000*"))
+    os.utime(shard, (1, 1))  # another download of it: the index is the same
+    with pytest.raises(server.ServerError, match="exists already"):
+        comfyui.run(workflow(comfyui, source="sharded/model.safetensors.index.json", result="cooked.safetensors", recipe="published"))
 
 
 @pytest.mark.parametrize("changes, message", [
@@ -103,7 +108,7 @@ def test_clear_errors(comfyui, changes, message):
     assert sorted(comfyui.base.rglob("*.safetensors*")) == before
 
 
-@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "a\\b", "C:\\a", "C:a", "/a", "../a", "a/"])
+@pytest.mark.parametrize("name", ["", ".", "..", ".safetensors", "a/b", "a\\b", "C:\\a", "C:a", "/a", "../a", "a/"])
 def test_names_with_path_parts(name):
     with pytest.raises(ValueError, match="is no file name"):
         file_name(name, ".safetensors")

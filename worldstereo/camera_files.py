@@ -29,7 +29,7 @@ def read_cameras(path: str | Path) -> tuple[Cameras, str]:
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
         if path.suffix.lower() != ".json":
             return _colmap(text, path)
         try:
@@ -60,8 +60,13 @@ def _colmap(text: str, path: Path) -> tuple[Cameras, str]:
         raise ValueError("A text file is read as COLMAP's images.txt, whose intrinsics stand in cameras.txt: put both "
                          "into the input folder (room_images.txt and room_cameras.txt will do) and choose the images.")
     intrinsics = _colmap_intrinsics(cameras_path)
-    poses = []
-    for number, line in _lines(text)[::2]:
+    poses, lines = [], _lines(text)
+    while lines and not lines[0][1].strip():
+        del lines[0]
+    for number, line in lines[1::2]:
+        if len(line.split()) % 3:  # X, Y and the point's id by turns
+            raise ValueError(f"Line {number} is no list of 2-D points: one follows each pose, and may be an empty line.")
+    for number, line in lines[::2]:
         fields = line.split(maxsplit=9)
         try:
             quaternion, translation = [float(f) for f in fields[1:5]], [float(f) for f in fields[5:8]]
@@ -84,11 +89,11 @@ def _colmap(text: str, path: Path) -> tuple[Cameras, str]:
 def _colmap_intrinsics(path: Path) -> dict[str, tuple[list[list[float]], tuple[int, int]]]:
     """The intrinsic matrix and picture size of each camera id in a cameras.txt."""
     cameras = {}
-    for number, line in _lines(path.read_text(encoding="utf-8")):
-        if not line.strip():
+    for number, line in _lines(path.read_text(encoding="utf-8-sig")):
+        fields = line.split()
+        if not fields:
             continue
-        camera, _, parameters = line.partition(" ")
-        model, *numbers = parameters.split() or [""]
+        camera, model, *numbers = fields if len(fields) > 1 else [*fields, ""]
         focals = COLMAP_FOCALS.get(model)
         if focals is None:
             raise ValueError(f"{path.name}, line {number}: the camera model {model} is none of "

@@ -106,14 +106,16 @@ def camera_of_moge(geometry: dict, width: int, height: int, lens: str, value: fl
     return Cameras(camera.w2c, K, width, height)
 
 
-def depth_of_scene(cloud: PointCloud, camera: Cameras) -> float:
-    """The median depth of the points that the first camera sees. Raises ValueError where it sees none."""
-    x, y, z = (camera.w2c[0, :3, :3] @ cloud.points.T + camera.w2c[0, :3, 3:])
-    u, v, w = camera.K[0] @ torch.stack([x, y, z])
-    seen = (z > 0) & (u > 0) & (u < camera.width * w) & (v > 0) & (v < camera.height * w)
-    if not seen.any():
-        raise ValueError("The first camera sees none of the scene's points: check its pose, or give scene_depth.")
-    return z[seen].median().item()
+def depth_of_scene(cloud: PointCloud, cameras: Cameras) -> float:
+    """The median depth of the points that the last camera sees; where it has turned away from all, that the first sees.
+    Raises ValueError where that sees none either."""
+    for i in (-1, 0):
+        x, y, z = cameras.w2c[i, :3, :3] @ cloud.points.T + cameras.w2c[i, :3, 3:]
+        u, v, w = cameras.K[i] @ torch.stack([x, y, z])
+        seen = (z > 0) & (u > 0) & (u < cameras.width * w) & (v > 0) & (v < cameras.height * w)
+        if seen.any():
+            return z[seen].median().item()
+    raise ValueError("The camera sees none of the scene's points: check its pose, or give scene_depth.")
 
 
 def move_on(start: Cameras, move: Move, depth: float) -> Cameras:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import comfy.utils
 import torch
+from comfy.latent_formats import HunyuanVideo
 from comfy.ldm.wan.vae import WanVAE
 from comfy.model_management import throw_exception_if_processing_interrupted
 from comfy.taesd.taehv import TAEHV
@@ -56,7 +57,7 @@ def keyframe_size(config: WorldStereoConfig, height: int, width: int) -> tuple[i
 def resize_pictures(pictures: torch.Tensor, height: int, width: int, antialias: bool = True) -> torch.Tensor:
     """[N,H,W,C] in 0..1, bicubic to [N,height,width,3]. WorldStereo resizes the picture with Pillow, which filters what
     is made smaller (antialias), and renders and references with PyTorch, which does not."""
-    pictures = pictures[..., :3].movedim(-1, 1)
+    pictures = pictures[..., :3].movedim(-1, 1).float()  # --fp16-intermediates gives what no CPU filters
     resized = torch.nn.functional.interpolate(pictures, (height, width), mode="bicubic", antialias=antialias)
     return resized.clamp(0, 1).movedim(1, -1)
 
@@ -77,6 +78,9 @@ def warn_of_stretch(cameras: Cameras, image: torch.Tensor):
 
 def check_vae(vae):
     """Raises ValueError for any VAE but Wan 2.1's and its tiny stand-ins: others may take the same shapes."""
+    if getattr(vae.first_stage_model, "latent_format", None) is HunyuanVideo:
+        raise ValueError("vae is a tiny VAE in FP16, which ComfyUI takes for HunyuanVideo's. WorldStereo needs the Wan 2.1 "
+                         "VAE: choose wan_2.1_vae.safetensors in Load VAE, or lighttaew2_1.")
     if vae.latent_channels != LATENT_CHANNELS or not isinstance(vae.first_stage_model, WanVAE | TAEHV):
         raise ValueError(f"vae is {type(vae.first_stage_model).__name__} with {vae.latent_channels} latent channels; "
                          "WorldStereo needs the Wan 2.1 VAE. Choose wan_2.1_vae.safetensors in Load VAE.")

@@ -92,4 +92,4 @@ def points_from_depth(picture: torch.Tensor, depth: torch.Tensor, w2c: torch.Ten
     pixels = torch.stack([x[keep], y[keep], torch.ones_like(x[keep])])
     camera = (torch.linalg.inv(K.double()) @ pixels.double()) * depth[keep].double()
     world = w2c[:3, :3].double().T @ (camera - w2c[:3, 3:].double())
-    return PointCloud(world.T.float().contiguous(), picture[keep].float())
+    return PointCloud(world.T.float().contiguous(), picture[keep].float().cpu())

@@ -7,6 +7,7 @@ width, D control width.
 """
 
 import dataclasses
+import functools
 import math
 import weakref
 
@@ -40,6 +41,7 @@ from ..fp8.activations import (
     quantise,
     rms_rope,
 )
+from .attention import prefer_cudnn
 from .config import CAMERA_QT, IN_CHANNELS, LATENT_CHANNELS, MASK_CAM_CHANNELS, PATCH, SPATIAL_DOWNSCALE, WorldStereoConfig
 from .constants import COMING_TIMESTEPS, WEIGHTS, Constants, KeysValues, Prompt, Time
 
@@ -319,6 +321,18 @@ def add_control(block: ControlBlock, proj_out: nn.Linear, x, modulations, freqs,
             target[:, span] += product(x[:, span])
 
 
+@torch.compiler.disable
+def _untraced(function, *args, **kwargs):
+    return function(*args, **kwargs)
+
+
+def _runs_others_code(transformer_options) -> bool:
+    """Whether patches or an attention override run inside the blocks. They may look at the block's number, and core's
+    TorchCompileModel traces without regard to transformer_options: the first block's number would stand for all."""
+    override = transformer_options.get("optimized_attention_override", prefer_cudnn)
+    return override is not prefer_cudnn or any(transformer_options.get(key) for key in ("patches", "patches_replace"))
+
+
 class WorldStereoModel(WanModel):
     """The diffusion model: noisy latent and conditions to velocity."""
 
@@ -448,7 +462,11 @@ class WorldStereoModel(WanModel):
         transformer_options["block_type"] = "double"
         # Patches are written for the backbone's tokens; an attention override serves both.
         control_options = {k: v for k, v in transformer_options.items() if not k.startswith("patches")}
+        traceable = not _runs_others_code(transformer_options)
         for i, block in enumerate(self.blocks):
+            run_block, run_control = block, add_control
+            if not traceable:
+                run_block, run_control = (functools.partial(_untraced, function) for function in (block, add_control))
             transformer_options["block_index"] = control_options["block_index"] = i
             if references is not None and i > 0:
                 x[:, :ref_len] = references
@@ -458,17 +476,17 @@ class WorldStereoModel(WanModel):
 
                 def run(args):
                     kv = self._keys_values(block, args["txt"], clip_fea)
-                    return {"img": block(args["img"].clone(), args["vec"], args["pe"], kv, ref_len=ref_len,
-                                         transformer_options=args["transformer_options"])}
+                    return {"img": run_block(args["img"].clone(), args["vec"], args["pe"], kv, ref_len=ref_len,
+                                             transformer_options=args["transformer_options"])}
 
                 args = {"img": x, "txt": txt, "vec": e, "pe": freqs, "transformer_options": transformer_options}
                 x = blocks_replace[("double_block", i)](args, {"original_block": run})["img"].clone()
             else:
-                x = block(x, e, freqs, [prompt.blocks[i] for prompt in prompts], ref_len=ref_len,
-                          transformer_options=transformer_options)
+                x = run_block(x, e, freqs, [prompt.blocks[i] for prompt in prompts], ref_len=ref_len,
+                              transformer_options=transformer_options)
 
             if control is not None and i < len(self.controlnet.controlnet_blocks):
-                add_control(self.controlnet.controlnet_blocks[i], self.controlnet.proj_out[i], control,
+                run_control(self.controlnet.controlnet_blocks[i], self.controlnet.proj_out[i], control,
                             [time.control[i] for time in times], control_freqs, control_options, x[:, ref_len:])
 
             for patch in patches.get("double_block", []):
