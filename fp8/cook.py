@@ -98,6 +98,7 @@ def make_metadata(options: Options, config: str | None, digests: list[str]) -> d
 
 WhyNot = Callable[[str], str | None]
 
+
 def check(files: TensorFiles, options: Options, why_not: WhyNot):
     """Raises ValueError for a source that the recipe must not or cannot be used on.
 

@@ -164,7 +164,7 @@ def read_config(shapes: dict[str, tuple[int, ...]], config: dict) -> WorldStereo
     model_type = _setting(config, "model_type", default_type, MODEL_TYPES.__contains__, " or ".join(MODEL_TYPES))
     if (model_type == CAMERA) == has_camera_mlp:
         raise ConfigMismatch(f"config: model_type is {model_type}, but the checkpoint has "
-                         f"{'a' if has_camera_mlp else 'no'} camera MLP (camera_embedding.*)")
+                             f"{'a' if has_camera_mlp else 'no'} camera MLP (camera_embedding.*)")
 
     head_dim = _setting(config, "attention_head_dim", 128, _positive_int, "a positive integer")
     heads = _setting(config, "num_attention_heads", dim // head_dim or 1,

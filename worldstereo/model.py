@@ -462,11 +462,10 @@ class WorldStereoModel(WanModel):
         transformer_options["block_type"] = "double"
         # Patches are written for the backbone's tokens; an attention override serves both.
         control_options = {k: v for k, v in transformer_options.items() if not k.startswith("patches")}
-        traceable = not _runs_others_code(transformer_options)
+        untraced = _runs_others_code(transformer_options)
+        run_control = functools.partial(_untraced, add_control) if untraced else add_control
         for i, block in enumerate(self.blocks):
-            run_block, run_control = block, add_control
-            if not traceable:
-                run_block, run_control = (functools.partial(_untraced, function) for function in (block, add_control))
+            run_block = functools.partial(_untraced, block) if untraced else block
             transformer_options["block_index"] = control_options["block_index"] = i
             if references is not None and i > 0:
                 x[:, :ref_len] = references
