@@ -20,18 +20,18 @@ from .fp8.files import INDEX_SUFFIX, SHARD, open_files
 from .fp8.linear import COMPUTE
 from .fp8.recipe import CONVS, RECIPES
 from .loaders import load_worldstereo
-from .worldstereo.camera_files import files_of, read_cameras
-from .worldstereo.camera_path import (
+from .scene.camera_files import files_of, read_cameras
+from .scene.camera_path import (
     DEFAULT_FOV, EASINGS, LENSES, LOOK_AT, PRESETS, Move, draw_path, extent, focal_length, pinhole, plan_path,
 )
-from .worldstereo.cameras import write_camera_json
-from .worldstereo.config import config_to_embed
-from .worldstereo.conditioning import References, condition, decode_keyframes, encode_keyframes
-from .worldstereo.depth import DEPTH_PICTURES
+from .scene.cameras import write_camera_json
+from .worldstereo.conditioning import References, condition, decode_keyframes, encode_keyframes, keyframe_size
+from .worldstereo.config import WorldStereoConfig, config_to_embed
+from .scene.depth import DEPTH_PICTURES
 from .worldstereo.model import config_of
-from .worldstereo.panorama import points_of_panorama, view_of_panorama
-from .worldstereo.pointcloud import ply_bytes, write_world_mirror
-from .worldstereo.render import POINTS_PER_PIXEL, RADIUS, render_start, summary
+from .scene.panorama import points_of_panorama, view_of_panorama
+from .scene.pointcloud import ply_bytes, write_world_mirror
+from .scene.render import POINTS_PER_PIXEL, RADIUS, render_start, summary
 from .worldstereo.schedule import dmd_sigmas
 
 CATEGORY = "WorldStereo"
@@ -42,8 +42,8 @@ CONVS_OF_RECIPE = "as the recipe"
 CAMERA_FILES = (".json", ".txt")
 PLY_AXES = ("y up (3-D viewers)", "OpenCV (y down, z forward)")
 
-Cameras = io.Custom("WORLDSTEREO_CAMERAS")  # worldstereo.cameras.Cameras
-Points = io.Custom("WORLDSTEREO_POINTS")  # worldstereo.pointcloud.PointCloud
+Cameras = io.Custom("WORLDSTEREO_CAMERAS")  # scene.cameras.Cameras
+Points = io.Custom("WORLDSTEREO_POINTS")  # scene.pointcloud.PointCloud
 MoGeGeometry = io.Custom("MOGE_GEOMETRY")  # core's dict of comfy_extras/nodes_moge.py
 
 
@@ -394,6 +394,8 @@ class WorldStereoRender(io.ComfyNode):
     @classmethod
     def execute(cls, image, depth, cameras, depth_picture, near, far, width, height, radius, points_per_pixel,
                 background) -> io.NodeOutput:
+        if not width or not height:
+            height, width = keyframe_size(WorldStereoConfig(), *image.shape[1:3])
         progress = comfy.utils.ProgressBar(len(cameras))
         video, holes, cloud = render_start(
             image, depth, cameras, depth_picture, near, far, width, height, radius, points_per_pixel,

@@ -14,9 +14,9 @@ sys.path[:0] = [str(ROOT / "tests")]
 
 import conftest  # noqa: E402, F401  makes ComfyUI and the pack importable
 import torch  # noqa: E402
-from worldstereo_fp8.worldstereo.camera_path import Move, move_on, pinhole  # noqa: E402
-from worldstereo_fp8.worldstereo.depth import points_from_depth  # noqa: E402
-from worldstereo_fp8.worldstereo.render import render  # noqa: E402
+from worldstereo_fp8.scene.camera_path import Move, move_on, pinhole  # noqa: E402
+from worldstereo_fp8.scene.depth import points_from_depth  # noqa: E402
+from worldstereo_fp8.scene.render import render  # noqa: E402
 
 HEIGHT, WIDTH, FRAMES = 480, 768, 21
 RUNS = 3

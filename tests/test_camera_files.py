@@ -6,8 +6,8 @@ import math
 import pytest
 import torch
 
-from worldstereo_fp8.worldstereo.camera_files import read_cameras
-from worldstereo_fp8.worldstereo.cameras import Cameras, rotation_to_quaternion, write_camera_json
+from worldstereo_fp8.scene.camera_files import read_cameras
+from worldstereo_fp8.scene.cameras import Cameras, rotation_to_quaternion, write_camera_json
 
 COS, SIN = math.cos(0.3), math.sin(0.3)
 W2C = torch.tensor([

@@ -5,12 +5,12 @@ import math
 import pytest
 import torch
 
-from worldstereo_fp8.worldstereo.camera_path import (
+from worldstereo_fp8.scene.camera_path import (
     DEFAULT_FOV, EASINGS, LENSES, PRESETS, Move, camera_of_moge, camera_of_viewer, depth_of_scene, draw_path,
     focal_length, move_on, pinhole, plan_path,
 )
-from worldstereo_fp8.worldstereo.cameras import centres
-from worldstereo_fp8.worldstereo.pointcloud import PointCloud
+from worldstereo_fp8.scene.cameras import centres
+from worldstereo_fp8.scene.pointcloud import PointCloud
 
 START = pinhole(64, 48, 60.0)
 DEPTH = 2.0

@@ -9,10 +9,11 @@ from comfy.taesd.taehv import TAEHV
 from toy import GOLDEN
 from worldstereo_fp8.loaders import load_worldstereo
 from worldstereo_fp8.worldstereo import conditioning
-from worldstereo_fp8.worldstereo.cameras import Cameras, normalise, plucker
+from worldstereo_fp8.scene.cameras import Cameras, normalise, plucker
 from worldstereo_fp8.worldstereo.conditioning import (
-    References, check_vae, condition, decode_keyframes, encode_keyframes, keyframe_size, resize_pictures,
+    References, check_vae, condition, decode_keyframes, encode_keyframes, keyframe_size,
 )
+from worldstereo_fp8.scene.pictures import resize_pictures
 from worldstereo_fp8.worldstereo.config import WorldStereoConfig
 from worldstereo_fp8.worldstereo.schedule import dmd_sigmas
 
@@ -63,11 +64,11 @@ def test_what_the_conditioning_holds(vae):
     cameras = given["cameras"].scaled_to(48, 32)
     assert torch.equal(values["camera_embedding"][0], plucker(normalise(cameras.w2c), cameras.K, 32, 48))
 
-    image = conditioning.resize_pictures(given["image"], 32, 48)
+    image = resize_pictures(given["image"], 32, 48)
     alone = vae.encode(image)
     assert torch.allclose(values["render_latent"][:, :, :1], alone, atol=1e-5)  # first frame: the picture
     assert torch.allclose(values["reference_latent"], alone, atol=1e-5)
-    second = vae.encode(conditioning.resize_pictures(given["render"][1:2], 32, 48, antialias=False))
+    second = vae.encode(resize_pictures(given["render"][1:2], 32, 48, antialias=False))
     assert torch.allclose(values["render_latent"][:, :, 1:2], second, atol=1e-5)
 
 
@@ -82,7 +83,7 @@ def test_the_condition_latent(mode, vae):
     config = WorldStereoConfig(scale_map=SIZES, nframe=5, latent_cond_mode=mode)
     given = inputs()
     values, _ = condition(config, vae, **given)
-    image = conditioning.resize_pictures(given["image"], 32, 48)
+    image = resize_pictures(given["image"], 32, 48)
     if mode == "full_vae":
         expected = vae.encode(torch.cat([image, torch.full((16, 32, 48, 3), 0.5)]))
     else:

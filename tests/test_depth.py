@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from worldstereo_fp8.worldstereo.depth import (
+from worldstereo_fp8.scene.depth import (
     DEPTH_PICTURES, depth_of_moge, depth_of_picture, draw_in, on_edge, points_from_depth,
 )
 

@@ -16,8 +16,8 @@ from test_workflow import PLACEHOLDERS
 from web_page import open_workflow, page_of
 from worldstereo_fp8.demo import job, scene, server, toy
 from worldstereo_fp8.nodes import camera_file, camera_files
-from worldstereo_fp8.worldstereo.camera_files import read_cameras
-from worldstereo_fp8.worldstereo.cameras import centres, rigid_inverse
+from worldstereo_fp8.scene.camera_files import read_cameras
+from worldstereo_fp8.scene.cameras import centres, rigid_inverse
 
 COMFYUI = Path(comfy.cli_args.__file__).parents[1]
 EXAMPLES = Path(__file__).parents[1] / "example_workflows"

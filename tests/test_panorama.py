@@ -4,8 +4,8 @@ import pytest
 import torch
 from comfy.ldm.moge.panorama import _uv_grid, spherical_uv_to_directions
 
-from worldstereo_fp8.worldstereo.camera_path import focal_length, LENSES, pinhole
-from worldstereo_fp8.worldstereo.panorama import directions, points_of_panorama, view_of_panorama
+from worldstereo_fp8.scene.camera_path import focal_length, LENSES, pinhole
+from worldstereo_fp8.scene.panorama import directions, points_of_panorama, view_of_panorama
 
 HEIGHT, WIDTH = 64, 128
 CORE_TO_OPENCV = torch.tensor([[0.0, 1, 0], [0, 0, -1], [-1, 0, 0]])  # core: x backward, y right, z up

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from web_page import open_workflow, page_of
 from worldstereo_fp8.demo import job, scene, server
-from worldstereo_fp8.worldstereo.camera_files import read_cameras
+from worldstereo_fp8.scene.camera_files import read_cameras
 
 COMFYUI = Path(comfy.cli_args.__file__).parents[1]
 # Names the workflow asks for; the page only looks whether they are there.

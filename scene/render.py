@@ -13,9 +13,8 @@ import torch.nn.functional as F
 from comfy.model_management import throw_exception_if_processing_interrupted
 
 from .cameras import Cameras
-from .conditioning import keyframe_size, resize_pictures, same_shape, warn_of_stretch
-from .config import WorldStereoConfig
 from .depth import depth_of_moge, depth_of_picture, points_from_depth
+from .pictures import resize_pictures, same_shape, warn_of_stretch
 from .pointcloud import PointCloud
 
 RADIUS = 0.008  # of a splat, in units in which the shorter side of the picture spans 2
@@ -30,14 +29,11 @@ def render_start(image: torch.Tensor, scene: dict | torch.Tensor | PointCloud, c
                  progress: Callable[[int], None]) -> tuple[torch.Tensor, torch.Tensor, PointCloud]:
     """The render and holes for a picture [1, H, W, C] that the first camera took, and the points they show.
 
-    scene: core's MOGE_GEOMETRY, a grey depth picture (`depth.depth_of_picture`), or the points themselves. width and
-    height 0 stand for the size of the published models nearest to the picture's shape. The first frame is the picture,
-    without holes. Raises ValueError for more than one picture and for unusable depth.
+    scene: core's MOGE_GEOMETRY, a grey depth picture (`depth.depth_of_picture`), or the points themselves. The first
+    frame is the picture, without holes. Raises ValueError for more than one picture and for unusable depth.
     """
     if len(image) != 1:
         raise ValueError(f"image holds {len(image)} pictures; WorldStereo starts from one.")
-    if not width or not height:
-        height, width = keyframe_size(WorldStereoConfig(), *image.shape[1:3])
     picture = resize_pictures(image, height, width)
     warn_of_stretch(cameras, image)
     cameras = cameras.scaled_to(width, height)

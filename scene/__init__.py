@@ -1,0 +1,1 @@
+"""Geometry: cameras and their paths, depth, point clouds, renders. Knows nothing of the network."""
