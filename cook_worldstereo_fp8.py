@@ -179,7 +179,7 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         if given.verify:
             options = Options(given.recipe, given.convs) if given.recipe else None
-            differences = verify(given.first, given.second, options, why_not=remap.why_no_source, on_progress=_Line())
+            differences = verify(given.first, given.second, options, refusal=remap.source_refusal, on_progress=_Line())
             if not differences:
                 print(f"{given.first} is what the recipe makes of {given.second}, byte for byte.")
                 return 0
@@ -189,7 +189,7 @@ def main(arguments: list[str] | None = None) -> int:
         options = Options(given.recipe or RECIPES[0], given.convs)
         find_config = functools.partial(config_to_embed, given=given.config)
         report = cook(given.first, given.second, options, overwrite=given.overwrite, find_config=find_config,
-                      why_not=remap.why_no_source, on_progress=_Line())
+                      refusal=remap.source_refusal, on_progress=_Line())
         print(report.as_text())
         if given.report:
             write_report(report, given.report)

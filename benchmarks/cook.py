@@ -22,11 +22,13 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
 
 import conftest  # noqa: E402, F401  makes ComfyUI and the pack importable
+
+# isort: split
 import torch  # noqa: E402
 from worldstereo_fp8.fp8.cook import header  # noqa: E402
 from worldstereo_fp8.fp8.files import Tensor  # noqa: E402
 from worldstereo_fp8.worldstereo.config import WorldStereoConfig  # noqa: E402
-from worldstereo_fp8.worldstereo.layout import tensor_shapes  # noqa: E402
+from worldstereo_fp8.worldstereo.shapes import tensor_shapes  # noqa: E402
 
 REPEATED = 2**25  # random values, written again and again
 

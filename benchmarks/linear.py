@@ -17,6 +17,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "tests")]
 
 import conftest  # noqa: E402, F401  makes ComfyUI and the pack importable
+
+# isort: split
 import comfy.ldm.flux.math  # noqa: E402
 import comfy.ops  # noqa: E402
 import torch  # noqa: E402
@@ -25,8 +27,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
 from worldstereo_fp8.fp8 import activations  # noqa: E402
 from worldstereo_fp8.fp8.activations import BACKENDS, QuantisedTokens, quantise  # noqa: E402
 from worldstereo_fp8.fp8.matmul import scaled_linear  # noqa: E402
-from worldstereo_fp8.fp8.recipe import FP8, FP8_MAX  # noqa: E402
-from worldstereo_fp8.fp8.recipe import quantise as quantise_weight  # noqa: E402
+from worldstereo_fp8.fp8.recipe import (  # noqa: E402
+    FP8,
+    FP8_MAX,
+    quantise_weight,  # noqa: E402
+)
 
 SHAPES = ((5120, 5120), (5120, 13824), (13824, 5120))
 TOKENS = 32760  # of the Linear

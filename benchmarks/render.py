@@ -13,6 +13,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "tests")]
 
 import conftest  # noqa: E402, F401  makes ComfyUI and the pack importable
+
+# isort: split
 import torch  # noqa: E402
 from worldstereo_fp8.scene.camera_path import Move, move_on, pinhole  # noqa: E402
 from worldstereo_fp8.scene.depth import points_from_depth  # noqa: E402

@@ -27,6 +27,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
 
 import conftest  # noqa: E402  makes ComfyUI and the pack importable
+
+# isort: split
 import comfy.model_management  # noqa: E402
 import comfy.sample  # noqa: E402
 import comfy.sd  # noqa: E402
@@ -36,11 +38,11 @@ from comfy_api.torch_helpers import set_torch_compile_wrapper  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 from worldstereo_fp8.fp8.activations import backend  # noqa: E402
 from worldstereo_fp8.fp8.linear import COMPUTE  # noqa: E402
-from worldstereo_fp8.fp8.recipe import MARKER, is_quantised, quantise, scale_name  # noqa: E402
+from worldstereo_fp8.fp8.recipe import MARKER, is_quantised, quantise_weight, scale_name  # noqa: E402
 from worldstereo_fp8.loaders import load_worldstereo  # noqa: E402
 from worldstereo_fp8.remap import to_native  # noqa: E402
 from worldstereo_fp8.worldstereo.config import WorldStereoConfig  # noqa: E402
-from worldstereo_fp8.worldstereo.layout import tensor_shapes  # noqa: E402
+from worldstereo_fp8.worldstereo.shapes import tensor_shapes  # noqa: E402
 
 HEIGHT, WIDTH, FRAMES, STEPS = 480, 768, 21, 4
 
@@ -63,7 +65,7 @@ def make_checkpoint(path: Path, fp8: bool = True, plain_wan: bool = False):
             value = value * 0.02 + (1 if "norm" in name and name.endswith("weight") else 0)
         target = to_native(name) if plain_wan else name
         if fp8 and is_quantised(name, shape, "bf16"):
-            value, scale = quantise(value)
+            value, scale = quantise_weight(value)
             tensors[scale_name(target)] = scale.cpu()
         tensors[target] = value.cpu()
     save_file(tensors, path, {"config": json.dumps({"model_type": "worldstereo-memory-dmd"})})

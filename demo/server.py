@@ -151,9 +151,9 @@ def to_api(workflow: dict, object_info: dict) -> dict:
                     inputs[name] = next(values)
                     if options and options[0].get("control_after_generate"):
                         next(values)
-        for socket in node.get("inputs", []):
-            if socket["link"] is not None:
-                inputs[socket["name"]] = links[socket["link"]]
+        for slot in node.get("inputs", []):
+            if slot["link"] is not None:
+                inputs[slot["name"]] = links[slot["link"]]
         title = node.get("title") or info["display_name"] or node["type"]
         prompt[str(node["id"])] = {"inputs": inputs, "class_type": node["type"], "_meta": {"title": title}}
     return prompt

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from ..fp8 import recipe
 from ..worldstereo.config import CAMERA, SCALE_MAP, WorldStereoConfig
-from ..worldstereo.layout import tensor_shapes
+from ..worldstereo.shapes import tensor_shapes
 
 # Widths are multiples of 16, for FP8 matrix units. Those that come from the encoders and the VAE are the real ones.
 CONFIG = WorldStereoConfig(
@@ -72,7 +72,7 @@ def save_model(path: Path, config: WorldStereoConfig = CONFIG) -> None:
     tensors = {recipe.MARKER: torch.zeros((), dtype=torch.bfloat16)}
     for name, tensor in weights(config).items():
         if recipe.is_quantised(name, tensor.shape):
-            tensors[name], tensors[recipe.scale_name(name)] = recipe.quantise(tensor, "published")
+            tensors[name], tensors[recipe.scale_name(name)] = recipe.quantise_weight(tensor, "published")
         else:
             tensors[name] = tensor
     save_file(tensors, path, metadata={"config": json.dumps({"model_type": config.model_type} | CONFIG_JSON)})

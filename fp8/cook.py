@@ -96,13 +96,13 @@ def make_metadata(options: Options, config: str | None, digests: list[str]) -> d
 # Refusals
 
 
-WhyNot = Callable[[str], str | None]
+Refusal = Callable[[str], str | None]
 
 
-def check(files: TensorFiles, options: Options, why_not: WhyNot):
+def check(files: TensorFiles, options: Options, refusal: Refusal):
     """Raises ValueError for a source that the recipe must not or cannot be used on.
 
-    why_not: why the recipe was not made for a tensor of this name, or None.
+    refusal: why the recipe was not made for a tensor of this name, or None.
     """
     where = files.path.name
     if not files.tensors:
@@ -112,7 +112,7 @@ def check(files: TensorFiles, options: Options, why_not: WhyNot):
             raise ValueError(f"{where} is FP8 already: it holds {name} ({tensor.dtype}). The source is the BF16 model "
                              "that it was made from.")
     for name, tensor in files.tensors.items():
-        if reason := why_not(name):
+        if reason := refusal(name):
             raise ValueError(f"{where}: {name} {reason}")
         if tensor.dtype not in SOURCES:
             raise ValueError(f"{where}: {name} is {tensor.dtype}. The weights of a source are BF16, FP16 or FP32.")
@@ -386,7 +386,7 @@ FindConfig = Callable[[Path, dict[str, str]], str | None]  # of a source's path 
 
 def cook(source: str | Path, target: str | Path, options: Options = Options(), *, overwrite: bool = False,
          find_config: FindConfig = lambda path, metadata: metadata.get("config"),
-         why_not: WhyNot = lambda name: None,
+         refusal: Refusal = lambda name: None,
          device: torch.device | None = None, on_progress: OnProgress | None = None) -> Report:
     """Writes the scaled-FP8 file of a source. The same source and options give the same bytes everywhere.
 
@@ -397,7 +397,7 @@ def cook(source: str | Path, target: str | Path, options: Options = Options(), *
         source: .safetensors with BF16, FP16 or FP32 weights, or the .safetensors.index.json of its shards.
         target: .safetensors to write.
         find_config: gives the text of the model's configuration, or None, for the source's path and metadata.
-        why_not: see `check`.
+        refusal: see `check`.
         device: for the arithmetic; CUDA if there is one.
 
     Raises:
@@ -406,7 +406,7 @@ def cook(source: str | Path, target: str | Path, options: Options = Options(), *
         OSError: no room, or the disk failed.
     """
     files, target = open_files(source), Path(target)
-    check(files, options, why_not)
+    check(files, options, refusal)
     if any(target.exists() and file.samefile(target) for file in files.files):
         raise ValueError(f"{target.name} is the source itself. Choose another name for the result.")
     config = find_config(files.path, files.metadata)
@@ -439,7 +439,7 @@ def cook(source: str | Path, target: str | Path, options: Options = Options(), *
 
 
 def verify(path: str | Path, source: str | Path, options: Options | None = None, *,
-           why_not: WhyNot = lambda name: None, device: torch.device | None = None,
+           refusal: Refusal = lambda name: None, device: torch.device | None = None,
            on_progress: OnProgress | None = None) -> list[str]:
     """How a scaled-FP8 file differs from what its source and recipe give, a line for each tensor; empty if it does not.
 
@@ -454,7 +454,7 @@ def verify(path: str | Path, source: str | Path, options: Options | None = None,
         convs = any(t.dtype == "F8_E4M3" and len(t.shape) > 2 for t in found.tensors.values())
         options = Options(found.metadata.get("recipe", "published"),
                           found.metadata.get("convs", "fp8" if convs else "bf16"))
-    check(files, options, why_not)
+    check(files, options, refusal)
     layout = plan(files.tensors.values(), options.convs)
     held = {name: name for name in found.tensors}
     for name in found.tensors:  # the other name a scale may have

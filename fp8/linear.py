@@ -14,14 +14,14 @@ import torch
 from comfy.quant_ops import QuantizedTensor
 
 from .activations import QuantisedTokens, backend, row_scales_refusal
-from .matmul import scaled_linear, why_not_native
+from .matmul import scaled_linear, size_refusal
 from .recipe import FP8
 
 COMPUTE = ("auto", "fp8", "bf16")
 
 
 @functools.cache
-def native_refusal(compute: str, device: torch.device) -> str | None:
+def matmul_refusal(compute: str, device: torch.device) -> str | None:
     """Why Linear layers cannot take native FP8 matmul on `device`, or None if they can.
 
     compute: "auto" and "fp8" want native matmul, "bf16" does not. Raises ValueError where "fp8" cannot be had.
@@ -45,7 +45,7 @@ def operations(storage_dtype: torch.dtype, refusal: Callable[[torch.device], str
     """ComfyUI operations whose Linear holds scaled-FP8 weights.
 
     storage_dtype: of the tensors that are not FP8, and the dtype an FP8 weight stands for.
-    refusal: why a device does not multiply FP8 matrices, None if it does; see `native_refusal`. Layers whose size the
+    refusal: why a device does not multiply FP8 matrices, None if it does; see `matmul_refusal`. Layers whose size the
     matrix units cannot take upcast all the same.
     """
     core = comfy.ops.mixed_precision_ops({}, storage_dtype)
@@ -68,7 +68,7 @@ def operations(storage_dtype: torch.dtype, refusal: Callable[[torch.device], str
                 """Core's hook LoRAs ask for an update in place, which core's own layer of this kind does not offer."""
                 return super().set_weight(weight, **kwargs)
 
-            def why_not_native(self, device: torch.device) -> str | None:
+            def upcast_reason(self, device: torch.device) -> str | None:
                 """Why this layer upcasts its weight on `device`, or None if it multiplies in FP8."""
                 if not isinstance(self.weight, QuantizedTensor):
                     return "not an FP8 weight"
@@ -76,7 +76,7 @@ def operations(storage_dtype: torch.dtype, refusal: Callable[[torch.device], str
                     return "the file asks for full precision"
                 if getattr(self, "comfy_force_cast_weights", False):
                     return "another compute dtype was chosen for the model"
-                return why_not_native(self.in_features, self.out_features) or refused(device)
+                return size_refusal(self.in_features, self.out_features) or refused(device)
 
             def is_wrapped(self) -> bool:
                 """Whether something stands in for `forward` (core's bypass LoRAs) or hooks onto it."""
@@ -84,24 +84,24 @@ def operations(storage_dtype: torch.dtype, refusal: Callable[[torch.device], str
                 return not own or bool(self._forward_hooks or self._forward_pre_hooks)
 
             def takes_fp8(self, device: torch.device) -> bool:
-                """Whether `held` gives a product that takes QuantisedTokens."""
-                return self.why_not_native(device) is None and not self.is_wrapped()
+                """Whether `fetched` gives a product that takes QuantisedTokens."""
+                return self.upcast_reason(device) is None and not self.is_wrapped()
 
             @contextlib.contextmanager
-            def held(self, device: torch.device, dtype: torch.dtype):
+            def fetched(self, device: torch.device, dtype: torch.dtype):
                 """The layer's product, a function of tensors (or QuantisedTokens, see `takes_fp8`), while the weight is
                 fetched (streamed, patched, dequantised) once: for inputs that come in several parts. One layer at a
                 time: core's offload streams reuse their buffers."""
                 if self.is_wrapped():
                     yield self
                 else:
-                    with self._held(device, dtype) as product:
+                    with self._fetched(device, dtype) as product:
                         yield product
 
             @contextlib.contextmanager
-            def _held(self, device: torch.device, dtype: torch.dtype):
+            def _fetched(self, device: torch.device, dtype: torch.dtype):
                 comfy.ops.run_every_op()
-                native = self.why_not_native(device) is None
+                native = self.upcast_reason(device) is None
                 # A weight with a LoRA comes back requantised where core streams it, else dequantised with it added.
                 weight, bias, stream = comfy.ops.cast_bias_weight(
                     self, dtype=self.weight.dtype if native else dtype, device=device, bias_dtype=dtype,
@@ -117,7 +117,7 @@ def operations(storage_dtype: torch.dtype, refusal: Callable[[torch.device], str
                     comfy.ops.uncast_bias_weight(self, weight, bias, stream)
 
             def forward(self, input):
-                with self._held(input.device, input.dtype) as product:
+                with self._fetched(input.device, input.dtype) as product:
                     return product(input)
 
     return Operations

@@ -7,7 +7,7 @@ from .activations import QuantisedTokens, quantise
 ALIGNMENT = 16  # FP8 matrix units take K and N in multiples of this
 
 
-def why_not_native(in_features: int, out_features: int) -> str | None:
+def size_refusal(in_features: int, out_features: int) -> str | None:
     """Why a layer of this size cannot be multiplied in FP8, or None if it can."""
     for name, size in (("in_features", in_features), ("out_features", out_features)):
         if size % ALIGNMENT:

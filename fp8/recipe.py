@@ -48,7 +48,7 @@ def scale_name(weight_name: str) -> str:
     return weight_name.removesuffix("weight") + SCALE_SUFFIX
 
 
-def quantise(weight: torch.Tensor, recipe: str = "default") -> tuple[torch.Tensor, torch.Tensor]:
+def quantise_weight(weight: torch.Tensor, recipe: str = "default") -> tuple[torch.Tensor, torch.Tensor]:
     """A weight in the scaled-FP8 format.
 
     Args:

@@ -10,8 +10,9 @@ import torch
 from comfy.quant_ops import QuantizedTensor
 
 from ..fp8.activations import backend
-from ..fp8.linear import native_refusal, operations
+from ..fp8.linear import matmul_refusal, operations
 from ..worldstereo.attention import cudnn_is_faster, prefer_cudnn
+from ..worldstereo.comfy_model import WorldStereoModelConfig
 from ..worldstereo.config import (
     CONFIG_FILE,
     LATENT_CHANNELS,
@@ -22,10 +23,9 @@ from ..worldstereo.config import (
     parse_config,
     read_config,
 )
-from ..worldstereo.layout import backbone_shapes, native_shapes
-from ..worldstereo.model import WorldStereoModelConfig
+from ..worldstereo.shapes import backbone_shapes, native_shapes
 from . import lora
-from .checkpoint import Checkpoint, some
+from .checkpoint import Checkpoint, first_few
 from .patcher import make_patcher, resident_bytes
 
 lora.register()
@@ -68,7 +68,7 @@ def _overlay(checkpoint: Checkpoint, base: Checkpoint | None) -> dict[str, Check
     """Which file each tensor comes from: the checkpoint, and the base for what it lacks."""
     missing = [name for name in CONTROL_ANCHORS if name not in checkpoint.weights]
     if missing:
-        raise ValueError(f"{checkpoint.path.name} lacks {some(missing)}: it has no WorldStereo control branch, or only "
+        raise ValueError(f"{checkpoint.path.name} lacks {first_few(missing)}: it has no WorldStereo control branch, or only "
                          "a part of one. Choose a WorldStereo checkpoint.")
     source = dict.fromkeys(checkpoint.weights, checkpoint)
     if base is not None:
@@ -84,9 +84,9 @@ def _overlay(checkpoint: Checkpoint, base: Checkpoint | None) -> dict[str, Check
 
 def _overlay_error(checkpoint: Checkpoint, base: Checkpoint | None, missing: list[str]) -> ValueError:
     if base is not None:
-        return ValueError(f"base_model {base.path.name} lacks {some(missing)}, and so does {checkpoint.path.name}. "
+        return ValueError(f"base_model {base.path.name} lacks {first_few(missing)}, and so does {checkpoint.path.name}. "
                           "The base is a whole Wan2.1-I2V-14B-480P model.")
-    return ValueError(f"{checkpoint.path.name} is an overlay: it lacks backbone tensors ({some(missing)}). Choose the "
+    return ValueError(f"{checkpoint.path.name} is an overlay: it lacks backbone tensors ({first_few(missing)}). Choose the "
                       "Wan2.1-I2V-14B-480P model it was made on as base_model.")
 
 
@@ -98,16 +98,16 @@ def _account(checkpoint: Checkpoint, base: Checkpoint | None, source: dict[str, 
     if missing and all(name in backbone_shapes(config) for name in missing):
         raise _overlay_error(checkpoint, base, missing)
     if missing:
-        raise ValueError(f"{checkpoint.path.name} lacks {len(missing)} tensors: {some(missing)}. The file is not whole.")
+        raise ValueError(f"{checkpoint.path.name} lacks {len(missing)} tensors: {first_few(missing)}. The file is not whole.")
     unexpected = [f"{source[name].weights[name].name} (in {source[name].path.name})"
                   for name in shapes if name not in expected]
     if unexpected:
         raise ValueError(f"{checkpoint.path.name}: {len(unexpected)} tensors have no place in a {config.model_type} "
-                         f"model of {config.num_layers} layers: {some(unexpected)}. Choose another file.")
+                         f"model of {config.num_layers} layers: {first_few(unexpected)}. Choose another file.")
     wrong = [f"{source[name].weights[name].name} is {list(shapes[name])}, expected {list(shape)}"
              for name, shape in expected.items() if shapes[name] != shape]
     if wrong:
-        raise ValueError(f"{checkpoint.path.name}: wrong shapes: {some(wrong)}. The file is damaged, or "
+        raise ValueError(f"{checkpoint.path.name}: wrong shapes: {first_few(wrong)}. The file is damaged, or "
                          "of another model.")
 
 
@@ -121,14 +121,14 @@ def load_worldstereo(path: str | os.PathLike, compute: str = "auto", dtype: torc
     "fp8" insists on a device that can; "bf16" always upcasts.
     dtype: of the activations; None lets ComfyUI choose for the device.
     base: the Wan2.1-I2V-14B-480P model, for a file that holds only a part of the backbone.
-    prompt_cache: keep what depends on the prompt or the timestep alone (see `worldstereo.constants`).
+    prompt_cache: keep what depends on the prompt or the timestep alone (see `worldstereo.prompt_cache`).
     disable_dynamic: without core's dynamic VRAM; core asks for it where a node cannot work with that.
 
     Returns the ModelPatcher. The weights are memory-mapped. Raises ValueError, naming file and tensor, for a file that
     is not a whole WorldStereo checkpoint, and where compute is "fp8" on a device without FP8 matmul.
     """
     device = comfy.model_management.get_torch_device()
-    refusal = native_refusal(compute, device)
+    refusal = matmul_refusal(compute, device)
     checkpoint = Checkpoint(path)
     base = None if base is None else Checkpoint(base)
     source = _overlay(checkpoint, base)
@@ -145,7 +145,7 @@ def load_worldstereo(path: str | os.PathLike, compute: str = "auto", dtype: torc
     if dtype is None:
         dtype = comfy.model_management.unet_manual_cast(None, device, model_config.supported_inference_dtypes)
     model_config.set_inference_dtype(storage_dtype, dtype, device=device)
-    model_config.custom_operations = operations(storage_dtype, functools.partial(native_refusal, compute))
+    model_config.custom_operations = operations(storage_dtype, functools.partial(matmul_refusal, compute))
     model = model_config.get_model(tensors)
     offload_device = comfy.model_management.unet_offload_device()
     patcher = make_patcher(model, device, offload_device, disable_dynamic)
@@ -154,7 +154,7 @@ def load_worldstereo(path: str | os.PathLike, compute: str = "auto", dtype: torc
     if not comfy.model_management.is_device_cpu(offload_device):
         model.to(offload_device)
     model.load_model_weights(tensors, assign=True)  # memory-mapped, each in the file's own dtype
-    model.keep_constants = prompt_cache
+    model.use_prompt_cache = prompt_cache
     patcher.cached_patcher_init = (load_worldstereo, (str(path), compute, dtype, None if base is None else str(base.path),
                                                       prompt_cache))
     logging.info(_summary(Path(path).name, model, config, compute, refusal, dtype, device))
@@ -185,10 +185,10 @@ def _summary(name: str, model, config: WorldStereoConfig, compute: str, refusal:
     if not layers:
         return f"{kind}: no FP8 weights in the file, its {str(model.get_dtype()).removeprefix('torch.')} weights are used as they are"
     device_name = comfy.model_management.get_torch_device_name(device)
-    upcast = [reason for reason in (layer.why_not_native(device) for layer in layers) if reason]
+    upcast = [reason for reason in (layer.upcast_reason(device) for layer in layers) if reason]
     if refusal is not None:
         return f"{kind}: all {len(layers)} FP8 layers upcast their weight for each product, because {refusal}"
     kernels, why = backend(device)
     line = f"{kind}: native FP8 matmul on {len(layers) - len(upcast)} of {len(layers)} FP8 layers ({device_name})"
     line += f", activations quantised by {kernels}" + (f" because {why}" if why else "")
-    return line + (f", upcast on {len(upcast)} ({some(sorted(set(upcast)))})" if upcast else "")
+    return line + (f", upcast on {len(upcast)} ({first_few(sorted(set(upcast)))})" if upcast else "")

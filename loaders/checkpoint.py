@@ -32,7 +32,7 @@ KINDS = (
 )
 
 
-def some(names, limit: int = 4) -> str:
+def first_few(names, limit: int = 4) -> str:
     """The first few of some names, and how many more there are."""
     names = list(names)
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
@@ -50,7 +50,7 @@ def describe(names) -> str:
             return ("a plain Wan2.1-I2V model without WorldStereo's control branch: it can be the base_model of an "
                     "overlay file, or be loaded with Load Diffusion Model")
         return "a plain Wan text-to-video model: load it with Load Diffusion Model"
-    return f"an unknown kind of file (tensors such as {some(names, 3)})"
+    return f"an unknown kind of file (tensors such as {first_few(names, 3)})"
 
 
 def native_name(name: str) -> str | None:
@@ -102,7 +102,7 @@ class Checkpoint:
         if not self.weights or (unknown and "controlnet.proj_in.weight" not in self.weights):
             raise ValueError(f"{self.path.name} is not a WorldStereo checkpoint. It looks like {describe(entries)}.")
         if unknown:
-            raise ValueError(f"{self.path.name} holds tensors that belong to no WorldStereo model: {some(unknown)}.")
+            raise ValueError(f"{self.path.name} holds tensors that belong to no WorldStereo model: {first_few(unknown)}.")
         self._check_dtypes()
 
     def _check_dtypes(self):

@@ -9,8 +9,8 @@ import functools
 import comfy.lora
 
 from .. import remap
-from ..worldstereo.layout import native_shapes
-from ..worldstereo.model import WorldStereo
+from ..worldstereo.comfy_model import WorldStereo
+from ..worldstereo.shapes import native_shapes
 
 
 def diffusers_keys(native_keys) -> dict[str, str]:

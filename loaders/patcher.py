@@ -3,9 +3,9 @@
 import comfy.model_patcher
 from comfy.patcher_extension import CallbacksMP
 
-from ..worldstereo.constants import LAYERS
+from ..worldstereo.prompt_cache import LAYERS as CACHED_LAYERS
 
-CONSTANTS = tuple(f".{name}" for name in LAYERS)
+CACHED = tuple(f".{name}" for name in CACHED_LAYERS)
 ROOM_TO_STREAM = 256 * 2**20  # bytes that core sets aside, of what it loads, for the layers it streams
 
 
@@ -15,18 +15,18 @@ class ConstantsLast:
 
     def _load_list(self, for_dynamic=False, default_device=None):
         entries = super()._load_list(for_dynamic, default_device)
-        if not self.model.keep_constants:
+        if not self.model.use_prompt_cache:
             return entries
         # Core's keys: with dynamic VRAM ascending, the first item False for small modules; else descending by size.
         last = 2 if for_dynamic else -1
-        return [(last, *entry[1:]) if entry[-3].endswith(CONSTANTS) else entry for entry in entries]
+        return [(last, *entry[1:]) if entry[-3].endswith(CACHED) else entry for entry in entries]
 
 
 class WorldStereoPatcher(ConstantsLast, comfy.model_patcher.ModelPatcher):
     """Core's patcher that loads what an estimate says fits."""
 
     def load(self, device_to=None, lowvram_model_memory=0, force_patch_weights=False, full_load=False):
-        """Loads no more than every step uses where not all fits: the constants' weights would fill the rest for nothing."""
+        """Loads no more than every step uses where not all fits: the weights behind the prompt cache would fill the rest for nothing."""
         enough = resident_bytes(self.model) + ROOM_TO_STREAM
         super().load(device_to, min(lowvram_model_memory, enough), force_patch_weights, full_load)
 
@@ -37,14 +37,14 @@ class WorldStereoPatcherDynamic(ConstantsLast, comfy.model_patcher.ModelPatcherD
     def clone(self, disable_dynamic=False, **kwargs):
         clone = super().clone(disable_dynamic, **kwargs)
         if disable_dynamic:
-            clone.__class__ = WorldStereoPatcher  # core makes it a plain ModelPatcher, which does not know the constants
+            clone.__class__ = WorldStereoPatcher  # core makes it a plain ModelPatcher, which does not know the prompt cache
         return clone
 
 
 def resident_bytes(model) -> int:
-    """Bytes of the weights that every step uses: all but the constants', if those are kept."""
-    constants = CONSTANTS if model.keep_constants else ()
-    return sum(p.nbytes for name, p in model.named_parameters() if not name.rsplit(".", 1)[0].endswith(constants))
+    """Bytes of the weights that every step uses: all but those behind the prompt cache, if it is on."""
+    cached = CACHED if model.use_prompt_cache else ()
+    return sum(p.nbytes for name, p in model.named_parameters() if not name.rsplit(".", 1)[0].endswith(cached))
 
 
 def make_patcher(model, load_device, offload_device, disable_dynamic: bool):
@@ -52,12 +52,12 @@ def make_patcher(model, load_device, offload_device, disable_dynamic: bool):
     dynamic = issubclass(comfy.model_patcher.CoreModelPatcher, comfy.model_patcher.ModelPatcherDynamic)
     patcher_class = WorldStereoPatcherDynamic if dynamic and not disable_dynamic else WorldStereoPatcher
     patcher = patcher_class(model, load_device=load_device, offload_device=offload_device)
-    patcher.add_callback(CallbacksMP.ON_PRE_RUN, lambda p: p.model.diffusion_model.constants.start_run())
-    patcher.add_callback(CallbacksMP.ON_CLEANUP, lambda p: p.model.diffusion_model.constants.end_run(p.offload_device))
-    patcher.add_callback(CallbacksMP.ON_DETACH, _forget_constants)
+    patcher.add_callback(CallbacksMP.ON_PRE_RUN, lambda p: p.model.diffusion_model.prompt_cache.start_run())
+    patcher.add_callback(CallbacksMP.ON_CLEANUP, lambda p: p.model.diffusion_model.prompt_cache.end_run(p.offload_device))
+    patcher.add_callback(CallbacksMP.ON_DETACH, _forget_cache)
     return patcher
 
 
-def _forget_constants(patcher, unpatch_all: bool):
+def _forget_cache(patcher, unpatch_all: bool):
     if unpatch_all:  # unloaded, and not only another clone's turn
-        patcher.model.diffusion_model.constants.forget()
+        patcher.model.diffusion_model.prompt_cache.forget()

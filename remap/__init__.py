@@ -120,7 +120,7 @@ def is_native(name: str) -> bool:
     return _rename(name, *_TO_DIFFUSERS) is not None and _rename(name, *_TO_NATIVE) is None
 
 
-def why_no_source(name: str) -> str | None:
+def source_refusal(name: str) -> str | None:
     """Why no tensor of a WorldStereo source, which has diffusers names, is called so; None if one is."""
     if is_native(name):
         return ("is a native Wan name. The recipe's exclusion words are made for the source's names and would leave out "

@@ -23,6 +23,7 @@ comfy_aimdo.control.init(nvml_pressure=True)  # its other modules take its libra
 import comfy.cli_args  # noqa: E402
 import cuda_malloc  # noqa: E402, F401  before torch
 
+# isort: split
 import torch  # noqa: E402
 
 CUDA = torch.cuda.is_available()

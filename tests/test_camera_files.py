@@ -5,7 +5,6 @@ import math
 
 import pytest
 import torch
-
 from worldstereo_fp8.scene.camera_files import read_cameras
 from worldstereo_fp8.scene.cameras import Cameras, rotation_to_quaternion, write_camera_json
 

@@ -4,10 +4,20 @@ import math
 
 import pytest
 import torch
-
 from worldstereo_fp8.scene.camera_path import (
-    DEFAULT_FOV, EASINGS, LENSES, PRESETS, Move, camera_of_moge, camera_of_viewer, depth_of_scene, draw_path,
-    focal_length, move_on, pinhole, plan_path,
+    DEFAULT_FOV,
+    EASINGS,
+    LENSES,
+    PRESETS,
+    Move,
+    camera_of_moge,
+    camera_of_viewer,
+    depth_of_scene,
+    draw_path,
+    focal_length,
+    move_on,
+    pinhole,
+    plan_path,
 )
 from worldstereo_fp8.scene.cameras import centres
 from worldstereo_fp8.scene.pointcloud import PointCloud

@@ -7,11 +7,17 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-
 from worldstereo_fp8.scene.camera_files import read_cameras
 from worldstereo_fp8.scene.cameras import (
-    Cameras, centres, normalise, plucker, quaternion_to_rotation, quaternions_and_translations,
-    rotation_to_quaternion, thin, write_camera_json,
+    Cameras,
+    centres,
+    normalise,
+    plucker,
+    quaternion_to_rotation,
+    quaternions_and_translations,
+    rotation_to_quaternion,
+    thin,
+    write_camera_json,
 )
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -14,7 +14,8 @@ from torch._dynamo.eval_frame import _debug_get_cache_entry_list
 from toy import cooked, forward, golden_inputs, golden_weights, relative_error, run, save, source
 from worldstereo_fp8 import loaders, remap
 from worldstereo_fp8.loaders import load_worldstereo
-from worldstereo_fp8.worldstereo import constants, model
+from worldstereo_fp8.worldstereo import blocks, control
+from worldstereo_fp8.worldstereo import prompt_cache as prompt_cache_module
 
 CASE = "memory_dmd"
 
@@ -140,8 +141,8 @@ class TestConstants:
 
             monkeypatch.setattr(cls, method, call)
 
-        counted(model.CrossAttention, "keys_values", "prompt")
-        counted(model.ControlBlock, "modulation", "time")
+        counted(blocks.CrossAttention, "keys_values", "prompt")
+        counted(control.ControlBlock, "modulation", "time")
         return counts
 
     def test_once_a_prompt_and_once_for_all_timesteps(self, files, computed):
@@ -192,7 +193,7 @@ class TestConstants:
         patcher = load(files["fp8"])
         first = sample(patcher, conditioning(0), conditioning(1))
         comfy.model_management.unload_all_models()
-        kept = patcher.model.diffusion_model.constants
+        kept = patcher.model.diffusion_model.prompt_cache
         assert not kept.prompts and not kept.times
         assert torch.equal(sample(patcher, conditioning(0), conditioning(1)), first)
         assert computed == {"prompt": 4, "time": 4}
@@ -223,7 +224,7 @@ class TestConstants:
 
     def test_between_runs_prompts_wait_on_the_offload_device(self, files, monkeypatch):
         moved = []
-        monkeypatch.setattr(constants.Prompt, "to", lambda self, device: moved.append(device) or self)
+        monkeypatch.setattr(prompt_cache_module.Prompt, "to", lambda self, device: moved.append(device) or self)
         patcher = load(files["fp8"])
         sample(patcher, conditioning(0), conditioning(1), cfg=5.0, steps=2)
         assert moved == 2 * [patcher.offload_device]
@@ -231,18 +232,18 @@ class TestConstants:
         assert len(moved) == 2  # the copies that were made are still there
 
     def test_more_timesteps_than_are_kept(self, files, monkeypatch, computed):
-        monkeypatch.setattr(constants, "KEPT_TIMESTEPS", 3)
+        monkeypatch.setattr(prompt_cache_module, "KEPT_TIMESTEPS", 3)
         patcher = load(files["fp8"])
         first = sample(patcher, conditioning(0), conditioning(1), steps=5)
-        assert computed["time"] == 2 * 5 and len(patcher.model.diffusion_model.constants.times) == 1
-        monkeypatch.setattr(constants, "KEPT_TIMESTEPS", 5)
+        assert computed["time"] == 2 * 5 and len(patcher.model.diffusion_model.prompt_cache.times) == 1
+        monkeypatch.setattr(prompt_cache_module, "KEPT_TIMESTEPS", 5)
         assert relative_error(sample(patcher, conditioning(0), conditioning(1), steps=5), first) < 1e-6
 
     def test_a_prompt_no_longer_used_is_forgotten(self, files):
         patcher = load(files["fp8"])
         for seed in range(4):
             sample(patcher, conditioning(seed), conditioning(9), steps=1)
-            assert len(patcher.model.diffusion_model.constants.prompts) == 1  # this run's
+            assert len(patcher.model.diffusion_model.prompt_cache.prompts) == 1  # this run's
 
     def test_a_prompt_of_the_same_call_is_not_computed_again(self, files, computed):
         """CFG: the negative stays while another positive comes; core gives both in one batch."""
@@ -254,7 +255,7 @@ class TestConstants:
     def test_nothing_is_kept_of_a_call_from_outside(self, files):
         patcher = load(files["fp8"])
         run(patcher, golden_inputs(CASE)[0])
-        assert not patcher.model.diffusion_model.constants.prompts
+        assert not patcher.model.diffusion_model.prompt_cache.prompts
 
 
 LAYERS = ("blocks.0.self_attn.q", "blocks.1.ffn.2", "blocks.0.cross_attn.k_img", "controlnet.proj_out.0")
@@ -328,7 +329,7 @@ def test_partly_offloaded_with_a_lora_is_the_same(files):
         patched.unpatch_model(torch.device("cpu"))
 
 
-def test_where_not_all_fits_the_constants_stay_in_ram(files, monkeypatch):
+def test_where_not_all_fits_what_the_prompt_cache_replaces_stays_in_ram(files, monkeypatch):
     """Their layers, and no others, when there is room for the others; and no more is loaded than that."""
     monkeypatch.setattr(loaders.patcher, "ROOM_TO_STREAM", 20_000)  # in proportion to the toy's layers
     patcher = load(files["fp8"], disable_dynamic=True)
@@ -340,7 +341,7 @@ def test_where_not_all_fits_the_constants_stay_in_ram(files, monkeypatch):
         offloaded = {name for name, module in patcher.model.named_modules()
                      if hasattr(module, "prev_comfy_cast_weights") and module.weight is not None}
         constant = {name for name, module in patcher.model.named_modules()
-                    if name.endswith(loaders.patcher.CONSTANTS) and hasattr(module, "comfy_cast_weights")}
+                    if name.endswith(loaders.patcher.CACHED) and hasattr(module, "comfy_cast_weights")}
         assert offloaded <= constant and len(offloaded) > 0.8 * len(constant)
         assert patcher.loaded_size() <= resident + 20_000
     finally:
@@ -351,7 +352,7 @@ def test_without_the_prompt_cache_every_weight_counts(files):
     patcher = load(files["fp8"], prompt_cache=False, disable_dynamic=True)
     assert loaders.patcher.resident_bytes(patcher.model) == sum(p.nbytes for p in patcher.model.parameters())
     names = [entry[-3] for entry in sorted(patcher._load_list(), key=lambda entry: entry[:2], reverse=True)]
-    assert not names[-1].endswith(loaders.patcher.CONSTANTS)
+    assert not names[-1].endswith(loaders.patcher.CACHED)
 
 
 def test_model_patches_see_the_tokens(files):
@@ -443,20 +444,20 @@ def test_torch_compile(files, monkeypatch):
     """With the backend that only traces: what is held here is that the graph can be captured, and that there is one for
     all blocks of a kind, not its speed."""
     patcher = load(files["fp8"], disable_dynamic=True)  # as the node has it
-    monkeypatch.setattr(model, "optimized_attention", attention_pytorch)  # core's for CPUs cannot be traced
+    monkeypatch.setattr(blocks, "optimized_attention", attention_pytorch)  # core's for CPUs cannot be traced
     plain = sample(patcher, conditioning(0), conditioning(1), steps=2)
     torch._dynamo.reset()
     compiled = TorchCompileModel.execute(patcher, "eager").result[0]
     assert relative_error(sample(compiled, conditioning(0), conditioning(1), steps=2), plain) < 1e-5
     diffusion_model = patcher.model.diffusion_model
     assert len(diffusion_model.blocks) > 1 and len(diffusion_model.controlnet.controlnet_blocks) > 1
-    for function in (model.Block.forward, model.add_control):
+    for function in (blocks.Block.forward, control.add_control):
         assert len(_debug_get_cache_entry_list(function.__code__)) == 1
 
 
 @pytest.mark.parametrize("kind", ["patch", "override"])
 def test_torch_compile_with_what_looks_at_the_blocks_number(kind, files, monkeypatch):
-    monkeypatch.setattr(model, "optimized_attention", attention_pytorch)
+    monkeypatch.setattr(blocks, "optimized_attention", attention_pytorch)
     patcher = load(files["fp8"], disable_dynamic=True)
 
     def strength(transformer_options):

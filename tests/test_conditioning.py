@@ -8,12 +8,16 @@ from comfy.ldm.wan.vae import WanVAE
 from comfy.taesd.taehv import TAEHV
 from toy import GOLDEN
 from worldstereo_fp8.loaders import load_worldstereo
-from worldstereo_fp8.worldstereo import conditioning
 from worldstereo_fp8.scene.cameras import Cameras, normalise, plucker
-from worldstereo_fp8.worldstereo.conditioning import (
-    References, check_vae, condition, decode_keyframes, encode_keyframes, keyframe_size,
-)
 from worldstereo_fp8.scene.pictures import resize_pictures
+from worldstereo_fp8.worldstereo.conditioning import (
+    References,
+    check_vae,
+    condition,
+    decode_keyframes,
+    encode_keyframes,
+    keyframe_size,
+)
 from worldstereo_fp8.worldstereo.config import WorldStereoConfig
 from worldstereo_fp8.worldstereo.schedule import dmd_sigmas
 

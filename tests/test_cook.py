@@ -31,7 +31,7 @@ from worldstereo_fp8.fp8.files import Tensor, open_files
 from worldstereo_fp8.fp8.report import compare
 from worldstereo_fp8.loaders import load_worldstereo
 from worldstereo_fp8.worldstereo.config import WorldStereoConfig, config_to_embed
-from worldstereo_fp8.worldstereo.layout import tensor_shapes
+from worldstereo_fp8.worldstereo.shapes import tensor_shapes
 
 ROOT = Path(command.__file__).parent
 CASE = "memory_dmd"
@@ -253,7 +253,7 @@ def put(name: str, value: float):
 def test_refused_sources(tmp_path, change, message):
     path = bad(tmp_path, change)
     with pytest.raises(ValueError, match=message):
-        cook(path, tmp_path / "out.safetensors", why_not=remap.why_no_source)
+        cook(path, tmp_path / "out.safetensors", refusal=remap.source_refusal)
     assert [p.name for p in tmp_path.iterdir()] == ["bad.safetensors"]
 
 

@@ -15,9 +15,9 @@ from PIL import Image
 from safetensors.torch import save_file
 from toy import golden_weights, source
 from web_page import open_workflow, page_of
+from worldstereo_fp8.comfy_nodes.files import file_name
 from worldstereo_fp8.demo import server
 from worldstereo_fp8.fp8.cook import verify
-from worldstereo_fp8.nodes import file_name
 
 COMFYUI = Path(comfy.cli_args.__file__).parents[1]
 WORKFLOW = Path(server.__file__).parents[1] / "example_workflows" / "cook_fp8.json"

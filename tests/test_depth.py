@@ -4,9 +4,13 @@ import math
 
 import pytest
 import torch
-
 from worldstereo_fp8.scene.depth import (
-    DEPTH_PICTURES, depth_of_moge, depth_of_picture, draw_in, on_edge, points_from_depth,
+    DEPTH_PICTURES,
+    depth_of_moge,
+    depth_of_picture,
+    draw_in,
+    on_edge,
+    points_from_depth,
 )
 
 W2C = torch.tensor([[0.8, 0, 0.6, 1], [0, 1, 0, 2], [-0.6, 0, 0.8, 3], [0, 0, 0, 1]])

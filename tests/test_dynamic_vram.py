@@ -14,12 +14,12 @@ from comfy_api.torch_helpers import set_torch_compile_wrapper
 from torch._dynamo.eval_frame import _debug_get_cache_entry_list
 from toy import relative_error, save
 from worldstereo_fp8 import remap
-from worldstereo_fp8.fp8.recipe import MARKER, is_quantised, quantise, scale_name
+from worldstereo_fp8.fp8.recipe import MARKER, is_quantised, quantise_weight, scale_name
 from worldstereo_fp8.loaders import load_worldstereo
-from worldstereo_fp8.loaders.patcher import CONSTANTS, WorldStereoPatcher
-from worldstereo_fp8.worldstereo import model
+from worldstereo_fp8.loaders.patcher import CACHED, WorldStereoPatcher
+from worldstereo_fp8.worldstereo import blocks, control
 from worldstereo_fp8.worldstereo.config import WorldStereoConfig
-from worldstereo_fp8.worldstereo.layout import tensor_shapes
+from worldstereo_fp8.worldstereo.shapes import tensor_shapes
 
 pytestmark = pytest.mark.skipif(not comfy.memory_management.aimdo_enabled, reason="dynamic VRAM needs an NVIDIA GPU")
 
@@ -48,7 +48,7 @@ def path(weights, tmp_path_factory):
     for name, value in weights.items():
         tensors[name] = value
         if is_quantised(name, value.shape, "bf16"):
-            tensors[name], tensors[scale_name(name)] = quantise(value)
+            tensors[name], tensors[scale_name(name)] = quantise_weight(value)
     return save(tensors, tmp_path_factory.mktemp("models") / "toy.safetensors", CONFIG)
 
 
@@ -104,7 +104,7 @@ def test_resident_streamed_and_without_dynamic_vram_are_the_same(compute, path):
     resident = sample(patcher)
     assert patcher._vbar_get().loaded_size() > 0
     comfy.model_management.unload_all_models()
-    assert patcher._vbar_get().loaded_size() == 0 and not patcher.model.diffusion_model.constants.prompts
+    assert patcher._vbar_get().loaded_size() == 0 and not patcher.model.diffusion_model.prompt_cache.prompts
     assert torch.equal(sample(streamed(patcher)), resident)
     assert patcher._vbar_get().loaded_size() == 0
     assert torch.equal(sample(load_worldstereo(path, compute, disable_dynamic=True)), resident)
@@ -118,15 +118,15 @@ def test_weights_that_are_evicted_come_back(compute, path):
     assert torch.equal(sample(patcher), before)
 
 
-def test_constants_are_the_first_to_be_evicted(path):
+def test_layers_behind_the_prompt_cache_are_the_first_to_be_evicted(path):
     """Core evicts from the end of the model's address range."""
     patcher = load_worldstereo(path)
     comfy.model_management.load_models_gpu([patcher])
     assert all(hasattr(module, "_v") for module in patcher.model.modules()
                if isinstance(getattr(module, "weight", None), QuantizedTensor))
     places = {name: module._v[1] for name, module in patcher.model.named_modules() if hasattr(module, "_v")}
-    constants = [place for name, place in places.items() if name.endswith(CONSTANTS)]
-    assert constants and min(constants) > max(place for name, place in places.items() if not name.endswith(CONSTANTS))
+    cached = [place for name, place in places.items() if name.endswith(CACHED)]
+    assert cached and min(cached) > max(place for name, place in places.items() if not name.endswith(CACHED))
 
 
 @pytest.mark.parametrize("compute", COMPUTE)
@@ -154,5 +154,5 @@ def test_torch_compile(compute, path):
         "guard_filter_fn": lambda guards: ["transformer_options" not in guard.name for guard in guards]})
     # In FP8 a last bit of difference in one layer may round a token of the next to the neighbouring number.
     assert relative_error(sample(compiled), sample(patcher)) < (0.01 if compute == "bf16" else 0.05)
-    for function in (model.Block.forward, model.add_control):  # one graph for all blocks
+    for function in (blocks.Block.forward, control.add_control):  # one graph for all blocks
         assert len(_debug_get_cache_entry_list(function.__code__)) == 1

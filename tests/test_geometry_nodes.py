@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 from test_workflow import PLACEHOLDERS
 from web_page import open_workflow, page_of
+from worldstereo_fp8.comfy_nodes.files import camera_file, camera_files
 from worldstereo_fp8.demo import job, scene, server, toy
-from worldstereo_fp8.nodes import camera_file, camera_files
 from worldstereo_fp8.scene.camera_files import read_cameras
 from worldstereo_fp8.scene.cameras import centres, rigid_inverse
 

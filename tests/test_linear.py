@@ -9,10 +9,9 @@ import torch
 from worldstereo_fp8.fp8 import activations
 from worldstereo_fp8.fp8.activations import BACKENDS, QuantisedTokens, row_scales_refusal
 from worldstereo_fp8.fp8.activations import quantise as quantise_tokens
-from worldstereo_fp8.fp8.linear import native_refusal, operations
-from worldstereo_fp8.fp8.matmul import scaled_linear, why_not_native
-from worldstereo_fp8.fp8.recipe import FP8, FP8_MAX, quantise
-
+from worldstereo_fp8.fp8.linear import matmul_refusal, operations
+from worldstereo_fp8.fp8.matmul import scaled_linear, size_refusal
+from worldstereo_fp8.fp8.recipe import FP8, FP8_MAX, quantise_weight
 
 CPU = torch.device("cpu")
 FULL_PRECISION = b'{"format": "float8_e4m3fn", "full_precision_matrix_mult": true}'
@@ -24,7 +23,7 @@ def refusal(native: bool):
 
 def layer(in_features=64, out_features=48, bias=True, native=False, dtype=torch.bfloat16, quant=b'{"format": "float8_e4m3fn"}'):
     torch.manual_seed(0)
-    weight, scale = quantise(torch.randn(out_features, in_features))
+    weight, scale = quantise_weight(torch.randn(out_features, in_features))
     linear = operations(dtype, refusal(native)).Linear(in_features, out_features, bias=bias)
     state = {"weight": weight, "weight_scale": scale.float(), "comfy_quant": torch.tensor(list(quant), dtype=torch.uint8)}
     if bias:
@@ -63,20 +62,20 @@ def test_a_non_contiguous_input():
 
 @pytest.mark.parametrize("sizes, reason", [((7, 32), "in_features is 7"), ((32, 20), "out_features is 20")])
 def test_odd_sizes_upcast(sizes, reason):
-    assert reason in why_not_native(*sizes)
+    assert reason in size_refusal(*sizes)
     linear, weight, scale, b = layer(*sizes, native=True)
-    assert reason in linear.why_not_native(CPU)
+    assert reason in linear.upcast_reason(CPU)
     x = torch.randn(3, sizes[0])
     assert torch.allclose(linear(x), torch.nn.functional.linear(x, weight.float() * scale.float(), b.float()), atol=1e-5)
 
 
 def test_which_layers_take_the_native_product():
-    assert layer(native=True)[0].why_not_native(CPU) is None
-    assert layer(native=False)[0].why_not_native(CPU) == "native FP8 matmul is off"
-    assert layer(native=True, quant=FULL_PRECISION)[0].why_not_native(CPU) == "the file asks for full precision"
+    assert layer(native=True)[0].upcast_reason(CPU) is None
+    assert layer(native=False)[0].upcast_reason(CPU) == "native FP8 matmul is off"
+    assert layer(native=True, quant=FULL_PRECISION)[0].upcast_reason(CPU) == "the file asks for full precision"
     plain = operations(torch.bfloat16, refusal(True)).Linear(16, 16)
     plain.load_state_dict({"weight": torch.randn(16, 16), "bias": torch.randn(16)})
-    assert plain.why_not_native(CPU) == "not an FP8 weight" and plain.weight.dtype == torch.float32
+    assert plain.upcast_reason(CPU) == "not an FP8 weight" and plain.weight.dtype == torch.float32
 
 
 def seed_formula(x, weight, scale):
@@ -88,21 +87,21 @@ def seed_formula(x, weight, scale):
 def test_native_is_refused_without_a_product_for_it(monkeypatch):
     """A device with FP8 units whose PyTorch takes no scale a token, and no backend with one scale for the tensor."""
     cpu = torch.device("cpu")
-    native_refusal.cache_clear()
+    matmul_refusal.cache_clear()
     assert "no FP8 matmul with a scale a token" in row_scales_refusal(cpu)  # so it is with PyTorch's CPU
     monkeypatch.setattr(comfy.model_management, "supports_fp8_compute", lambda device: True)
     monkeypatch.setattr(activations, "forced", "eager")
-    assert native_refusal("auto", cpu) == row_scales_refusal(cpu)
-    assert native_refusal("bf16", cpu) == "compute is bf16"
+    assert matmul_refusal("auto", cpu) == row_scales_refusal(cpu)
+    assert matmul_refusal("bf16", cpu) == "compute is bf16"
     with pytest.raises(ValueError, match="compute is fp8, but this PyTorch has no FP8 matmul with a scale a token"):
-        native_refusal("fp8", cpu)
-    native_refusal.cache_clear()
+        matmul_refusal("fp8", cpu)
+    matmul_refusal.cache_clear()
 
 
 def test_a_compute_dtype_that_was_chosen_for_the_model_wins():
     linear, *_ = layer(native=True)
     linear.comfy_force_cast_weights = True  # core's Model Compute Dtype
-    assert "compute dtype" in linear.why_not_native(CPU)
+    assert "compute dtype" in linear.upcast_reason(CPU)
 
 
 @pytest.mark.parametrize("native", [False, True])
@@ -114,14 +113,14 @@ def test_what_stands_in_for_forward_is_called(native):
     original = linear.forward
     linear.forward = lambda x: 1 + torch.nn.functional.linear(x, weight.float() * scale.float(), b.float())
     assert not linear.takes_fp8(CPU)
-    with linear.held(CPU, torch.float32) as product:
+    with linear.fetched(CPU, torch.float32) as product:
         assert torch.allclose(product(x), 1 + expected, atol=1e-5)
     linear.forward = original
     assert linear.takes_fp8(CPU) == native
     hook = linear.register_forward_hook(lambda module, args, out: torch.zeros_like(out))
     assert not linear.takes_fp8(CPU)
     if not native:
-        with linear.held(CPU, torch.float32) as product:
+        with linear.fetched(CPU, torch.float32) as product:
             assert not product(x).any()
     hook.remove()
 
@@ -131,7 +130,7 @@ def test_native_is_no_less_accurate_than_a_fixed_scale(magnitude):
     """On the arithmetic of the native product: both factors in FP8, exact sums."""
     torch.manual_seed(1)
     exact = torch.randn(128, 512)
-    weight, scale = quantise(exact)
+    weight, scale = quantise_weight(exact)
     x = magnitude * torch.randn(64, 512)
     x[:, ::197] *= 30
     reference = x @ exact.t()
@@ -197,7 +196,7 @@ def test_native_accuracy_on_a_gpu(monkeypatch, backend, magnitude):
     monkeypatch.setattr(activations, "forced", backend)
     torch.manual_seed(1)
     exact = torch.randn(1024, 2048)
-    weight, scale = (t.cuda() for t in quantise(exact))
+    weight, scale = (t.cuda() for t in quantise_weight(exact))
     x = (magnitude * torch.randn(256, 2048)).bfloat16()
     x[:, ::197] *= 30
     reference = x.float() @ exact.t()

@@ -8,10 +8,10 @@ import pytest
 import torch
 from comfy.quant_ops import QuantizedTensor
 from toy import GOLDEN, comfy_style, cooked, golden_inputs, golden_weights, native, relative_error, run, save, source
-from worldstereo_fp8.fp8.recipe import quantise, scale_name
+from worldstereo_fp8.fp8.recipe import quantise_weight, scale_name
 from worldstereo_fp8.loaders import load_worldstereo
 from worldstereo_fp8.worldstereo.config import WorldStereoConfig
-from worldstereo_fp8.worldstereo.layout import native_shapes
+from worldstereo_fp8.worldstereo.shapes import native_shapes
 
 CASE = "memory_dmd"
 CONV = "controlnet.controlnet_mask_embedding.mask_proj.0.weight"
@@ -187,7 +187,7 @@ SCALE = scale_name(LINEAR)
     (change("blocks.0.extra.weight", torch.ones(2)), "belong to no WorldStereo model: blocks.0.extra.weight"),
     (change("blocks.1.norm2.weight", torch.ones(63)), r"blocks\.1\.norm2\.weight is \[63\], expected \[64\]"),
     (change("blocks.1.norm2.weight", torch.ones(64, dtype=torch.int32)), r"blocks\.1\.norm2\.weight is I32"),
-    (change("blocks.1.norm2.weight", quantise(torch.ones(64))[0]), r"blocks\.1\.norm2\.weight is F8_E4M3"),
+    (change("blocks.1.norm2.weight", quantise_weight(torch.ones(64))[0]), r"blocks\.1\.norm2\.weight is F8_E4M3"),
     (change(LINEAR, torch.ones(64, 64).to(torch.float8_e5m2)), rf"{LINEAR} is F8_E5M2"),
     (change(LINEAR, torch.ones(64, 64)), rf"{SCALE} scales {LINEAR}, which is F32"),
     (change("blocks.0.attn1.to_q.scale_bias", torch.ones(1)), "belong to no WorldStereo model"),

@@ -9,7 +9,7 @@ from toy import GOLDEN, cooked, golden_inputs, golden_weights, relative_error, r
 from worldstereo_fp8.fp8 import activations, linear
 from worldstereo_fp8.fp8.recipe import dequantise, scale_name
 from worldstereo_fp8.loaders import load_worldstereo
-from worldstereo_fp8.worldstereo import model
+from worldstereo_fp8.worldstereo import blocks
 
 # Without dynamic VRAM, also on a GPU: it maps the weights read-only, and rounds FP8 layers as small as these anew.
 load_worldstereo = functools.partial(load_worldstereo, disable_dynamic=True)
@@ -172,9 +172,9 @@ def native(monkeypatch):
     monkeypatch.setattr(comfy.model_management, "supports_fp8_compute", lambda device: True)
     monkeypatch.setattr(linear, "row_scales_refusal", lambda device: None)
     monkeypatch.setattr(linear, "scaled_linear", product)
-    linear.native_refusal.cache_clear()
+    linear.matmul_refusal.cache_clear()
     yield
-    linear.native_refusal.cache_clear()
+    linear.matmul_refusal.cache_clear()
 
 
 def test_native_and_upcast_agree_but_for_the_tokens_rounding(native, tmp_path):
@@ -190,8 +190,8 @@ def test_tokens_in_parts_give_what_all_at_once_give(compute, native, monkeypatch
     inputs, config = larger(golden_inputs("memory_dmd")[0]), golden_weights("memory_dmd")[1]
     patcher = load_worldstereo(save(cooked("memory_dmd"), tmp_path / "m.safetensors", config), compute, torch.float32)
     whole = run(patcher, inputs)
-    monkeypatch.setattr(model, "CHUNK", 128)
-    monkeypatch.setattr(model, "UPCAST_QUERIES", 128)
-    assert len(model._spans(480, 128)) == 4 and len(model._spans(288, 128)) == 3
+    monkeypatch.setattr(blocks, "CHUNK", 128)
+    monkeypatch.setattr(blocks, "UPCAST_QUERIES", 128)
+    assert len(blocks.spans(480, 128)) == 4 and len(blocks.spans(288, 128)) == 3
     # In FP8 a last bit of difference in one layer may round a token of the next to the neighbouring number.
     assert relative_error(run(patcher, inputs), whole) < (1e-5 if compute == "bf16" else 1e-2)

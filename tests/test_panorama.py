@@ -3,8 +3,7 @@
 import pytest
 import torch
 from comfy.ldm.moge.panorama import _uv_grid, spherical_uv_to_directions
-
-from worldstereo_fp8.scene.camera_path import focal_length, LENSES, pinhole
+from worldstereo_fp8.scene.camera_path import LENSES, focal_length, pinhole
 from worldstereo_fp8.scene.panorama import directions, points_of_panorama, view_of_panorama
 
 HEIGHT, WIDTH = 64, 128

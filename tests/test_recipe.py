@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-
 from worldstereo_fp8.fp8 import recipe
 
 WORDS = "norm, bias, time_in, time_, patch_embedding, img_emb, modulation, text_embedding, adapter, add, ref_conv, audio_proj"
@@ -50,7 +49,7 @@ def test_which_tensors():
 
 def test_published_bit_for_bit():
     for weight in hard_weights():
-        values, scale = recipe.quantise(weight, "published")
+        values, scale = recipe.quantise_weight(weight, "published")
         expected, expected_scale = published(weight)
         assert torch.equal(values.view(torch.uint8), expected.view(torch.uint8))
         assert scale.dtype == torch.bfloat16 and scale.shape == () and torch.equal(scale, expected_scale)
@@ -60,7 +59,7 @@ def test_default_is_never_worse_and_never_clips():
     ups = 0
     for weight in hard_weights():
         worst, rms = errors(weight, *published(weight))
-        values, scale = recipe.quantise(weight, "default")
+        values, scale = recipe.quantise_weight(weight, "default")
         default_worst, default_rms = errors(weight, values, scale)
         assert default_worst <= worst and default_rms <= rms
         assert weight.abs().max().double() / scale.double() < 464  # above this the nearest e4m3 number would not be 448
@@ -72,7 +71,7 @@ def test_rounding_up_alone_would_lose():
     weight = torch.full((8, 8), 0.3)
     up = torch.nextafter(published(weight)[1], torch.tensor(torch.inf, dtype=torch.bfloat16))
     rounded_up = (weight / up.float()).to(torch.float8_e4m3fn), up
-    assert errors(weight, *rounded_up) > errors(weight, *published(weight)) >= errors(weight, *recipe.quantise(weight))
+    assert errors(weight, *rounded_up) > errors(weight, *published(weight)) >= errors(weight, *recipe.quantise_weight(weight))
 
 
 def test_counted_values_choose_as_the_weight_does():
@@ -80,18 +79,18 @@ def test_counted_values_choose_as_the_weight_does():
         values, counts = weight.float().unique(return_counts=True)
         by_counts = recipe.find_scale(weight.float().abs().max(), [(values, counts)], "default")
         by_halves = recipe.find_scale(weight.float().abs().max(), [(half.float(), 1) for half in weight.chunk(2)], "default")
-        assert by_counts == by_halves == (recipe.quantise(weight)[1].float(), recipe.quantise(weight)[1])
+        assert by_counts == by_halves == (recipe.quantise_weight(weight)[1].float(), recipe.quantise_weight(weight)[1])
 
 
 @pytest.mark.parametrize("name", recipe.RECIPES)
 def test_all_zero_weight_has_scale_one(name):
-    values, scale = recipe.quantise(torch.zeros(4, 4, dtype=torch.bfloat16), name)
+    values, scale = recipe.quantise_weight(torch.zeros(4, 4, dtype=torch.bfloat16), name)
     assert scale == 1 and not values.float().any()
 
 
 def test_dequantise_multiplies_in_fp32():
     weight = torch.randn(16, 32, generator=torch.Generator().manual_seed(1))
-    values, scale = recipe.quantise(weight)
+    values, scale = recipe.quantise_weight(weight)
     expected = values.double() * scale.double()
     assert torch.equal(recipe.dequantise(values, scale, torch.float32).double(), expected)
     assert torch.equal(recipe.dequantise(values, scale, torch.bfloat16), expected.to(torch.bfloat16))

@@ -7,7 +7,7 @@ from comfy.ops import disable_weight_init
 from diffusers import WanTransformer3DModel
 from worldstereo_fp8 import remap
 from worldstereo_fp8.worldstereo.config import WorldStereoConfig
-from worldstereo_fp8.worldstereo.layout import native_shapes, tensor_shapes
+from worldstereo_fp8.worldstereo.shapes import native_shapes, tensor_shapes
 
 NAMES = list(tensor_shapes(WorldStereoConfig()))
 

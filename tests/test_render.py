@@ -3,7 +3,6 @@
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-
 from worldstereo_fp8.scene import render as render_module
 from worldstereo_fp8.scene.cameras import Cameras, quaternion_to_rotation
 from worldstereo_fp8.scene.depth import DEPTH_PICTURES, points_from_depth

@@ -8,7 +8,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from worldstereo_fp8 import remap
-from worldstereo_fp8.fp8.recipe import MARKER, is_quantised, quantise, scale_name
+from worldstereo_fp8.fp8.recipe import MARKER, is_quantised, quantise_weight, scale_name
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -36,7 +36,7 @@ def cooked(case: str, convs: str = "fp8") -> dict:
     for name, value in source(case).items():
         tensors[name] = value
         if is_quantised(name, tuple(value.shape), convs):
-            tensors[name], tensors[scale_name(name)] = quantise(value)
+            tensors[name], tensors[scale_name(name)] = quantise_weight(value)
     return tensors
 
 

@@ -3,7 +3,15 @@
 import math
 
 from .. import remap
-from .config import CAMERA_QT, IN_CHANNELS, LATENT_CHANNELS, MASK_CAM_CHANNELS, PATCH, SPATIAL_DOWNSCALE, WorldStereoConfig
+from .config import (
+    CAMERA_QT,
+    IN_CHANNELS,
+    LATENT_CHANNELS,
+    MASK_CAM_CHANNELS,
+    PATCH,
+    SPATIAL_DOWNSCALE,
+    WorldStereoConfig,
+)
 
 
 def _linear(name: str, out_features: int, in_features: int) -> dict:

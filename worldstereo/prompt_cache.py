@@ -16,7 +16,7 @@ KEPT_TIMESTEPS = 256
 WEIGHTS = "worldstereo_weights"  # which LoRAs the weights carry
 COMING_TIMESTEPS = "worldstereo_timesteps"  # the timesteps this run will come by
 
-# Layers whose weights are used for these constants only, by the ends of their native names.
+# Layers whose weights are used for nothing else, by the ends of their native names.
 LAYERS = ("cross_attn.k", "cross_attn.v", "cross_attn.k_img", "cross_attn.v_img", "text_embedding.0",
           "text_embedding.2", "img_emb.proj.1", "img_emb.proj.3", "time_embedding.0", "time_embedding.2",
           "time_projection.1", "norm1.linear", "norm2.linear")
@@ -71,8 +71,8 @@ def _same(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
 
 
 @dataclass
-class Constants:
-    """The kept constants of one model. `weights` says which LoRAs they were computed with; with others they are
+class PromptCache:
+    """What is kept of one model. `weights` says which LoRAs they were computed with; with others they are
     forgotten. A prompt is forgotten after a run that did not use it, and earlier if another needs its room."""
 
     weights: object = None
@@ -131,7 +131,7 @@ class Constants:
 
     def timesteps(self, wanted: list[float], coming: list[float], key: tuple,
                   compute: Callable[[list[float]], list[Time]]) -> list[Time]:
-        """The constants of the wanted timesteps. If one is not kept, those of the coming ones are computed with it, where
+        """What follows from the wanted timesteps. If one is not kept, those of the coming ones are computed with it, where
         there is room for all.
         key: what else they depend on (dtype, device)."""
         missing = [t for t in dict.fromkeys(wanted) if (t, *key) not in self.times]

@@ -1,0 +1,18 @@
+"""What the nodes share: their category, the types of their links, and what they show on themselves."""
+
+from comfy_api.latest import io
+from server import PromptServer
+
+CATEGORY = "WorldStereo"
+
+Cameras = io.Custom("WORLDSTEREO_CAMERAS")  # scene.cameras.Cameras
+Points = io.Custom("WORLDSTEREO_POINTS")  # scene.pointcloud.PointCloud
+MoGeGeometry = io.Custom("MOGE_GEOMETRY")  # core's dict of comfy_extras/nodes_moge.py
+
+
+def show_on_node(node: type[io.ComfyNode], text: str):
+    """Shows a text on the node that runs."""
+    if node.hidden.unique_id:
+        PromptServer.instance.send_progress_text(text, node.hidden.unique_id)
+
+

@@ -1,0 +1,51 @@
+"""Names of files in ComfyUI's folders: what can be chosen, and where results go."""
+
+from pathlib import Path, PureWindowsPath
+
+import folder_paths
+
+from ..fp8.files import INDEX_SUFFIX, SHARD
+
+SAFETENSORS = (".safetensors", ".sft")
+CAMERA_FILES = (".json", ".txt")
+
+
+def diffusion_models() -> list[str]:
+    """The safetensors files in ComfyUI's diffusion_models folders, but for the shards of models in several files."""
+    return [name for name in folder_paths.get_filename_list("diffusion_models")
+            if name.lower().endswith(SAFETENSORS) and not SHARD.search(name)]
+
+
+def cook_sources() -> list[str]:
+    """What in the diffusion_models folders can be cooked: safetensors files, and the index of a model in shards."""
+    files = [name for folder in folder_paths.get_folder_paths("diffusion_models")
+             for name in folder_paths.recursive_search(folder, [".git"])[0] if name.endswith(INDEX_SUFFIX)]
+    return sorted({*files, *diffusion_models()})
+
+
+def file_name(name: str, suffix: str) -> str:
+    """A file's name with the suffix. Raises ValueError for one that has path parts, on any system."""
+    stem = name.removesuffix(suffix)
+    if not stem.strip(". ") or PureWindowsPath(name).name != name:
+        raise ValueError(f"{name!r} is no file name: give a name alone, without a folder.")
+    return stem + suffix
+
+
+def camera_files() -> list[str]:
+    """The files in ComfyUI's input folder that may hold cameras."""
+    folder = Path(folder_paths.get_input_directory())
+    return sorted(path.name for path in folder.iterdir() if path.suffix.lower() in CAMERA_FILES and path.is_file())
+
+
+def camera_file(name: str) -> Path:
+    """Where a file of `camera_files` is. Raises ValueError for any other name."""
+    if name not in camera_files():
+        raise ValueError(f"camera: {name!r} is no camera file in ComfyUI's input folder; upload it there.")
+    return Path(folder_paths.get_input_directory()) / name
+
+
+def new_output(filename_prefix: str, suffix: str) -> tuple[Path, str]:
+    """A path in the output folder that does not exist yet, numbered as core's savers do, and its subfolder."""
+    folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(
+        filename_prefix, folder_paths.get_output_directory())
+    return Path(folder) / f"{name}_{counter:05}_{suffix}", subfolder

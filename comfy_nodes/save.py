@@ -1,0 +1,108 @@
+"""Write cameras, points and frames into the output folder."""
+
+import os
+
+import comfy.model_management
+import comfy.utils
+import folder_paths
+from comfy_api.latest import Types, io
+
+from ..scene.cameras import write_camera_json
+from ..scene.pointcloud import ply_bytes, write_world_mirror
+from .common import CATEGORY, Cameras, Points, show_on_node
+from .files import new_output
+
+PLY_AXES = ("y up (3-D viewers)", "OpenCV (y down, z forward)")
+
+
+class WorldStereoSaveCamera(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="WorldStereoSaveCamera",
+            display_name="WorldStereo Save Camera",
+            category=CATEGORY,
+            description="Writes the cameras as camera.json into the output folder: world-to-camera in OpenCV axes, "
+                        "intrinsics in pixels, and the picture's size.",
+            search_aliases=["camera.json", "export camera"],
+            inputs=[
+                Cameras.Input("cameras"),
+                io.String.Input("filename_prefix", default="worldstereo/camera",
+                                tooltip="In ComfyUI's output folder; a number is added, nothing is overwritten."),
+            ],
+            is_output_node=True,
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(cls, cameras, filename_prefix) -> io.NodeOutput:
+        path, _ = new_output(filename_prefix, ".json")
+        write_camera_json(path, cameras)
+        show_on_node(cls, os.path.relpath(path, folder_paths.get_output_directory()))
+        return io.NodeOutput()
+
+
+class WorldStereoSavePointCloud(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="WorldStereoSavePointCloud",
+            display_name="WorldStereo Save Point Cloud",
+            category=CATEGORY,
+            description="Writes the point cloud with its colours as a PLY file into the output folder. Connect ply to "
+                        "core's Preview Point Cloud to look at it.",
+            search_aliases=["ply", "export points", "3d viewer"],
+            inputs=[
+                Points.Input("points"),
+                io.String.Input("filename_prefix", default="3d/worldstereo",
+                                tooltip="In ComfyUI's output folder; a number is added, nothing is overwritten."),
+                io.Combo.Input("axes", options=list(PLY_AXES),
+                               tooltip="y up stands upright in 3-D viewers. OpenCV keeps the axes of the cameras, for "
+                                       "tools that read them too."),
+            ],
+            outputs=[io.File3DPLY.Output(display_name="ply")],
+            is_output_node=True,
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(cls, points, filename_prefix, axes) -> io.NodeOutput:
+        path, subfolder = new_output(filename_prefix, ".ply")
+        path.write_bytes(ply_bytes(points, y_up=axes == PLY_AXES[0]))
+        show_on_node(cls, f"{len(points):,} points\n{os.path.relpath(path, folder_paths.get_output_directory())}")
+        saved = {"filename": path.name, "subfolder": subfolder, "type": "output"}
+        return io.NodeOutput(Types.File3D(str(path)), ui={"3d": [saved]})
+
+
+class WorldStereoSaveFrames(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="WorldStereoSaveFrames",
+            display_name="WorldStereo Save Frames",
+            category=CATEGORY,
+            description="Writes the keyframes and their cameras as a folder for reconstruction with WorldMirror: "
+                        "images/*.png and cameras.json (camera-to-world in OpenCV axes, intrinsics in pixels).",
+            search_aliases=["worldmirror", "reconstruction", "gaussian splatting", "export frames"],
+            inputs=[
+                io.Image.Input("images", tooltip="The decoded keyframes."),
+                Cameras.Input("cameras", tooltip="One camera a frame. Where there are more, they are thinned as "
+                                                 "WorldStereo Conditioning thinned them."),
+                io.String.Input("filename_prefix", default="worldstereo/frames",
+                                tooltip="Of a new folder in ComfyUI's output folder; a number is added, nothing is "
+                                        "overwritten."),
+            ],
+            is_output_node=True,
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(cls, images, cameras, filename_prefix) -> io.NodeOutput:
+        path, _ = new_output(filename_prefix, "")
+        progress = comfy.utils.ProgressBar(len(images))
+        write_world_mirror(path, images, cameras.thinned(len(images)), progress.update)
+        show_on_node(cls, os.path.relpath(path, folder_paths.get_output_directory()))
+        return io.NodeOutput()
+
+
+NODES = [WorldStereoSaveCamera, WorldStereoSavePointCloud, WorldStereoSaveFrames]

@@ -1,0 +1,205 @@
+"""What backbone and control branch share: attention, feed-forward, and the spans of tokens they work in.
+
+Letters in the shapes: B batch, F keyframes, R reference views, h×w latent size, n = h/2·w/2 tokens a frame, C backbone
+width, D control width.
+"""
+
+import dataclasses
+import math
+
+import comfy.conds
+import comfy.model_base
+import comfy.model_management
+import comfy.ops
+import comfy.supported_models
+import torch
+from comfy.ldm.flux.layers import EmbedND
+from comfy.ldm.modules.attention import optimized_attention
+from comfy.ldm.wan.model import (
+    WanAttentionBlock,
+    WanI2VCrossAttention,
+    WanSelfAttention,
+)
+from comfy.model_management import cast_to
+from torch import nn
+
+from ..fp8.activations import (
+    QuantisedTokens,
+    gated_add_,
+    gelu_quantise,
+    layer_norm_modulate,
+    layer_norm_quantise,
+    quantise,
+    rms_rope,
+)
+from .prompt_cache import KeysValues
+
+ROPE_THETA = 10000.0
+CHUNK = 16384  # tokens that wide intermediates are made for at once
+UPCAST_QUERIES = CHUNK // 2  # queries at once where normed tokens and weights are not in FP8 and take twice the room
+Tokens = torch.Tensor | QuantisedTokens  # [1, L, C]
+
+
+def rope_embedder(head_dim: int) -> EmbedND:
+    """Wan's split of a head's channels over time, height and width."""
+    side = 2 * (head_dim // 6)
+    return EmbedND(dim=head_dim, theta=ROPE_THETA, axes_dim=[head_dim - 2 * side, side, side])
+
+
+def to_tokens(x: torch.Tensor) -> torch.Tensor:
+    """[B, C, F, h/2, w/2] to [B, F·n, C]."""
+    return x.flatten(2).transpose(1, 2)
+
+
+def spans(length: int, chunk: int) -> list[slice]:
+    """Parts of at most `chunk` tokens, about equal, in whole tiles of 128."""
+    count = max(math.ceil(length / chunk), 1)
+    step = math.ceil(length / count / 128) * 128
+    return [slice(start, min(start + step, length)) for start in range(0, length, step)]
+
+
+def part_of(x: Tokens, span: slice) -> Tokens:
+    """A span of a single sample's tokens, [1, span, C]."""
+    if isinstance(x, QuantisedTokens):
+        return dataclasses.replace(x.rows(span.start, span.stop), shape=(1, span.stop - span.start, x.shape[-1]))
+    return x[:, span]
+
+
+def norm_weights(norm: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """A norm's weight and bias on x's device, copied: they outlive the next layer's turn in core's offload buffers."""
+    weight, bias, stream = comfy.ops.cast_bias_weight(norm, x, offloadable=True)
+    copies = weight.clone(), None if bias is None else bias.clone()
+    comfy.ops.uncast_bias_weight(norm, weight, bias, stream)
+    return copies
+
+
+def normed(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, eps: float, layer: nn.Module) -> Tokens:
+    """LayerNorm(x)·(1 + scale) + shift for `layer`: in FP8 if it multiplies so. shift, scale: [1, 1, C]."""
+    function = layer_norm_quantise if layer.takes_fp8(x.device) else layer_norm_modulate
+    return function(x, shift, scale, eps)
+
+
+def as_input(x: torch.Tensor, layer: nn.Module, done: Tokens | None = None) -> Tokens:
+    """x as `layer` takes it, kept until its turn comes: FP8 is half as large. done: tokens of x's size, which are
+    written over where they are of the kind that `layer` takes."""
+    if layer.takes_fp8(x.device):
+        return quantise(x, into=done if isinstance(done, QuantisedTokens) else None)
+    return done.copy_(x) if isinstance(done, torch.Tensor) else x
+
+
+class SelfAttention(WanSelfAttention):
+    """Wan's self-attention, added to the residual stream in spans of queries."""
+
+    def add_to(self, x, h: Tokens, gate, freqs, transformer_options):
+        """x += gate · attention(h), in place. x: [1,L,C], h: its normed tokens, gate: [1,1,C], freqs: [1,L,1,d/2,2,2].
+
+        With an `attn1_patch`, which wants whole tensors, x may have a batch and is not split.
+        """
+        patches = transformer_options.get("patches", {}).get("attn1_patch", [])
+        norm_q, norm_k = norm_weights(self.norm_q, x)[0], norm_weights(self.norm_k, x)[0]
+        with self.k.fetched(x.device, x.dtype) as product:
+            k = rms_rope(product(h), norm_k, freqs, self.num_heads, self.eps)
+        with self.v.fetched(x.device, x.dtype) as product:
+            v = product(h)
+        queries = CHUNK if isinstance(h, QuantisedTokens) else UPCAST_QUERIES
+        parts = [slice(0, x.shape[1])] if patches else spans(x.shape[1], queries)
+        attended = []
+        with self.q.fetched(x.device, x.dtype) as product:
+            for span in parts:
+                part = h if len(parts) == 1 else part_of(h, span)
+                q = rms_rope(product(part), norm_q, freqs[:, span], self.num_heads, self.eps)
+                y = optimized_attention(q, k, v, heads=self.num_heads, transformer_options=transformer_options)
+                for patch in patches:
+                    y = patch({"x": y, "q": q.unflatten(-1, (self.num_heads, -1)),
+                               "k": k.unflatten(-1, (self.num_heads, -1)), "transformer_options": transformer_options})
+                del q
+                attended.append(as_input(y, self.o, done=part))
+                del y
+        del k, v
+        with self.o.fetched(x.device, x.dtype) as product:
+            for span, y in zip(parts, attended):
+                gated_add_(x[:, span], product(y), gate)
+
+
+class CrossAttention(WanI2VCrossAttention):
+    """Wan's cross-attention over text and picture, or over the text alone where no picture features are given. Keys
+    and values come apart from the queries: they are the prompt's (see `prompt_cache`)."""
+
+    def keys_values(self, text, image) -> KeysValues:
+        """text: [B,T,C]; image: [B,I,C] or None, both embedded."""
+        k_img = None if image is None else self.norm_k_img(self.k_img(image))
+        v_img = None if image is None else self.v_img(image)
+        return KeysValues(self.norm_k(self.k(text)), self.v(text), k_img, v_img)
+
+    def add_to(self, x, norm, kv: KeysValues, transformer_options):
+        """x += attention(norm(x), kv), in place. x: [B,L,C]."""
+        weight, bias = norm_weights(norm, x)
+        scale, shift = (weight.float() - 1)[None, None], bias[None, None]
+        norm_q = norm_weights(self.norm_q, x)[0]
+        parts = spans(x.shape[1], CHUNK)
+        attended = []
+        with self.q.fetched(x.device, x.dtype) as product:
+            for span in parts:
+                h = normed(x[:, span], shift, scale, norm.eps, self.q)
+                q = nn.functional.rms_norm(product(h), norm_q.shape, norm_q, self.eps)
+                y = optimized_attention(q, kv.k, kv.v, heads=self.num_heads, transformer_options=transformer_options)
+                if kv.k_img is not None:
+                    y = y + optimized_attention(q, kv.k_img, kv.v_img, heads=self.num_heads,
+                                                transformer_options=transformer_options)
+                attended.append(as_input(y, self.o))
+        del h, q, y
+        with self.o.fetched(x.device, x.dtype) as product:
+            for span, y in zip(parts, attended):
+                x[:, span] += product(y)
+
+
+def add_feed_forward(ffn: nn.Sequential, x, shift, scale, gate, eps: float):
+    """x += gate · ffn(LayerNorm(x)·(1 + scale) + shift), in place. x: [B,L,C]; the others [B,1,C]."""
+    first, _, second = ffn
+    parts = spans(x.shape[1], CHUNK)
+    hidden = []
+    with first.fetched(x.device, x.dtype) as product:
+        for span in parts:
+            h = product(normed(x[:, span], shift, scale, eps, first))
+            # In place where it stays as wide: all spans' hidden tokens are there at once.
+            hidden.append(gelu_quantise(h) if second.takes_fp8(h.device) else torch.ops.aten.gelu_(h, approximate="tanh"))
+            del h
+    with second.fetched(x.device, x.dtype) as product:
+        for span, h in zip(parts, hidden):
+            gated_add_(x[:, span], product(h), gate)
+
+
+class Block(WanAttentionBlock):
+    """A backbone block over reference and target tokens; only the targets look at text and picture."""
+
+    def __init__(self, cross_attn_type, dim, ffn_dim, num_heads, window_size, qk_norm, cross_attn_norm, eps,
+                 operation_settings={}):
+        super().__init__(cross_attn_type, dim, ffn_dim, num_heads, window_size, qk_norm, cross_attn_norm, eps,
+                         operation_settings=operation_settings)
+        self.self_attn = SelfAttention(dim, num_heads, eps=eps, operation_settings=operation_settings)
+        self.cross_attn = CrossAttention(dim, num_heads, eps=eps, operation_settings=operation_settings)
+
+    def forward(self, x, e, freqs, kv: list[KeysValues], ref_len=0, transformer_options={}):
+        """x: [B, ref_len + F·n, C], references first; overwritten with the result. e: [B,1,6,C]. kv: of each sample.
+
+        What a patch has seen or returned is its own, here and in the model's forward: it is copied before it is
+        overwritten.
+        """
+        patches = transformer_options.get("patches", {})
+        modulation = cast_to(self.modulation, dtype=x.dtype, device=x.device).unsqueeze(0) + e
+        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = modulation.unbind(2)
+        # One sample at a time, so that a batch (CFG) needs no more memory than one; patches want the batch whole.
+        samples = [slice(0, len(x))] if patches.get("attn1_patch") else [slice(b, b + 1) for b in range(len(x))]
+        for sample in samples:
+            part = x[sample]
+            h = normed(part, shift[sample], scale[sample], self.eps, self.self_attn.q)
+            self.self_attn.add_to(part, h, gate[sample], freqs if len(freqs) == 1 else freqs[sample], transformer_options)
+            del h
+        for b in range(len(x)):
+            self.cross_attn.add_to(x[b:b + 1, ref_len:], self.norm3, kv[b], transformer_options)
+        for patch in patches.get("attn2_patch", []):
+            x = patch({"x": x, "transformer_options": transformer_options}).clone()
+        for b in range(len(x)):
+            sample = slice(b, b + 1)
+            add_feed_forward(self.ffn, x[sample], ffn_shift[sample], ffn_scale[sample], ffn_gate[sample], self.eps)
+        return x

@@ -1,0 +1,136 @@
+"""WorldStereo as a ComfyUI model: conditions, memory estimate and model configuration, as ComfyUI's samplers see them."""
+
+import weakref
+
+import comfy.conds
+import comfy.model_base
+import comfy.model_management
+import comfy.ops
+import comfy.supported_models
+import torch
+from comfy.model_base import convert_tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from .blocks import CHUNK, UPCAST_QUERIES
+from .config import MASK_CAM_CHANNELS, PATCH, SPATIAL_DOWNSCALE, WorldStereoConfig
+from .model import WorldStereoModel
+from .prompt_cache import COMING_TIMESTEPS, WEIGHTS
+
+TEXT_TOKENS, IMAGE_TOKENS = 512, 257
+WORKSPACE = 150 * 2**20  # bytes, of cuBLAS, cuDNN and what is too small to count
+CONDITION_LATENTS = ("render_latent", "reference_latent")
+
+
+class OnDevice(comfy.conds.CONDRegular):
+    """A condition that is moved to the GPU once a run, where core would copy it at every step, and that is not copied
+    when it is alone in its batch."""
+
+    def concat(self, others):
+        return super().concat(others) if others else self.cond
+
+
+class WorldStereo(comfy.model_base.WAN21):
+    """The model with its sampling: what ComfyUI's samplers see.
+
+    Beyond core's I2V conditioning it reads from the conditioning, each with a batch axis of 1: `render_latent`
+    [1,16,F,h,w] and `reference_latent` [1,16,R,h,w] (of the VAE, not normalised), `render_mask`, `camera_embedding`,
+    `ref_index`, `camera_qt`, `camera_qt_ref` as the diffusion model takes them.
+    """
+
+    def __init__(self, model_config, device=None):
+        super(comfy.model_base.WAN21, self).__init__(model_config, comfy.model_base.ModelType.FLOW, device=device,
+                                                     unet_model=WorldStereoModel)
+        self.image_to_video = True
+        self.use_prompt_cache = True  # see prompt_cache.py
+        self._moved = WeakTensorKeyDictionary()
+        self.memory_usage_factor_conds = ("reference_latent",)
+
+    # Core's own signature; beside core's it tells the diffusion model which weights it runs with.
+    def _apply_model(self, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options={}, **kwargs):
+        if self.use_prompt_cache and self.current_patcher is not None and not _changes_the_model(self.current_patcher):
+            sigmas = transformer_options.get("sample_sigmas", t)
+            coming = self.model_sampling.timestep(sigmas[sigmas > 0]).float().tolist()
+            transformer_options = transformer_options | {WEIGHTS: self.current_weight_patches_uuid, COMING_TIMESTEPS: coming}
+        return super()._apply_model(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
+
+    def extra_conds(self, **kwargs):
+        """Core's I2V conditions and WorldStereo's, for the diffusion model. Raises ValueError where the latent to sample
+        is not of the size that the conditioning was made for."""
+        out = super().extra_conds(**kwargs)
+        noise = kwargs["noise"]
+        latents = {name: self.process_latent_in(kwargs[name]) for name in CONDITION_LATENTS if name in kwargs}
+        for name, latent in latents.items():
+            if latent.shape[-2:] != noise.shape[-2:] or (name == "render_latent" and latent.shape[2] != noise.shape[2]):
+                raise ValueError(f"The latent to sample is {tuple(noise.shape[2:])} (frames, height, width), but the "
+                                 f"conditioning was made for {tuple(latent.shape[2:])}: use the latent that "
+                                 "WorldStereo Conditioning returns")
+        if "reference_latent" in latents:
+            latent = latents["reference_latent"]
+            latents["reference_latent"] = torch.cat([latent, torch.ones_like(latent[:, :4]), latent], dim=1)
+        rest = {name: kwargs[name] for name in ("render_mask", "camera_embedding", "ref_index", "camera_qt",
+                                                "camera_qt_ref") if name in kwargs}
+        return out | {name: OnDevice(self._on_device(value, kwargs["device"])) for name, value in (latents | rest).items()}
+
+    def _on_device(self, value: torch.Tensor, device: torch.device) -> torch.Tensor:
+        """value in the inference dtype on the device; what positive and negative share is there once."""
+        moved = self._moved[value]() if value in self._moved else None
+        if moved is None or moved.device != device:
+            moved = convert_tensor(value, self.get_dtype_inference(), device)
+            self._moved[value] = weakref.ref(moved)
+        return moved
+
+    def extra_conds_shapes(self, **kwargs):
+        if "reference_latent" not in kwargs:
+            return {}
+        return {"reference_latent": list(kwargs["reference_latent"].shape)}
+
+    def memory_required(self, input_shape, cond_shapes={}):
+        """Bytes a step needs beside the weights, in its widest moment, which is in self-attention.
+
+        For each sample every token's residual, its control tokens, its render's pixels, and its prompt's keys and
+        values; for one sample at a time all keys and values, the normed tokens (whose memory serves for the attended
+        ones too; half as much in FP8), a span's queries and result, an upcast weight. What was measured stands in the
+        README.
+        """
+        if not (comfy.model_management.xformers_enabled() or comfy.model_management.pytorch_attention_flash_attention()):
+            return super().memory_required(input_shape, cond_shapes)
+        config, (batch, _, frames, height, width) = self.diffusion_model.config, input_shape
+        size = comfy.model_management.dtype_size(self.get_dtype_inference())
+        references = max((shape[2] for shape in cond_shapes.get("reference_latent", [])), default=0)
+        per_frame = (height // PATCH[1]) * (width // PATCH[2])
+        tokens, targets = (frames + references) * per_frame, frames * per_frame
+        rope = 4 * 2 * sum((config.dim // config.num_heads, config.control_dim // config.control_num_heads))
+        pixels = MASK_CAM_CHANNELS * frames * config.mask_downsample * SPATIAL_DOWNSCALE**2 * height * width * size
+        prompt = 2 * config.num_layers * (TEXT_TOKENS + IMAGE_TOKENS) * config.dim * size
+        native = self.diffusion_model.blocks[0].self_attn.q.takes_fp8(comfy.model_management.get_torch_device())
+        normed, queries, weight = (0.5, CHUNK, 0) if native else (1, UPCAST_QUERIES, config.dim**2)
+        one = tokens * ((2 + normed) * config.dim * size + rope) + (2 * queries * config.dim + weight) * size
+        each = tokens * config.dim * size + targets * config.control_dim * size + pixels + prompt
+        return WORKSPACE + one + batch * each
+
+
+def _changes_the_model(patcher) -> bool:
+    """Whether it runs another model than its weights' uuid says: hooks, injections (bypass LoRAs), patched modules."""
+    patched = any(name.startswith("diffusion_model") for name in patcher.object_patches)
+    return patched or bool(patcher.current_hooks or patcher.injections)
+
+
+def config_of(patcher) -> WorldStereoConfig:
+    """The configuration of a loaded MODEL. Raises ValueError for any model but WorldStereo."""
+    if not isinstance(patcher.model, WorldStereo):
+        raise ValueError(f"model is {type(patcher.model).__name__}, not WorldStereo. Connect Load WorldStereo FP8.")
+    return patcher.model.diffusion_model.config
+
+
+class WorldStereoModelConfig(comfy.supported_models.WAN21_I2V):
+    """ComfyUI's model configuration: which class, which noise schedule, how much memory."""
+
+    supported_inference_dtypes = [torch.bfloat16, torch.float16, torch.float32]
+
+    def __init__(self, config: WorldStereoConfig):
+        super().__init__({"image_model": "wan2.1", "config": config})
+        self.sampling_settings["shift"] = config.gen_shift
+        self.memory_usage_factor = config.dim / 2222  # as core estimates Wan 2.1
+
+    def get_model(self, state_dict, prefix="", device=None):
+        return WorldStereo(self, device=device)
