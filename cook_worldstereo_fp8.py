@@ -17,8 +17,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
 if not __package__:  # run as a script: make this folder the package that it is inside ComfyUI
-    spec = importlib.util.spec_from_file_location("worldstereo_fp8", ROOT / "__init__.py",
-                                                  submodule_search_locations=[str(ROOT)])
+    spec = importlib.util.spec_from_file_location(
+        "worldstereo_fp8", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
+    )
     sys.modules["worldstereo_fp8"] = importlib.util.module_from_spec(spec)
     __package__ = "worldstereo_fp8"
 
@@ -56,10 +57,14 @@ def write_card(report: Report, folder: Path, options: Options, config: str | Non
     """What a model repository owes beside the file: README.md, config.json, LICENSE, the Apache License, NOTICE."""
     folder.mkdir(parents=True, exist_ok=True)
     facts = dict(report.heading)
-    kinds = [f"| `{kind}` | {error.relative:.3%} | {error.rms:.3e} | {error.max:.3e} | {error.zeroed / error.count:.4%} |"
-             for kind, error in report.errors_by_kind()]
-    worst = [f"| `{error.name}` | {error.relative:.3%} | {error.rms:.3e} | {error.max:.3e} | {error.scale:.4g} |"
-             for error in report.worst()]
+    kinds = [
+        f"| `{kind}` | {error.relative:.3%} | {error.rms:.3e} | {error.max:.3e} | {error.zeroed / error.count:.4%} |"
+        for kind, error in report.errors_by_kind()
+    ]
+    worst = [
+        f"| `{error.name}` | {error.relative:.3%} | {error.rms:.3e} | {error.max:.3e} | {error.scale:.4g} |"
+        for error in report.worst()
+    ]
     total = report.total(report.errors)
     readme = f"""---
 license: apache-2.0
@@ -146,15 +151,25 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--verify", action="store_true", help="check an FP8 file against its source, writing nothing")
     what.add_argument("--compare", action="store_true", help="compare two files, BF16 or FP8, of the same names")
-    parser.add_argument("--recipe", choices=RECIPES, help="default: smaller error, the same format; published: bit for "
-                        "bit as the published files. With --verify: what the file says, else published")
-    parser.add_argument("--convs", choices=sorted(set(CONVS.values())),
-                        help="convolution weights; default recipe: bf16, published: fp8")
+    parser.add_argument(
+        "--recipe",
+        choices=RECIPES,
+        help="default: smaller error, the same format; published: bit for "
+        "bit as the published files. With --verify: what the file says, else published",
+    )
+    parser.add_argument(
+        "--convs", choices=sorted(set(CONVS.values())), help="convolution weights; default recipe: bf16, published: fp8"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing DST, report and card")
-    parser.add_argument("--config", type=Path, help="the model's config.json; else the one beside SRC or in its metadata")
-    parser.add_argument("--report", type=Path, metavar="DIR", help="write report.json, report.txt and report.png (Pillow)")
-    parser.add_argument("--card", type=Path, metavar="DIR", help="write README, config.json, LICENSE and NOTICE for a "
-                        "model repository")
+    parser.add_argument(
+        "--config", type=Path, help="the model's config.json; else the one beside SRC or in its metadata"
+    )
+    parser.add_argument(
+        "--report", type=Path, metavar="DIR", help="write report.json, report.txt and report.png (Pillow)"
+    )
+    parser.add_argument(
+        "--card", type=Path, metavar="DIR", help="write README, config.json, LICENSE and NOTICE for a model repository"
+    )
     options = parser.parse_args(arguments)
     if options.card and (options.verify or options.compare):
         parser.error("--card needs a cook: SRC DST")
@@ -170,7 +185,9 @@ def main(arguments: list[str] | None = None) -> int:
         for folder, names in ((given.report, REPORT_FILES), (given.card, CARD_FILES)):
             there = [name for name in names if folder and (folder / name).exists()]
             if there and not given.overwrite:
-                raise FileExistsError(f"{folder} holds {', '.join(there)} already. Choose another folder, or --overwrite.")
+                raise FileExistsError(
+                    f"{folder} holds {', '.join(there)} already. Choose another folder, or --overwrite."
+                )
         if given.compare:
             report = compare(given.first, given.second, _Line())
             print(report.as_text())
@@ -188,8 +205,15 @@ def main(arguments: list[str] | None = None) -> int:
             return 1
         options = Options(given.recipe or RECIPES[0], given.convs)
         find_config = functools.partial(config_to_embed, given=given.config)
-        report = cook(given.first, given.second, options, overwrite=given.overwrite, find_config=find_config,
-                      refusal=remap.source_refusal, on_progress=_Line())
+        report = cook(
+            given.first,
+            given.second,
+            options,
+            overwrite=given.overwrite,
+            find_config=find_config,
+            refusal=remap.source_refusal,
+            on_progress=_Line(),
+        )
         print(report.as_text())
         if given.report:
             write_report(report, given.report)

@@ -20,7 +20,9 @@ class Card:
     """While the `with` block lasts, `leave_free` decides how much of the card other processes can have."""
 
     def __enter__(self):
-        self.process = subprocess.Popen([sys.executable, "-c", BALLAST], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", BALLAST], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
         return self
 
     def __exit__(self, *_):

@@ -21,14 +21,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
 
-import conftest  # noqa: E402, F401  makes ComfyUI and the pack importable
+import conftest  # noqa: F401  makes ComfyUI and the pack importable
 
 # isort: split
-import torch  # noqa: E402
-from worldstereo_fp8.fp8.cook import header  # noqa: E402
-from worldstereo_fp8.fp8.files import Tensor  # noqa: E402
-from worldstereo_fp8.worldstereo.config import WorldStereoConfig  # noqa: E402
-from worldstereo_fp8.worldstereo.shapes import tensor_shapes  # noqa: E402
+import torch
+from worldstereo_fp8.fp8.cook import header
+from worldstereo_fp8.fp8.files import Tensor
+from worldstereo_fp8.worldstereo.config import WorldStereoConfig
+from worldstereo_fp8.worldstereo.shapes import tensor_shapes
 
 REPEATED = 2**25  # random values, written again and again
 
@@ -70,7 +70,9 @@ def main():
     results = []
     for gigabytes in options.gigabytes:
         with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-            source, result, copy = (Path(folder) / name for name in ("source.safetensors", "result.safetensors", "copy"))
+            source, result, copy = (
+                Path(folder) / name for name in ("source.safetensors", "result.safetensors", "copy")
+            )
             make_source(source, gigabytes * 1e9)
             rounds = []
             for _ in range(options.repeat):
@@ -81,13 +83,24 @@ def main():
                 start, base = timed(sys.executable, "-c", "import torch, safetensors")
                 cook, peak = timed(sys.executable, ROOT / "cook_worldstereo_fp8.py", source, result)
                 result.unlink()
-                rounds.append({"cp_s": cp, "cp_and_sync_s": cp_sync, "start_s": start, "cook_s": cook - start,
-                               "speed_of_cp": cp / (cook - start), "speed_of_cp_and_sync": cp_sync / (cook - start),
-                               "peak_mb": peak, "start_mb": base})
+                rounds.append(
+                    {
+                        "cp_s": cp,
+                        "cp_and_sync_s": cp_sync,
+                        "start_s": start,
+                        "cook_s": cook - start,
+                        "speed_of_cp": cp / (cook - start),
+                        "speed_of_cp_and_sync": cp_sync / (cook - start),
+                        "peak_mb": peak,
+                        "start_mb": base,
+                    }
+                )
                 print({key: round(value, 2) for key, value in rounds[-1].items()}, flush=True)
             nbytes = source.stat().st_size
             median = {key: round(statistics.median(r[key] for r in rounds), 2) for key in rounds[0]}
-            results.append({"source_gb": round(nbytes / 1e9, 2), "mb_per_s": round(nbytes / median["cook_s"] / 1e6)} | median)
+            results.append(
+                {"source_gb": round(nbytes / 1e9, 2), "mb_per_s": round(nbytes / median["cook_s"] / 1e6)} | median
+            )
     print(json.dumps({"cores": os.cpu_count(), "cuda": torch.cuda.is_available(), "medians": results}, indent=1))
 
 

@@ -16,22 +16,18 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "tests")]
 
-import conftest  # noqa: E402, F401  makes ComfyUI and the pack importable
+import conftest  # noqa: F401  makes ComfyUI and the pack importable
 
 # isort: split
-import comfy.ldm.flux.math  # noqa: E402
-import comfy.ops  # noqa: E402
-import torch  # noqa: E402
-from torch.nn import functional as F  # noqa: E402
-from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
-from worldstereo_fp8.fp8 import activations  # noqa: E402
-from worldstereo_fp8.fp8.activations import BACKENDS, QuantisedTokens, quantise  # noqa: E402
-from worldstereo_fp8.fp8.matmul import scaled_linear  # noqa: E402
-from worldstereo_fp8.fp8.recipe import (  # noqa: E402
-    FP8,
-    FP8_MAX,
-    quantise_weight,  # noqa: E402
-)
+import comfy.ldm.flux.math
+import comfy.ops
+import torch
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from worldstereo_fp8.fp8 import activations
+from worldstereo_fp8.fp8.activations import BACKENDS, QuantisedTokens, quantise
+from worldstereo_fp8.fp8.matmul import scaled_linear
+from worldstereo_fp8.fp8.recipe import FP8, FP8_MAX, quantise_weight
 
 SHAPES = ((5120, 5120), (5120, 13824), (13824, 5120))
 TOKENS = 32760  # of the Linear
@@ -100,9 +96,14 @@ class Layer:
         self.scale = scale.float()
         self.one = torch.ones((), device=DEVICE)
         self.comfy = comfy.ops.mixed_precision_ops({}, torch.bfloat16).Linear(in_features, out_features)
-        self.comfy.load_state_dict({
-            "weight": self.weight, "weight_scale": self.scale, "bias": self.bias,
-            "comfy_quant": torch.tensor(list(b'{"format": "float8_e4m3fn"}'), dtype=torch.uint8)})
+        self.comfy.load_state_dict(
+            {
+                "weight": self.weight,
+                "weight_scale": self.scale,
+                "bias": self.bias,
+                "comfy_quant": torch.tensor(list(b'{"format": "float8_e4m3fn"}'), dtype=torch.uint8),
+            }
+        )
         self.comfy.to(DEVICE)
 
     def bf16(self, x):
@@ -110,8 +111,15 @@ class Layer:
 
     def seed(self, x):
         """Inputs cut off at ±448, a scale of 1."""
-        return torch._scaled_mm(x.clamp(-FP8_MAX, FP8_MAX).to(FP8), self.weight.t(), scale_a=self.one, scale_b=self.scale,
-                                bias=self.bias, out_dtype=torch.bfloat16, use_fast_accum=True)
+        return torch._scaled_mm(
+            x.clamp(-FP8_MAX, FP8_MAX).to(FP8),
+            self.weight.t(),
+            scale_a=self.one,
+            scale_b=self.scale,
+            bias=self.bias,
+            out_dtype=torch.bfloat16,
+            use_fast_accum=True,
+        )
 
     def ours(self, x, backend: str | None = None):
         activations.forced = backend
@@ -185,8 +193,18 @@ def linear(rounds: int, backends: list[str]):
     for in_features, out_features in SHAPES:
         headings += [f"{in_features}→{out_features} ms", "× BF16"]
     table("Linear, quantisation included unless said otherwise", headings, list(rows.values()))
-    table("Error of the Linear", ["activations", "shape", "weight's rounding alone", "BF16", "fixed scale of 1",
-                                  *(f"ours, {name}" for name in backends)], errors)
+    table(
+        "Error of the Linear",
+        [
+            "activations",
+            "shape",
+            "weight's rounding alone",
+            "BF16",
+            "fixed scale of 1",
+            *(f"ours, {name}" for name in backends),
+        ],
+        errors,
+    )
 
 
 def layer_quantise(x, backend: str):
@@ -199,10 +217,19 @@ def linear_errors(layer: Layer, in_features: int, out_features: int, backends: l
     for name, change in ACTIVATIONS.items():
         x = change(torch.randn(ERROR_TOKENS, in_features, device=DEVICE)).bfloat16()
         reference = x.double() @ layer.exact.double().t()
-        outputs = [x.double() @ (layer.weight.double() * layer.scale).t(), layer.bf16(x), layer.seed(x),
-                   *(layer.ours(x, backend) for backend in backends)]
-        rows.append([name, f"{in_features}→{out_features}",
-                     *(f"{((out - reference).norm() / reference.norm()).item():.2e}" for out in outputs)])
+        outputs = [
+            x.double() @ (layer.weight.double() * layer.scale).t(),
+            layer.bf16(x),
+            layer.seed(x),
+            *(layer.ours(x, backend) for backend in backends),
+        ]
+        rows.append(
+            [
+                name,
+                f"{in_features}→{out_features}",
+                *(f"{((out - reference).norm() / reference.norm()).item():.2e}" for out in outputs),
+            ]
+        )
     return rows
 
 
@@ -212,7 +239,9 @@ def kernels(rounds: int, backends: list[str]):
     hidden = torch.randn(ALL_TOKENS, FFN_DIM, device=DEVICE).bfloat16()
     shift, scale, gate = torch.randn(3, 1, 1, DIM, device=DEVICE).bfloat16()
     weight = torch.ones(DIM, device=DEVICE).bfloat16()
-    freqs = comfy.ldm.flux.math.rope(torch.arange(float(ALL_TOKENS), device=DEVICE)[None], DIM // HEADS, 10000)[:, :, None]
+    freqs = comfy.ldm.flux.math.rope(torch.arange(float(ALL_TOKENS), device=DEVICE)[None], DIM // HEADS, 10000)[
+        :, :, None
+    ]
     y = torch.randn_like(x)
     quantised_bytes = x.nbytes + x.numel()
     functions = {
@@ -226,7 +255,9 @@ def kernels(rounds: int, backends: list[str]):
     rows = []
     for name, (function, nbytes) in functions.items():
         times = time_in_turns({b: lambda b=b: function(BACKENDS[b]) for b in backends}, rounds)
-        rows.append([name, f"{nbytes / 1e9:.2f}", *(f"{ms:.3f} ({nbytes / ms / 1e6:.0f} GB/s)" for ms in times.values())])
+        rows.append(
+            [name, f"{nbytes / 1e9:.2f}", *(f"{ms:.3f} ({nbytes / ms / 1e6:.0f} GB/s)" for ms in times.values())]
+        )
     table(f"Kernels at {ALL_TOKENS} tokens, ms", ["function", "GB moved at least", *backends], rows)
 
 
@@ -234,7 +265,11 @@ def attention(rounds: int):
     """Self-attention of all tokens, and the text's and the picture's cross-attention of a span of them."""
     backends = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION)
     rows = []
-    for queries, keys, repeats in ((ALL_TOKENS, ALL_TOKENS, max(rounds // 8, 1)), (15_120, 512, rounds), (15_120, 257, rounds)):
+    for queries, keys, repeats in (
+        (ALL_TOKENS, ALL_TOKENS, max(rounds // 8, 1)),
+        (15_120, 512, rounds),
+        (15_120, 257, rounds),
+    ):
         q = torch.randn(1, queries, HEADS, DIM // HEADS, device=DEVICE).bfloat16().transpose(1, 2)
         k, v = (torch.randn(1, keys, HEADS, DIM // HEADS, device=DEVICE).bfloat16().transpose(1, 2) for _ in range(2))
         some = slice(0, 256)
@@ -260,10 +295,13 @@ def machine() -> str:
         triton_version = triton.__version__
     except ImportError:
         triton_version = "none"
-    driver = subprocess.run(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True,
-                            text=True).stdout.split()
-    return (f"{torch.cuda.get_device_name()}, driver {driver[0]}, PyTorch {torch.__version__}, CUDA {torch.version.cuda}, "
-            f"cuDNN {torch.backends.cudnn.version()}, Triton {triton_version}")
+    driver = subprocess.run(
+        ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True
+    ).stdout.split()
+    return (
+        f"{torch.cuda.get_device_name()}, driver {driver[0]}, PyTorch {torch.__version__}, CUDA {torch.version.cuda}, "
+        f"cuDNN {torch.backends.cudnn.version()}, Triton {triton_version}"
+    )
 
 
 def main():

@@ -12,13 +12,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "tests")]
 
-import conftest  # noqa: E402, F401  makes ComfyUI and the pack importable
+import conftest  # noqa: F401  makes ComfyUI and the pack importable
 
 # isort: split
-import torch  # noqa: E402
-from worldstereo_fp8.scene.camera_path import Move, move_on, pinhole  # noqa: E402
-from worldstereo_fp8.scene.depth import points_from_depth  # noqa: E402
-from worldstereo_fp8.scene.render import render  # noqa: E402
+import torch
+from worldstereo_fp8.scene.camera_path import Move, move_on, pinhole
+from worldstereo_fp8.scene.depth import points_from_depth
+from worldstereo_fp8.scene.render import render
 
 HEIGHT, WIDTH, FRAMES = 480, 768, 21
 RUNS = 3
@@ -51,8 +51,10 @@ def main():
     print(f"CPU, {torch.get_num_threads()} threads: {time_cpu:.2f} s, {holes.mean():.1%} holes")
     if torch.cuda.is_available():
         time_gpu, gpu_pictures, gpu_holes = seconds(cloud, cameras, "cuda")
-        print(f"{torch.cuda.get_device_name()}: {time_gpu:.3f} s; pictures differ by at most "
-              f"{(gpu_pictures - pictures).abs().max():.1e}, holes in {(gpu_holes != holes).sum()} pixels")
+        print(
+            f"{torch.cuda.get_device_name()}: {time_gpu:.3f} s; pictures differ by at most "
+            f"{(gpu_pictures - pictures).abs().max():.1e}, holes in {(gpu_holes != holes).sum()} pixels"
+        )
 
 
 if __name__ == "__main__":

@@ -26,23 +26,23 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
 
-import conftest  # noqa: E402  makes ComfyUI and the pack importable
+import conftest
 
 # isort: split
-import comfy.model_management  # noqa: E402
-import comfy.sample  # noqa: E402
-import comfy.sd  # noqa: E402
-import torch  # noqa: E402
-from card import GIB, Card  # noqa: E402
-from comfy_api.torch_helpers import set_torch_compile_wrapper  # noqa: E402
-from safetensors.torch import save_file  # noqa: E402
-from worldstereo_fp8.fp8.activations import backend  # noqa: E402
-from worldstereo_fp8.fp8.linear import COMPUTE  # noqa: E402
-from worldstereo_fp8.fp8.recipe import MARKER, is_quantised, quantise_weight, scale_name  # noqa: E402
-from worldstereo_fp8.loaders import load_worldstereo  # noqa: E402
-from worldstereo_fp8.remap import to_native  # noqa: E402
-from worldstereo_fp8.worldstereo.config import WorldStereoConfig  # noqa: E402
-from worldstereo_fp8.worldstereo.shapes import tensor_shapes  # noqa: E402
+import comfy.model_management
+import comfy.sample
+import comfy.sd
+import torch
+from card import GIB, Card
+from comfy_api.torch_helpers import set_torch_compile_wrapper
+from safetensors.torch import save_file
+from worldstereo_fp8.fp8.activations import backend
+from worldstereo_fp8.fp8.linear import COMPUTE
+from worldstereo_fp8.fp8.recipe import MARKER, is_quantised, quantise_weight, scale_name
+from worldstereo_fp8.loaders import load_worldstereo
+from worldstereo_fp8.remap import to_native
+from worldstereo_fp8.worldstereo.config import WorldStereoConfig
+from worldstereo_fp8.worldstereo.shapes import tensor_shapes
 
 HEIGHT, WIDTH, FRAMES, STEPS = 480, 768, 21, 4
 
@@ -80,15 +80,20 @@ def conditioning(references: int):
         penultimate_hidden_states = torch.randn(1, 257, 1280)
 
     values = {
-        "concat_latent_image": torch.randn(1, 16, FRAMES, h, w), "concat_mask": torch.ones(1, 1, FRAMES, h, w),
-        "clip_vision_output": Vision, "render_latent": torch.randn(1, 16, FRAMES, h, w),
+        "concat_latent_image": torch.randn(1, 16, FRAMES, h, w),
+        "concat_mask": torch.ones(1, 1, FRAMES, h, w),
+        "clip_vision_output": Vision,
+        "render_latent": torch.randn(1, 16, FRAMES, h, w),
         "render_mask": torch.zeros(1, 1, FRAMES, HEIGHT, WIDTH),
         "camera_embedding": torch.randn(1, 6, FRAMES, HEIGHT, WIDTH),
         "camera_qt": torch.randn(1, FRAMES, 7),
     }
     if references:
-        values |= {"reference_latent": torch.randn(1, 16, references, h, w), "ref_index": torch.arange(references)[None],
-                   "camera_qt_ref": torch.randn(1, references, 7)}
+        values |= {
+            "reference_latent": torch.randn(1, 16, references, h, w),
+            "ref_index": torch.arange(references)[None],
+            "camera_qt_ref": torch.randn(1, references, 7),
+        }
     return [[torch.randn(1, 512, 4096), values]]
 
 
@@ -114,8 +119,10 @@ def measure_load(folder: Path):
     make_checkpoint(plain, plain_wan=True)
     print("| loader | file GB | s | s a GB |\n|---|---:|---:|---:|")
     for turn in range(2):
-        for name, path, load in (("ComfyUI's, plain Wan", plain, lambda: comfy.sd.load_diffusion_model(str(plain))),
-                                 ("ours", ours, lambda: load_worldstereo(ours))):
+        for name, path, load in (
+            ("ComfyUI's, plain Wan", plain, lambda: comfy.sd.load_diffusion_model(str(plain))),
+            ("ours", ours, lambda: load_worldstereo(ours)),
+        ):
             seconds, size = to_gpu(load), path.stat().st_size / 1e9
             if turn == 1:
                 print(f"| {name} | {size:.2f} | {seconds:.2f} | {seconds / size:.3f} |", flush=True)
@@ -155,7 +162,9 @@ def peak_bytes(patcher) -> int:
 def profile(sample, kernels: int = 16):
     """A table of the kernels that took the most time, of `sample`'s last step."""
     schedule = torch.profiler.schedule(wait=0, warmup=STEPS - 1, active=1)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], schedule=schedule, acc_events=True) as profiler:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CUDA], schedule=schedule, acc_events=True
+    ) as profiler:
         sample(lambda *_: (torch.cuda.synchronize(), profiler.step()))
     events = sorted(profiler.key_averages(), key=lambda event: -event.self_device_time_total)
     total = sum(event.self_device_time_total for event in events)
@@ -176,8 +185,20 @@ def measure(path: Path, references: int, compute: str, backend: str, runs: int, 
 
     def sample(callback):
         with torch.inference_mode():
-            return comfy.sample.sample(patcher, noise, STEPS, 1.0, "euler", "simple", cond, cond, latent, seed=0,
-                                       callback=callback, disable_pbar=True)
+            return comfy.sample.sample(
+                patcher,
+                noise,
+                STEPS,
+                1.0,
+                "euler",
+                "simple",
+                cond,
+                cond,
+                latent,
+                seed=0,
+                callback=callback,
+                disable_pbar=True,
+            )
 
     torch.cuda.reset_peak_memory_stats()
     totals = []
@@ -195,8 +216,11 @@ def measure(path: Path, references: int, compute: str, backend: str, runs: int, 
     steps = [b - a for a, b in zip(stamps, stamps[1:])]
     step = statistics.median(steps[1:])
     row = {
-        "first run s": f"{totals[0]:.1f}", "step s": f"{step:.3f}", "first step s": f"{steps[0]:.2f}",
-        "four steps s": f"{totals[-1]:.2f}", "four / 4 single": f"{totals[-1] / (4 * step):.3f}",
+        "first run s": f"{totals[0]:.1f}",
+        "step s": f"{step:.3f}",
+        "first step s": f"{steps[0]:.2f}",
+        "four steps s": f"{totals[-1]:.2f}",
+        "four / 4 single": f"{totals[-1] / (4 * step):.3f}",
         "peak GB": f"{peak_bytes(patcher) / 1e9:.2f}",
         "weights on the GPU GB": f"{patcher.loaded_size() / 1e9:.2f}",
         "copied in step 1 GB": f"{(copied[1] - copied[0]) / 1e9:.2f}",
@@ -221,9 +245,11 @@ def main():
     args = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("The benchmark step needs a CUDA GPU.")
-    print(f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}, CUDA {torch.version.cuda}, kernels "
-          f"{backend(torch.device('cuda'))[0]}, dynamic VRAM {'on' if conftest.DYNAMIC_VRAM else 'off'}; "
-          f"{WIDTH}×{HEIGHT}, {FRAMES} frames, euler, {STEPS} steps, cfg 1\n")
+    print(
+        f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}, CUDA {torch.version.cuda}, kernels "
+        f"{backend(torch.device('cuda'))[0]}, dynamic VRAM {'on' if conftest.DYNAMIC_VRAM else 'off'}; "
+        f"{WIDTH}×{HEIGHT}, {FRAMES} frames, euler, {STEPS} steps, cfg 1\n"
+    )
     if args.load:
         return measure_load(args.folder)
     count_moves()
@@ -231,15 +257,21 @@ def main():
     header = None
     total = torch.cuda.get_device_properties(0).total_memory / GIB
     with Card() as card:
-        for weights, compute, references, compiled, vram in itertools.product(args.weights, args.compute, args.references,
-                                                                              args.compile, args.vram):
+        for weights, compute, references, compiled, vram in itertools.product(
+            args.weights, args.compute, args.references, args.compile, args.vram
+        ):
             path = args.folder / f"worldstereo_{weights}.safetensors"
             make_checkpoint(path, fp8=weights == "fp8")
             unload()
             card.leave_free(vram)
             torch.cuda.set_per_process_memory_fraction(min((vram or total) / total, 1.0))
-            setting = {"weights": weights, "compute": compute, "references": references, "compiled": compiled,
-                       "VRAM GiB": vram or "all"}
+            setting = {
+                "weights": weights,
+                "compute": compute,
+                "references": references,
+                "compiled": compiled,
+                "VRAM GiB": vram or "all",
+            }
             try:
                 row = setting | measure(path, references, compute, compiled, args.runs, args.profile)
             except torch.OutOfMemoryError as e:

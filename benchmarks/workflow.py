@@ -96,11 +96,20 @@ def main():
                         if "noise_seed" in node["inputs"]:
                             node["inputs"]["noise_seed"] = seed
                     seconds = run(comfyui, prompt)
-                    print(f"{free:.1f} GiB free, run {seed + 1}: {sum(seconds.values()):.1f} s, of it " + ", ".join(
-                        f"{title} {s:.1f}" for title, s in seconds.items() if s >= 0.1), flush=True)
+                    print(
+                        f"{free:.1f} GiB free, run {seed + 1}: {sum(seconds.values()):.1f} s, of it "
+                        + ", ".join(f"{title} {s:.1f}" for title, s in seconds.items() if s >= 0.1),
+                        flush=True,
+                    )
             print(f"{free:.1f} GiB free: at most {free - least.bytes / 2**30:.2f} GiB taken")
-            print("\n".join(line for line in comfyui.log_tail(200).splitlines()
-                            if ("VRAM" in line or "FP8" in line) and "prepared" not in line), flush=True)
+            print(
+                "\n".join(
+                    line
+                    for line in comfyui.log_tail(200).splitlines()
+                    if ("VRAM" in line or "FP8" in line) and "prepared" not in line
+                ),
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

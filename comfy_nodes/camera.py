@@ -1,6 +1,5 @@
 """Camera paths and point-cloud renders."""
 
-
 import comfy.model_management
 import comfy.utils
 from comfy_api.latest import io, ui
@@ -37,11 +36,14 @@ class WorldStereoLoadCamera(io.ComfyNode):
             display_name="WorldStereo Load Camera",
             category=CATEGORY,
             description="Reads a camera path: camera.json, NeRF's transforms.json, or COLMAP's images.txt with "
-                        "cameras.txt beside it. World-to-camera, OpenCV axes (x right, y down, z forward).",
+            "cameras.txt beside it. World-to-camera, OpenCV axes (x right, y down, z forward).",
             search_aliases=["camera.json", "colmap", "nerf", "transforms.json", "trajectory"],
             inputs=[
-                io.Combo.Input("camera", options=camera_files(),
-                               tooltip="A .json or .txt in ComfyUI's input folder; the kind is told by its content."),
+                io.Combo.Input(
+                    "camera",
+                    options=camera_files(),
+                    tooltip="A .json or .txt in ComfyUI's input folder; the kind is told by its content.",
+                )
             ],
             outputs=[
                 Cameras.Output(display_name="cameras"),
@@ -70,54 +72,122 @@ class WorldStereoCameraPath(io.ComfyNode):
             display_name="WorldStereo Camera Path",
             category=CATEGORY,
             description="A camera path from a preset, starting where the picture was taken. Chain several through "
-                        "start. Cameras are world-to-camera in OpenCV axes (x right, y down, z forward).",
+            "start. Cameras are world-to-camera in OpenCV axes (x right, y down, z forward).",
             search_aliases=["camera trajectory", "orbit", "dolly", "pan", "camera motion"],
             inputs=[
                 io.Image.Input("image", tooltip="The picture the path starts from: its size is the cameras' size."),
-                io.Combo.Input("preset", options=list(PRESETS),
-                               tooltip="orbit and arc circle the centre of the scene; dolly, truck, pedestal and "
-                                       "spiral travel; pan, tilt and roll turn on the spot; ellipse loop comes back."),
-                io.Float.Input("degrees", default=30.0, min=-720.0, max=720.0, step=1.0,
-                               tooltip="How far orbit, arc, pan, tilt and roll turn, in degrees."),
-                io.Float.Input("distance", default=0.3, min=-100.0, max=100.0, step=0.01,
-                               tooltip="How far dolly, truck and pedestal travel, the radius at which the spiral ends, "
-                                       "and half the width of the ellipse loop, in units of the scene's depth."),
-                io.Int.Input("keyframes", default=21, min=2, max=1000,
-                             tooltip="Cameras of this path, its start among them. The model takes 21 and thins more "
-                                     "evenly."),
+                io.Combo.Input(
+                    "preset",
+                    options=list(PRESETS),
+                    tooltip="orbit and arc circle the centre of the scene; dolly, truck, pedestal and "
+                    "spiral travel; pan, tilt and roll turn on the spot; ellipse loop comes back.",
+                ),
+                io.Float.Input(
+                    "degrees",
+                    default=30.0,
+                    min=-720.0,
+                    max=720.0,
+                    step=1.0,
+                    tooltip="How far orbit, arc, pan, tilt and roll turn, in degrees.",
+                ),
+                io.Float.Input(
+                    "distance",
+                    default=0.3,
+                    min=-100.0,
+                    max=100.0,
+                    step=0.01,
+                    tooltip="How far dolly, truck and pedestal travel, the radius at which the spiral ends, "
+                    "and half the width of the ellipse loop, in units of the scene's depth.",
+                ),
+                io.Int.Input(
+                    "keyframes",
+                    default=21,
+                    min=2,
+                    max=1000,
+                    tooltip="Cameras of this path, its start among them. The model takes 21 and thins more evenly.",
+                ),
                 io.Combo.Input("easing", options=list(EASINGS), tooltip="How the speed changes along the path."),
-                io.Combo.Input("look_at_centre", options=list(LOOK_AT),
-                               tooltip="on: turn to keep the centre of the scene in the middle. off: keep the "
-                                       "direction. auto: on for orbit, arc, spiral and ellipse loop. Dolly, pan, tilt "
-                                       "and roll keep their own."),
-                io.Combo.Input("lens", options=list(LENSES),
-                               tooltip=f"auto: MoGe's estimate or the 3-D viewer's, else {DEFAULT_FOV:g} degrees wide. "
-                                       "A path in start keeps its lens."),
-                io.Float.Input("lens_value", default=DEFAULT_FOV, min=1.0, max=1000.0, step=0.5,
-                               tooltip="The number for lens: degrees, or mm on 36 mm wide film. Not used by auto."),
-                io.Float.Input("scene_depth", default=0.0, min=0.0, max=1e6, step=0.01, advanced=True,
-                               tooltip="Distance from the camera to the centre of the scene, in scene units. 0: the "
-                                       "median depth of scene, else the 3-D viewer's distance to its target, else 1."),
-                io.Float.Input("start_pitch", default=0.0, min=-89.0, max=89.0, step=1.0, advanced=True,
-                               tooltip="How far up (down: below 0) the picture's camera looks, in degrees, so that "
-                                       "orbits and pans stay level. Not used with start."),
-                io.MultiType.Input("scene", types=[MoGeGeometry, Points], optional=True,
-                                   tooltip="MoGe's geometry of the picture, or a point cloud: gives the depth (and "
-                                           "MoGe the lens), and is drawn into the picture of the path."),
-                io.MultiType.Input("start", types=[Cameras, io.Load3DCamera], optional=True,
-                                   tooltip="Where to start: after the last camera of another path, which stays in "
-                                           "front, or at the camera of core's 3-D viewer."),
+                io.Combo.Input(
+                    "look_at_centre",
+                    options=list(LOOK_AT),
+                    tooltip="on: turn to keep the centre of the scene in the middle. off: keep the "
+                    "direction. auto: on for orbit, arc, spiral and ellipse loop. Dolly, pan, tilt "
+                    "and roll keep their own.",
+                ),
+                io.Combo.Input(
+                    "lens",
+                    options=list(LENSES),
+                    tooltip=f"auto: MoGe's estimate or the 3-D viewer's, else {DEFAULT_FOV:g} degrees wide. "
+                    "A path in start keeps its lens.",
+                ),
+                io.Float.Input(
+                    "lens_value",
+                    default=DEFAULT_FOV,
+                    min=1.0,
+                    max=1000.0,
+                    step=0.5,
+                    tooltip="The number for lens: degrees, or mm on 36 mm wide film. Not used by auto.",
+                ),
+                io.Float.Input(
+                    "scene_depth",
+                    default=0.0,
+                    min=0.0,
+                    max=1e6,
+                    step=0.01,
+                    advanced=True,
+                    tooltip="Distance from the camera to the centre of the scene, in scene units. 0: the "
+                    "median depth of scene, else the 3-D viewer's distance to its target, else 1.",
+                ),
+                io.Float.Input(
+                    "start_pitch",
+                    default=0.0,
+                    min=-89.0,
+                    max=89.0,
+                    step=1.0,
+                    advanced=True,
+                    tooltip="How far up (down: below 0) the picture's camera looks, in degrees, so that "
+                    "orbits and pans stay level. Not used with start.",
+                ),
+                io.MultiType.Input(
+                    "scene",
+                    types=[MoGeGeometry, Points],
+                    optional=True,
+                    tooltip="MoGe's geometry of the picture, or a point cloud: gives the depth (and "
+                    "MoGe the lens), and is drawn into the picture of the path.",
+                ),
+                io.MultiType.Input(
+                    "start",
+                    types=[Cameras, io.Load3DCamera],
+                    optional=True,
+                    tooltip="Where to start: after the last camera of another path, which stays in "
+                    "front, or at the camera of core's 3-D viewer.",
+                ),
             ],
             outputs=[
                 Cameras.Output(display_name="cameras"),
-                io.Image.Output(display_name="picture",
-                                tooltip="The path from above and from the side, blue to red in time."),
+                io.Image.Output(
+                    display_name="picture", tooltip="The path from above and from the side, blue to red in time."
+                ),
             ],
         )
 
     @classmethod
-    def execute(cls, image, preset, degrees, distance, keyframes, easing, look_at_centre, lens, lens_value, scene_depth,
-                start_pitch, scene=None, start=None) -> io.NodeOutput:
+    def execute(
+        cls,
+        image,
+        preset,
+        degrees,
+        distance,
+        keyframes,
+        easing,
+        look_at_centre,
+        lens,
+        lens_value,
+        scene_depth,
+        start_pitch,
+        scene=None,
+        start=None,
+    ) -> io.NodeOutput:
         move = Move(preset, degrees, distance, keyframes, easing, look_at_centre)
         cameras, picture = plan_path(image, move, lens, lens_value, scene_depth, start_pitch, scene, start)
         return io.NodeOutput(cameras, picture, ui=ui.PreviewImage(picture, cls=cls))
@@ -131,37 +201,87 @@ class WorldStereoRender(io.ComfyNode):
             display_name="WorldStereo Render",
             category=CATEGORY,
             description="Makes a point cloud of the picture and its depth and shows what each camera sees of it: the "
-                        "render and the holes that WorldStereo fills. The first camera is the one that took it.",
+            "render and the holes that WorldStereo fills. The first camera is the one that took it.",
             search_aliases=["point cloud render", "warp", "novel view", "moge"],
             inputs=[
                 io.Image.Input("image", tooltip="The picture to start from. It is also the first frame."),
-                io.MultiType.Input("depth", types=[MoGeGeometry, io.Image, Points],
-                                   tooltip="MoGe's geometry of the picture, a grey depth or disparity picture, or a "
-                                           "point cloud in the cameras' world."),
+                io.MultiType.Input(
+                    "depth",
+                    types=[MoGeGeometry, io.Image, Points],
+                    tooltip="MoGe's geometry of the picture, a grey depth or disparity picture, or a "
+                    "point cloud in the cameras' world.",
+                ),
                 Cameras.Input("cameras", tooltip="One camera a frame: world-to-camera, OpenCV axes."),
-                io.Combo.Input("depth_picture", options=list(DEPTH_PICTURES),
-                               tooltip="For a depth picture: what its grey means. Depth Anything gives disparity."),
-                io.Float.Input("near", default=1.0, min=0.0, max=1e6, step=0.01,
-                               tooltip="For a depth picture: the depth of its nearest grey, in scene units. 0 for a "
-                                       "metric depth map."),
-                io.Float.Input("far", default=10.0, min=0.0, max=1e6, step=0.01,
-                               tooltip="For a depth picture: the depth of its farthest grey, in scene units; for a "
-                                       "metric depth map, the depth that white stands for."),
-                io.Int.Input("width", default=0, min=0, max=8192, step=16, advanced=True,
-                             tooltip="Of the render, in pixels. If width or height is 0, both are the model's size "
-                                     "nearest to the picture's shape."),
-                io.Int.Input("height", default=0, min=0, max=8192, step=16, advanced=True,
-                             tooltip="Of the render, in pixels. If width or height is 0, both are the model's size "
-                                     "nearest to the picture's shape."),
-                io.Float.Input("radius", default=RADIUS, min=0.0005, max=0.2, step=0.0005, round=0.0001, advanced=True,
-                               tooltip="Radius of a point, where the shorter side of the picture is 2. The model was "
-                                       f"trained with {RADIUS}."),
-                io.Int.Input("points_per_pixel", default=POINTS_PER_PIXEL, min=1, max=200, advanced=True,
-                             tooltip="How many of the nearest points a pixel is blended from."),
-                io.Color.Input("background", default="#000000", advanced=True,
-                               tooltip="Colour of the holes, behind the points. Black is the default; the published "
-                                       "example renders have mid-grey (#808080) holes. The choice is yours: the mask "
-                                       "tells the model where they are."),
+                io.Combo.Input(
+                    "depth_picture",
+                    options=list(DEPTH_PICTURES),
+                    tooltip="For a depth picture: what its grey means. Depth Anything gives disparity.",
+                ),
+                io.Float.Input(
+                    "near",
+                    default=1.0,
+                    min=0.0,
+                    max=1e6,
+                    step=0.01,
+                    tooltip="For a depth picture: the depth of its nearest grey, in scene units. 0 for a "
+                    "metric depth map.",
+                ),
+                io.Float.Input(
+                    "far",
+                    default=10.0,
+                    min=0.0,
+                    max=1e6,
+                    step=0.01,
+                    tooltip="For a depth picture: the depth of its farthest grey, in scene units; for a "
+                    "metric depth map, the depth that white stands for.",
+                ),
+                io.Int.Input(
+                    "width",
+                    default=0,
+                    min=0,
+                    max=8192,
+                    step=16,
+                    advanced=True,
+                    tooltip="Of the render, in pixels. If width or height is 0, both are the model's size "
+                    "nearest to the picture's shape.",
+                ),
+                io.Int.Input(
+                    "height",
+                    default=0,
+                    min=0,
+                    max=8192,
+                    step=16,
+                    advanced=True,
+                    tooltip="Of the render, in pixels. If width or height is 0, both are the model's size "
+                    "nearest to the picture's shape.",
+                ),
+                io.Float.Input(
+                    "radius",
+                    default=RADIUS,
+                    min=0.0005,
+                    max=0.2,
+                    step=0.0005,
+                    round=0.0001,
+                    advanced=True,
+                    tooltip="Radius of a point, where the shorter side of the picture is 2. The model was "
+                    f"trained with {RADIUS}.",
+                ),
+                io.Int.Input(
+                    "points_per_pixel",
+                    default=POINTS_PER_PIXEL,
+                    min=1,
+                    max=200,
+                    advanced=True,
+                    tooltip="How many of the nearest points a pixel is blended from.",
+                ),
+                io.Color.Input(
+                    "background",
+                    default="#000000",
+                    advanced=True,
+                    tooltip="Colour of the holes, behind the points. Black is the default; the published "
+                    "example renders have mid-grey (#808080) holes. The choice is yours: the mask "
+                    "tells the model where they are.",
+                ),
             ],
             outputs=[
                 io.Image.Output(display_name="render_video"),
@@ -172,15 +292,27 @@ class WorldStereoRender(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, image, depth, cameras, depth_picture, near, far, width, height, radius, points_per_pixel,
-                background) -> io.NodeOutput:
+    def execute(
+        cls, image, depth, cameras, depth_picture, near, far, width, height, radius, points_per_pixel, background
+    ) -> io.NodeOutput:
         if not width or not height:
             height, width = keyframe_size(WorldStereoConfig(), *image.shape[1:3])
         progress = comfy.utils.ProgressBar(len(cameras))
         video, holes, cloud = render_start(
-            image, depth, cameras, depth_picture, near, far, width, height, radius, points_per_pixel,
+            image,
+            depth,
+            cameras,
+            depth_picture,
+            near,
+            far,
+            width,
+            height,
+            radius,
+            points_per_pixel,
             tuple(channel / 255 for channel in ImageColor.getrgb(background)[:3]),
-            comfy.model_management.get_torch_device(), progress.update)
+            comfy.model_management.get_torch_device(),
+            progress.update,
+        )
         show_on_node(cls, summary(cloud, holes))
         return io.NodeOutput(video, holes, cloud)
 
@@ -193,16 +325,34 @@ class WorldStereoPanorama(io.ComfyNode):
             display_name="WorldStereo Panorama",
             category=CATEGORY,
             description="Starts from an equirectangular panorama: the point cloud of all around, and an ordinary "
-                        "picture in a chosen direction with its camera, for Camera Path and Render.",
+            "picture in a chosen direction with its camera, for Camera Path and Render.",
             search_aliases=["360", "equirectangular", "panorama to perspective"],
             inputs=[
                 MoGeGeometry.Input("moge_geometry", tooltip="From core's Run MoGe Panorama Inference."),
-                io.Float.Input("yaw", default=0.0, min=-360.0, max=360.0, step=1.0,
-                               tooltip="Degrees to the right of the panorama's middle."),
-                io.Float.Input("pitch", default=0.0, min=-89.0, max=89.0, step=1.0,
-                               tooltip="Degrees above the horizon (below: negative)."),
-                io.Float.Input("fov", default=75.0, min=10.0, max=150.0, step=1.0,
-                               tooltip="Horizontal field of view of the picture, in degrees."),
+                io.Float.Input(
+                    "yaw",
+                    default=0.0,
+                    min=-360.0,
+                    max=360.0,
+                    step=1.0,
+                    tooltip="Degrees to the right of the panorama's middle.",
+                ),
+                io.Float.Input(
+                    "pitch",
+                    default=0.0,
+                    min=-89.0,
+                    max=89.0,
+                    step=1.0,
+                    tooltip="Degrees above the horizon (below: negative).",
+                ),
+                io.Float.Input(
+                    "fov",
+                    default=75.0,
+                    min=10.0,
+                    max=150.0,
+                    step=1.0,
+                    tooltip="Horizontal field of view of the picture, in degrees.",
+                ),
                 io.Int.Input("width", default=768, min=16, max=8192, step=16, tooltip="Of the picture, in pixels."),
                 io.Int.Input("height", default=480, min=16, max=8192, step=16, tooltip="Of the picture, in pixels."),
             ],

@@ -14,5 +14,3 @@ def show_on_node(node: type[io.ComfyNode], text: str):
     """Shows a text on the node that runs."""
     if node.hidden.unique_id:
         PromptServer.instance.send_progress_text(text, node.hidden.unique_id)
-
-

@@ -28,20 +28,35 @@ class CookFP8(io.ComfyNode):
             display_name="Cook FP8",
             category=CATEGORY,
             description="Makes the 20 GB scaled-FP8 file from a WorldStereo BF16 model (35 GB), in less than 2 GB of memory, "
-                        "and says what it cost. The file appears under its name only when it is whole.",
+            "and says what it cost. The file appears under its name only when it is whole.",
             search_aliases=["quantize", "convert", "fp8", "worldstereo"],
             inputs=[
-                io.Combo.Input("source", options=cook_sources(),
-                               tooltip="A BF16, FP16 or FP32 WorldStereo model in models/diffusion_models, or the "
-                                       ".safetensors.index.json of one in shards."),
-                io.String.Input("result", default="worldstereo_fp8_scaled",
-                                tooltip="The name of the new file, without a folder. It is written beside the source."),
-                io.Combo.Input("recipe", options=list(RECIPES), default=RECIPES[0],
-                               tooltip="default: the scale is rounded before the division, so the error is smaller; loads "
-                                       "wherever published files load. published: bit for bit as the published files."),
-                io.Combo.Input("convs", options=[CONVS_OF_RECIPE, *CONVS.values()], default=CONVS_OF_RECIPE, advanced=True,
-                               tooltip="What becomes of the two convolution weights of the mask embedding. The recipe "
-                                       "default leaves them in BF16, published makes them FP8."),
+                io.Combo.Input(
+                    "source",
+                    options=cook_sources(),
+                    tooltip="A BF16, FP16 or FP32 WorldStereo model in models/diffusion_models, or the "
+                    ".safetensors.index.json of one in shards.",
+                ),
+                io.String.Input(
+                    "result",
+                    default="worldstereo_fp8_scaled",
+                    tooltip="The name of the new file, without a folder. It is written beside the source.",
+                ),
+                io.Combo.Input(
+                    "recipe",
+                    options=list(RECIPES),
+                    default=RECIPES[0],
+                    tooltip="default: the scale is rounded before the division, so the error is smaller; loads "
+                    "wherever published files load. published: bit for bit as the published files.",
+                ),
+                io.Combo.Input(
+                    "convs",
+                    options=[CONVS_OF_RECIPE, *CONVS.values()],
+                    default=CONVS_OF_RECIPE,
+                    advanced=True,
+                    tooltip="What becomes of the two convolution weights of the mask embedding. The recipe "
+                    "default leaves them in BF16, published makes them FP8.",
+                ),
                 io.Boolean.Input("overwrite", default=False, tooltip="Replace a file of that name."),
             ],
             outputs=[io.String.Output(display_name="report"), io.Image.Output(display_name="picture")],
@@ -66,10 +81,16 @@ class CookFP8(io.ComfyNode):
                 bar.update_absolute(percent)
                 show_on_node(cls, str(progress))
 
-        report = cook(path, path.with_name(file_name(result, ".safetensors")),
-                      Options(recipe, None if convs == CONVS_OF_RECIPE else convs), overwrite=overwrite,
-                      find_config=config_to_embed, refusal=remap.source_refusal,
-                      device=comfy.model_management.get_torch_device(), on_progress=on_progress)
+        report = cook(
+            path,
+            path.with_name(file_name(result, ".safetensors")),
+            Options(recipe, None if convs == CONVS_OF_RECIPE else convs),
+            overwrite=overwrite,
+            find_config=config_to_embed,
+            refusal=remap.source_refusal,
+            device=comfy.model_management.get_torch_device(),
+            on_progress=on_progress,
+        )
         picture = torch.from_numpy(np.array(report.picture(), dtype=np.float32) / 255)[None]
         return io.NodeOutput(report.as_text(), picture)
 

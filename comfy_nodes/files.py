@@ -12,14 +12,21 @@ CAMERA_FILES = (".json", ".txt")
 
 def diffusion_models() -> list[str]:
     """The safetensors files in ComfyUI's diffusion_models folders, but for the shards of models in several files."""
-    return [name for name in folder_paths.get_filename_list("diffusion_models")
-            if name.lower().endswith(SAFETENSORS) and not SHARD.search(name)]
+    return [
+        name
+        for name in folder_paths.get_filename_list("diffusion_models")
+        if name.lower().endswith(SAFETENSORS) and not SHARD.search(name)
+    ]
 
 
 def cook_sources() -> list[str]:
     """What in the diffusion_models folders can be cooked: safetensors files, and the index of a model in shards."""
-    files = [name for folder in folder_paths.get_folder_paths("diffusion_models")
-             for name in folder_paths.recursive_search(folder, [".git"])[0] if name.endswith(INDEX_SUFFIX)]
+    files = [
+        name
+        for folder in folder_paths.get_folder_paths("diffusion_models")
+        for name in folder_paths.recursive_search(folder, [".git"])[0]
+        if name.endswith(INDEX_SUFFIX)
+    ]
     return sorted({*files, *diffusion_models()})
 
 
@@ -47,5 +54,6 @@ def camera_file(name: str) -> Path:
 def new_output(filename_prefix: str, suffix: str) -> tuple[Path, str]:
     """A path in the output folder that does not exist yet, numbered as core's savers do, and its subfolder."""
     folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(
-        filename_prefix, folder_paths.get_output_directory())
+        filename_prefix, folder_paths.get_output_directory()
+    )
     return Path(folder) / f"{name}_{counter:05}_{suffix}", subfolder

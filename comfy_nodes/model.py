@@ -1,6 +1,5 @@
 """Load a checkpoint, condition it, sample it."""
 
-
 import folder_paths
 import node_helpers
 from comfy_api.latest import io
@@ -24,37 +23,58 @@ class LoadWorldStereoFP8(io.ComfyNode):
             display_name="Load WorldStereo FP8",
             category=CATEGORY,
             description="Loads a WorldStereo checkpoint (camera, memory or memory-dmd; scaled FP8 or BF16, any naming) "
-                        "as an ordinary MODEL for ComfyUI's samplers, LoRA loaders and offloading.",
+            "as an ordinary MODEL for ComfyUI's samplers, LoRA loaders and offloading.",
             search_aliases=["worldstereo", "fp8", "wan", "novel view"],
             inputs=[
-                io.Combo.Input("model_name", options=diffusion_models(),
-                               tooltip="A WorldStereo .safetensors file in models/diffusion_models. The scaled-FP8 "
-                                       "file takes 20 GB of disk, the BF16 source 35 GB."),
-                io.Combo.Input("compute", options=list(COMPUTE), default=COMPUTE[0],
-                               tooltip="How FP8 layers multiply. auto: native FP8 where the card has it (GeForce RTX "
-                                       "40, Hopper and newer), else the weight is upcast for each product. fp8: "
-                                       "native, or an error. bf16: always upcast."),
-                io.Combo.Input("base_model", options=[NO_BASE, *diffusion_models()], default=NO_BASE, optional=True,
-                               advanced=True,
-                               tooltip="Only for an overlay file that holds a part of the backbone: the "
-                                       "Wan2.1-I2V-14B-480P model it was made on."),
-                io.Boolean.Input("prompt_cache", default=True, optional=True, advanced=True,
-                                 tooltip="Keeps what depends on the prompt or the timestep alone: 0.6 GB a prompt, in "
-                                         "VRAM during a run, for which 8 GB of weights need not stay there. Off: "
-                                         "computed anew at every step, with the same result."),
+                io.Combo.Input(
+                    "model_name",
+                    options=diffusion_models(),
+                    tooltip="A WorldStereo .safetensors file in models/diffusion_models. The scaled-FP8 "
+                    "file takes 20 GB of disk, the BF16 source 35 GB.",
+                ),
+                io.Combo.Input(
+                    "compute",
+                    options=list(COMPUTE),
+                    default=COMPUTE[0],
+                    tooltip="How FP8 layers multiply. auto: native FP8 where the card has it (GeForce RTX "
+                    "40, Hopper and newer), else the weight is upcast for each product. fp8: "
+                    "native, or an error. bf16: always upcast.",
+                ),
+                io.Combo.Input(
+                    "base_model",
+                    options=[NO_BASE, *diffusion_models()],
+                    default=NO_BASE,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Only for an overlay file that holds a part of the backbone: the "
+                    "Wan2.1-I2V-14B-480P model it was made on.",
+                ),
+                io.Boolean.Input(
+                    "prompt_cache",
+                    default=True,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Keeps what depends on the prompt or the timestep alone: 0.6 GB a prompt, in "
+                    "VRAM during a run, for which 8 GB of weights need not stay there. Off: "
+                    "computed anew at every step, with the same result.",
+                ),
             ],
             outputs=[
                 io.Model.Output(),
-                io.String.Output(display_name="negative_prompt",
-                                 tooltip="The negative prompt of the model's configuration, for the variants that are "
-                                         "sampled with cfg above 1; empty where the configuration has none."),
+                io.String.Output(
+                    display_name="negative_prompt",
+                    tooltip="The negative prompt of the model's configuration, for the variants that are "
+                    "sampled with cfg above 1; empty where the configuration has none.",
+                ),
             ],
         )
 
     @classmethod
     def execute(cls, model_name, compute, base_model=NO_BASE, prompt_cache=True) -> io.NodeOutput:
-        path, base = (None if name == NO_BASE else folder_paths.get_full_path_or_raise("diffusion_models", name)
-                      for name in (model_name, base_model))
+        path, base = (
+            None if name == NO_BASE else folder_paths.get_full_path_or_raise("diffusion_models", name)
+            for name in (model_name, base_model)
+        )
         model = load_worldstereo(path, compute, base=base, prompt_cache=prompt_cache)
         return io.NodeOutput(model, config_of(model).negative_prompt)
 
@@ -67,7 +87,7 @@ class WorldStereoConditioning(io.ComfyNode):
             display_name="WorldStereo Conditioning",
             category=CATEGORY,
             description="Puts the picture, the point-cloud render and the cameras into the conditioning, at the size "
-                        "of the model's table nearest to the picture's shape, and makes the empty latent to sample.",
+            "of the model's table nearest to the picture's shape, and makes the empty latent to sample.",
             search_aliases=["worldstereo", "camera control", "image to video"],
             inputs=[
                 io.Model.Input("model", tooltip="From Load WorldStereo FP8: its settings say sizes and frame counts."),
@@ -75,22 +95,38 @@ class WorldStereoConditioning(io.ComfyNode):
                 io.Conditioning.Input("negative"),
                 io.Vae.Input("vae", tooltip="The Wan 2.1 VAE."),
                 io.Image.Input("image", tooltip="The one picture to start from. Camera 0 took it."),
-                io.Image.Input("render_video", tooltip="The point cloud seen by each camera, as many frames as "
-                                                       "cameras. More than the model's 21 keyframes are thinned "
-                                                       "evenly. The first frame is replaced by the picture."),
+                io.Image.Input(
+                    "render_video",
+                    tooltip="The point cloud seen by each camera, as many frames as "
+                    "cameras. More than the model's 21 keyframes are thinned "
+                    "evenly. The first frame is replaced by the picture.",
+                ),
                 io.Mask.Input("render_mask", tooltip="For each frame of the render, 1 (white) where no point fell."),
                 Cameras.Input("cameras", tooltip="One camera a frame: world-to-camera, OpenCV axes."),
-                io.ClipVisionOutput.Input("clip_vision_output", optional=True,
-                                          tooltip="The picture through CLIP ViT-H. Without it only the text is "
-                                                  "attended to, and the result follows the picture less."),
-                io.Image.Input("reference_images", optional=True,
-                               tooltip="Memory variants: other views of the scene, as many as keyframes at most. "
-                                       "Without them the picture itself is the reference."),
-                Cameras.Input("reference_cameras", optional=True,
-                              tooltip="One camera for each reference, in the same world as the cameras."),
-                io.String.Input("reference_index", default="", optional=True,
-                                tooltip="For each reference the keyframe it stands nearest to, from 0, separated by "
-                                        "commas: 0, 5, 12"),
+                io.ClipVisionOutput.Input(
+                    "clip_vision_output",
+                    optional=True,
+                    tooltip="The picture through CLIP ViT-H. Without it only the text is "
+                    "attended to, and the result follows the picture less.",
+                ),
+                io.Image.Input(
+                    "reference_images",
+                    optional=True,
+                    tooltip="Memory variants: other views of the scene, as many as keyframes at most. "
+                    "Without them the picture itself is the reference.",
+                ),
+                Cameras.Input(
+                    "reference_cameras",
+                    optional=True,
+                    tooltip="One camera for each reference, in the same world as the cameras.",
+                ),
+                io.String.Input(
+                    "reference_index",
+                    default="",
+                    optional=True,
+                    tooltip="For each reference the keyframe it stands nearest to, from 0, separated by "
+                    "commas: 0, 5, 12",
+                ),
             ],
             outputs=[
                 io.Conditioning.Output(display_name="positive"),
@@ -100,14 +136,30 @@ class WorldStereoConditioning(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, positive, negative, vae, image, render_video, render_mask, cameras, clip_vision_output=None,
-                reference_images=None, reference_cameras=None, reference_index="") -> io.NodeOutput:
+    def execute(
+        cls,
+        model,
+        positive,
+        negative,
+        vae,
+        image,
+        render_video,
+        render_mask,
+        cameras,
+        clip_vision_output=None,
+        reference_images=None,
+        reference_cameras=None,
+        reference_index="",
+    ) -> io.NodeOutput:
         references = References.of(reference_images, reference_cameras, reference_index)
         values, latent = condition(config_of(model), vae, image, render_video, render_mask, cameras, references)
         if clip_vision_output is not None:
             values["clip_vision_output"] = clip_vision_output
-        return io.NodeOutput(node_helpers.conditioning_set_values(positive, values),
-                             node_helpers.conditioning_set_values(negative, values), {"samples": latent})
+        return io.NodeOutput(
+            node_helpers.conditioning_set_values(positive, values),
+            node_helpers.conditioning_set_values(negative, values),
+            {"samples": latent},
+        )
 
 
 class WorldStereoKeyframeDecode(io.ComfyNode):
@@ -118,7 +170,7 @@ class WorldStereoKeyframeDecode(io.ComfyNode):
             display_name="WorldStereo Keyframe Decode",
             category=CATEGORY,
             description="Decodes every keyframe alone, as WorldStereo's latents are made. The plain VAE Decode would "
-                        "read them as one video and blend them.",
+            "read them as one video and blend them.",
             search_aliases=["vae decode"],
             inputs=[io.Latent.Input("samples"), io.Vae.Input("vae", tooltip="The Wan 2.1 VAE.")],
             outputs=[io.Image.Output(tooltip="The keyframes in order; show them at 16 frames a second.")],
@@ -137,11 +189,14 @@ class WorldStereoKeyframeEncode(io.ComfyNode):
             display_name="WorldStereo Keyframe Encode",
             category=CATEGORY,
             description="Encodes every picture alone into a keyframe latent, the inverse of Keyframe Decode: to start "
-                        "from existing frames with a denoise below 1.",
+            "from existing frames with a denoise below 1.",
             search_aliases=["vae encode"],
             inputs=[
-                io.Image.Input("pixels", tooltip="The keyframes in order; both sides are cropped to a multiple of 8 "
-                                                 "pixels, and the model wants multiples of 16."),
+                io.Image.Input(
+                    "pixels",
+                    tooltip="The keyframes in order; both sides are cropped to a multiple of 8 "
+                    "pixels, and the model wants multiples of 16.",
+                ),
                 io.Vae.Input("vae", tooltip="The Wan 2.1 VAE."),
             ],
             outputs=[io.Latent.Output()],
@@ -160,7 +215,7 @@ class WorldStereoDMDSigmas(io.ComfyNode):
             display_name="WorldStereo DMD Sigmas",
             category=CATEGORY,
             description="The few noise levels that the memory-dmd variant was distilled for (4 steps: 1, 0.9375, "
-                        "0.8333, 0.625, then 0), from the model's own settings. Sample with euler and cfg 1.",
+            "0.8333, 0.625, then 0), from the model's own settings. Sample with euler and cfg 1.",
             search_aliases=["scheduler", "steps"],
             inputs=[io.Model.Input("model", tooltip="From Load WorldStereo FP8, a memory-dmd checkpoint.")],
             outputs=[io.Sigmas.Output()],
@@ -171,4 +226,10 @@ class WorldStereoDMDSigmas(io.ComfyNode):
         return io.NodeOutput(dmd_sigmas(config_of(model)))
 
 
-NODES = [LoadWorldStereoFP8, WorldStereoConditioning, WorldStereoKeyframeDecode, WorldStereoKeyframeEncode, WorldStereoDMDSigmas]
+NODES = [
+    LoadWorldStereoFP8,
+    WorldStereoConditioning,
+    WorldStereoKeyframeDecode,
+    WorldStereoKeyframeEncode,
+    WorldStereoDMDSigmas,
+]

@@ -23,12 +23,15 @@ class WorldStereoSaveCamera(io.ComfyNode):
             display_name="WorldStereo Save Camera",
             category=CATEGORY,
             description="Writes the cameras as camera.json into the output folder: world-to-camera in OpenCV axes, "
-                        "intrinsics in pixels, and the picture's size.",
+            "intrinsics in pixels, and the picture's size.",
             search_aliases=["camera.json", "export camera"],
             inputs=[
                 Cameras.Input("cameras"),
-                io.String.Input("filename_prefix", default="worldstereo/camera",
-                                tooltip="In ComfyUI's output folder; a number is added, nothing is overwritten."),
+                io.String.Input(
+                    "filename_prefix",
+                    default="worldstereo/camera",
+                    tooltip="In ComfyUI's output folder; a number is added, nothing is overwritten.",
+                ),
             ],
             is_output_node=True,
             hidden=[io.Hidden.unique_id],
@@ -50,15 +53,21 @@ class WorldStereoSavePointCloud(io.ComfyNode):
             display_name="WorldStereo Save Point Cloud",
             category=CATEGORY,
             description="Writes the point cloud with its colours as a PLY file into the output folder. Connect ply to "
-                        "core's Preview Point Cloud to look at it.",
+            "core's Preview Point Cloud to look at it.",
             search_aliases=["ply", "export points", "3d viewer"],
             inputs=[
                 Points.Input("points"),
-                io.String.Input("filename_prefix", default="3d/worldstereo",
-                                tooltip="In ComfyUI's output folder; a number is added, nothing is overwritten."),
-                io.Combo.Input("axes", options=list(PLY_AXES),
-                               tooltip="y up stands upright in 3-D viewers. OpenCV keeps the axes of the cameras, for "
-                                       "tools that read them too."),
+                io.String.Input(
+                    "filename_prefix",
+                    default="3d/worldstereo",
+                    tooltip="In ComfyUI's output folder; a number is added, nothing is overwritten.",
+                ),
+                io.Combo.Input(
+                    "axes",
+                    options=list(PLY_AXES),
+                    tooltip="y up stands upright in 3-D viewers. OpenCV keeps the axes of the cameras, for "
+                    "tools that read them too.",
+                ),
             ],
             outputs=[io.File3DPLY.Output(display_name="ply")],
             is_output_node=True,
@@ -82,15 +91,20 @@ class WorldStereoSaveFrames(io.ComfyNode):
             display_name="WorldStereo Save Frames",
             category=CATEGORY,
             description="Writes the keyframes and their cameras as a folder for reconstruction with WorldMirror: "
-                        "images/*.png and cameras.json (camera-to-world in OpenCV axes, intrinsics in pixels).",
+            "images/*.png and cameras.json (camera-to-world in OpenCV axes, intrinsics in pixels).",
             search_aliases=["worldmirror", "reconstruction", "gaussian splatting", "export frames"],
             inputs=[
                 io.Image.Input("images", tooltip="The decoded keyframes."),
-                Cameras.Input("cameras", tooltip="One camera a frame. Where there are more, they are thinned as "
-                                                 "WorldStereo Conditioning thinned them."),
-                io.String.Input("filename_prefix", default="worldstereo/frames",
-                                tooltip="Of a new folder in ComfyUI's output folder; a number is added, nothing is "
-                                        "overwritten."),
+                Cameras.Input(
+                    "cameras",
+                    tooltip="One camera a frame. Where there are more, they are thinned as "
+                    "WorldStereo Conditioning thinned them.",
+                ),
+                io.String.Input(
+                    "filename_prefix",
+                    default="worldstereo/frames",
+                    tooltip="Of a new folder in ComfyUI's output folder; a number is added, nothing is overwritten.",
+                ),
             ],
             is_output_node=True,
             hidden=[io.Hidden.unique_id],

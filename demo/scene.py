@@ -40,8 +40,11 @@ def cast(origin, rays):
 
     checks = (np.floor(point[:, 0] * 1.5) + np.floor(point[:, 2] * 1.5)) % 2
     stripes = 0.5 + 0.5 * np.sin(point[:, 0] * 3)
-    colour = np.where(hit[:, None] == 0, 0.35 + 0.4 * checks[:, None] * np.array([1.0, 0.9, 0.8]),
-                      np.stack([0.35 + 0.1 * stripes, 0.55 + 0.2 * stripes, 0.6 - 0.05 * point[:, 1]], axis=1))
+    colour = np.where(
+        hit[:, None] == 0,
+        0.35 + 0.4 * checks[:, None] * np.array([1.0, 0.9, 0.8]),
+        np.stack([0.35 + 0.1 * stripes, 0.55 + 0.2 * stripes, 0.6 - 0.05 * point[:, 1]], axis=1),
+    )
     for index, (centre, radius, paint) in enumerate(SPHERES, start=2):
         shade = 0.35 + 0.65 * np.clip((point - centre) / radius @ LIGHT, 0, 1)
         colour = np.where(hit[:, None] == index, shade[:, None] * np.array(paint), colour)
@@ -99,8 +102,10 @@ def draw(folder: Path) -> None:
     poses = camera_path()
     pictures, masks = zip(*(render(pose, poses[0]) for pose in poses))
     Image.fromarray(pictures[0]).save(folder / "image.png")
-    write_video(folder / "render.mp4", [np.where(mask[..., None], 0, picture).astype(np.uint8)
-                                        for picture, mask in zip(pictures, masks)])
+    write_video(
+        folder / "render.mp4",
+        [np.where(mask[..., None], 0, picture).astype(np.uint8) for picture, mask in zip(pictures, masks)],
+    )
     write_video(folder / "render_mask.mp4", [np.repeat(mask[..., None] * np.uint8(255), 3, axis=2) for mask in masks])
     intrinsic = [[FOCAL, 0, WIDTH / 2], [0, FOCAL, HEIGHT / 2], [0, 0, 1]]
     cameras = {"extrinsic": poses.tolist(), "intrinsic": [intrinsic] * FRAMES, "width": WIDTH, "height": HEIGHT}

@@ -22,8 +22,16 @@ from ..worldstereo.shapes import tensor_shapes
 
 # Widths are multiples of 16, for FP8 matrix units. Those that come from the encoders and the VAE are the real ones.
 CONFIG = WorldStereoConfig(
-    dim=128, ffn_dim=256, num_heads=2, num_layers=3, camera_mlp_dim=64,
-    control_dim=64, control_ffn_dim=128, control_num_heads=2, control_num_layers=2, mask_channels=16,
+    dim=128,
+    ffn_dim=256,
+    num_heads=2,
+    num_layers=3,
+    camera_mlp_dim=64,
+    control_dim=64,
+    control_ffn_dim=128,
+    control_num_heads=2,
+    control_num_layers=2,
+    mask_channels=16,
 )
 CAMERA_CONFIG = replace(CONFIG, model_type=CAMERA, camera_mlp_dim=0)
 CONFIG_JSON = {  # without the model's type

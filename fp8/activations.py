@@ -160,8 +160,9 @@ class Kitchen(Eager):
             return super().quantise(x)
         rows = x.reshape(-1, x.shape[-1])
         scale = _scale(torch.linalg.vector_norm(rows, float("inf"), dtype=torch.float32))
-        return QuantisedTokens(comfy_kitchen.quantize_per_tensor_fp8(rows, scale), scale.reshape(1, 1), tuple(x.shape),
-                               x.dtype)
+        return QuantisedTokens(
+            comfy_kitchen.quantize_per_tensor_fp8(rows, scale), scale.reshape(1, 1), tuple(x.shape), x.dtype
+        )
 
     @classmethod
     def layer_norm_modulate(cls, x, shift, scale, eps):
@@ -237,8 +238,15 @@ def row_scales_refusal(device: torch.device) -> str | None:
     x_scale, weight_scale = torch.ones(5, 1, device=device), torch.ones(1, 48, device=device)
     bias = torch.zeros(48, dtype=torch.bfloat16, device=device)
     try:
-        torch._scaled_mm(x, weight.t(), scale_a=x_scale, scale_b=weight_scale, bias=bias, out_dtype=torch.bfloat16,
-                         use_fast_accum=True)
+        torch._scaled_mm(
+            x,
+            weight.t(),
+            scale_a=x_scale,
+            scale_b=weight_scale,
+            bias=bias,
+            out_dtype=torch.bfloat16,
+            use_fast_accum=True,
+        )
     except RuntimeError as e:
         return f"this PyTorch has no FP8 matmul with a scale a token ({str(e).splitlines()[0]})"
     return None

@@ -79,8 +79,10 @@ def plan(tensors: Iterable[Tensor], convs: str) -> dict[str, Tensor]:
 
 def header(layout: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
     """The safetensors header of a layout, its length in front, padded to 8 bytes."""
-    entries = {name: {"dtype": t.dtype, "shape": t.shape, "data_offsets": [t.begin, t.begin + t.nbytes]}
-               for name, t in layout.items()}
+    entries = {
+        name: {"dtype": t.dtype, "shape": t.shape, "data_offsets": [t.begin, t.begin + t.nbytes]}
+        for name, t in layout.items()
+    }
     text = json.dumps({"__metadata__": metadata} | entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
@@ -88,8 +90,15 @@ def header(layout: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
 
 def make_metadata(options: Options, config: str | None, digests: list[str]) -> dict[str, str]:
     """Where the file comes from. `source_sha256` is the source's, or its shards' in the order of their names."""
-    metadata = {"format": "pt", "format_version": FORMAT_VERSION, "recipe": options.recipe, "convs": options.convs,
-                "tool": "comfyui-worldstereo-fp8", "tool_version": TOOL_VERSION, "source_sha256": " ".join(digests)}
+    metadata = {
+        "format": "pt",
+        "format_version": FORMAT_VERSION,
+        "recipe": options.recipe,
+        "convs": options.convs,
+        "tool": "comfyui-worldstereo-fp8",
+        "tool_version": TOOL_VERSION,
+        "source_sha256": " ".join(digests),
+    }
     return metadata if config is None else metadata | {"config": config}
 
 
@@ -109,19 +118,25 @@ def check(files: TensorFiles, options: Options, refusal: Refusal):
         raise ValueError(f"{where} holds no tensors. Choose the BF16 model.")
     for name, tensor in files.tensors.items():
         if tensor.dtype.startswith("F8") or name == MARKER or name.endswith(tuple("." + s for s in SCALE_SUFFIXES)):
-            raise ValueError(f"{where} is FP8 already: it holds {name} ({tensor.dtype}). The source is the BF16 model "
-                             "that it was made from.")
+            raise ValueError(
+                f"{where} is FP8 already: it holds {name} ({tensor.dtype}). The source is the BF16 model "
+                "that it was made from."
+            )
     for name, tensor in files.tensors.items():
         if reason := refusal(name):
             raise ValueError(f"{where}: {name} {reason}")
         if tensor.dtype not in SOURCES:
             raise ValueError(f"{where}: {name} is {tensor.dtype}. The weights of a source are BF16, FP16 or FP32.")
         if not tensor.count:
-            raise ValueError(f"{where}: {name} has the shape {list(tensor.shape)}, no element at all. The file is damaged; "
-                             "download it again.")
+            raise ValueError(
+                f"{where}: {name} has the shape {list(tensor.shape)}, no element at all. The file is damaged; "
+                "download it again."
+            )
     if not any(is_quantised(t.name, t.shape, options.convs) for t in files.tensors.values()):
-        raise ValueError(f"{where}: none of its {len(files.tensors)} tensors is a weight that the recipe turns into FP8. "
-                         "It is no model that this recipe was made for.")
+        raise ValueError(
+            f"{where}: none of its {len(files.tensors)} tensors is a weight that the recipe turns into FP8. "
+            "It is no model that this recipe was made for."
+        )
 
 
 # Values
@@ -170,7 +185,9 @@ class _Cooking:
         a tensor too large for that, read from the file once more."""
         survey, merge = (_largest, torch.maximum) if tensor.dtype == "F32" else (_histogram, torch.add)
         held, found = [], None
-        for piece, result in self._in_order(lambda piece: survey(piece.values.to(self.device)), self.reader.slices(tensor)):
+        for piece, result in self._in_order(
+            lambda piece: survey(piece.values.to(self.device)), self.reader.slices(tensor)
+        ):
             found = result if found is None else merge(found, result, out=found)
             if self.reader.holds(tensor):
                 held.append(piece)
@@ -244,8 +261,9 @@ def _keep(piece: Slice) -> torch.Tensor | None:
 
 
 def _not_finite(tensor: Tensor) -> ValueError:
-    return ValueError(f"{tensor.file.name}: {tensor.name} holds NaN or infinite values. The file is damaged; download it "
-                      "again.")
+    return ValueError(
+        f"{tensor.file.name}: {tensor.name} holds NaN or infinite values. The file is damaged; download it again."
+    )
 
 
 def _error(tensor: Tensor, samples, divisor: torch.Tensor, scale: torch.Tensor) -> WeightError:
@@ -256,8 +274,9 @@ def _error(tensor: Tensor, samples, divisor: torch.Tensor, scale: torch.Tensor) 
     return error
 
 
-def _produce(files: TensorFiles, options: Options, device: torch.device | None, emit: Emit,
-             on_progress: OnProgress | None) -> tuple[list[str], _Cooking]:
+def _produce(
+    files: TensorFiles, options: Options, device: torch.device | None, emit: Emit, on_progress: OnProgress | None
+) -> tuple[list[str], _Cooking]:
     """Runs a whole source through the recipe. Returns the SHA-256 of its files, and the cooking with the errors."""
     if device is None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -274,7 +293,10 @@ def _produce(files: TensorFiles, options: Options, device: torch.device | None, 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # slices run in parallel here, not the elements of one
     try:
-        with Reader(files) as reader, ThreadPoolExecutor(WORKERS, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        with (
+            Reader(files) as reader,
+            ThreadPoolExecutor(WORKERS, initializer=torch.set_num_threads, initargs=(1,)) as pool,
+        ):
             cooking = _Cooking(reader, pool, options, device, emit, on_slice)
             cooking.run()
             return reader.digests(), cooking
@@ -299,8 +321,10 @@ def _new_file(path: Path, nbytes: int, overwrite: bool):
     _remove_abandoned(path.parent)
     free = shutil.disk_usage(path.parent).free
     if free < nbytes:
-        raise OSError(f"{path.name} needs {nbytes / 1e9:.2f} GB and {path.parent} has {free / 1e9:.2f} GB free. Make room, "
-                      "or choose another folder.")
+        raise OSError(
+            f"{path.name} needs {nbytes / 1e9:.2f} GB and {path.parent} has {free / 1e9:.2f} GB free. Make room, "
+            "or choose another folder."
+        )
     temporary = path.with_name(path.name.removesuffix(".safetensors") + TEMPORARY)
     try:
         file = open(temporary, "xb")
@@ -384,10 +408,17 @@ def _remove_abandoned(folder: Path):
 FindConfig = Callable[[Path, dict[str, str]], str | None]  # of a source's path and metadata
 
 
-def cook(source: str | Path, target: str | Path, options: Options = Options(), *, overwrite: bool = False,
-         find_config: FindConfig = lambda path, metadata: metadata.get("config"),
-         refusal: Refusal = lambda name: None,
-         device: torch.device | None = None, on_progress: OnProgress | None = None) -> Report:
+def cook(
+    source: str | Path,
+    target: str | Path,
+    options: Options = Options(),
+    *,
+    overwrite: bool = False,
+    find_config: FindConfig = lambda path, metadata: metadata.get("config"),
+    refusal: Refusal = lambda name: None,
+    device: torch.device | None = None,
+    on_progress: OnProgress | None = None,
+) -> Report:
     """Writes the scaled-FP8 file of a source. The same source and options give the same bytes everywhere.
 
     Memory stays below 2 GB whatever the size. Until it is finished the result has another name; on any exception, one
@@ -438,9 +469,15 @@ def cook(source: str | Path, target: str | Path, options: Options = Options(), *
     return Report(heading, cooking.errors, cooking.published)
 
 
-def verify(path: str | Path, source: str | Path, options: Options | None = None, *,
-           refusal: Refusal = lambda name: None, device: torch.device | None = None,
-           on_progress: OnProgress | None = None) -> list[str]:
+def verify(
+    path: str | Path,
+    source: str | Path,
+    options: Options | None = None,
+    *,
+    refusal: Refusal = lambda name: None,
+    device: torch.device | None = None,
+    on_progress: OnProgress | None = None,
+) -> list[str]:
     """How a scaled-FP8 file differs from what its source and recipe give, a line for each tensor; empty if it does not.
 
     Args:
@@ -452,8 +489,9 @@ def verify(path: str | Path, source: str | Path, options: Options | None = None,
     files, found = open_files(source), open_files(path)
     if options is None:
         convs = any(t.dtype == "F8_E4M3" and len(t.shape) > 2 for t in found.tensors.values())
-        options = Options(found.metadata.get("recipe", "published"),
-                          found.metadata.get("convs", "fp8" if convs else "bf16"))
+        options = Options(
+            found.metadata.get("recipe", "published"), found.metadata.get("convs", "fp8" if convs else "bf16")
+        )
     check(files, options, refusal)
     layout = plan(files.tensors.values(), options.convs)
     held = {name: name for name in found.tensors}
@@ -465,8 +503,10 @@ def verify(path: str | Path, source: str | Path, options: Options | None = None,
         if name not in expected:
             differences.append(f"{name} does not belong to the recipe's result")
         elif tensor.dtype != expected[name].dtype or (tensor.shape != expected[name].shape and tensor.shape != (1,)):
-            differences.append(f"{name} is {tensor.dtype} {list(tensor.shape)}, the recipe makes it "
-                               f"{expected[name].dtype} {list(expected[name].shape)}")
+            differences.append(
+                f"{name} is {tensor.dtype} {list(tensor.shape)}, the recipe makes it "
+                f"{expected[name].dtype} {list(expected[name].shape)}"
+            )
             del expected[name]
     changes: dict[str, _Change] = {}
     with open(path, "rb") as file:
@@ -481,11 +521,16 @@ def verify(path: str | Path, source: str | Path, options: Options | None = None,
                 changes.setdefault(tensor.name, _Change()).add(there, data, DTYPES[tensor.dtype])
 
         digests, _ = _produce(files, options, device, compare, on_progress)
-    differences += [f"{name}: {change.count} of {found.tensors[name].count} values differ, by at most {change.largest:.6g} "
-                    f"(file {change.there:.6g}, recipe {change.here:.6g})" for name, change in changes.items()]
+    differences += [
+        f"{name}: {change.count} of {found.tensors[name].count} values differ, by at most {change.largest:.6g} "
+        f"(file {change.there:.6g}, recipe {change.here:.6g})"
+        for name, change in changes.items()
+    ]
     named = found.metadata.get("source_sha256")
     if named not in (None, " ".join(digests)):
-        differences.append(f"The file was made from a source with the SHA-256 {named}; this one has {' '.join(digests)}")
+        differences.append(
+            f"The file was made from a source with the SHA-256 {named}; this one has {' '.join(digests)}"
+        )
     return differences
 
 

@@ -15,9 +15,18 @@ import torch
 
 # The names of the format (https://github.com/huggingface/safetensors#format).
 DTYPES = {
-    "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
 }
 INDEX_SUFFIX = ".safetensors.index.json"
 SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")  # in the name of a model's shard
@@ -84,8 +93,10 @@ class Progress:
     def __str__(self):
         speed = self.nbytes / max(self.seconds, 1e-9)
         left = (self.total_nbytes - self.nbytes) / max(speed, 1.0)
-        return (f"{self.nbytes / self.total_nbytes:4.0%}  {self.tensors} of {self.total_tensors} tensors  "
-                f"{speed / 1e6:.0f} MB/s  {int(left) // 60}:{int(left) % 60:02d} left")
+        return (
+            f"{self.nbytes / self.total_nbytes:4.0%}  {self.tensors} of {self.total_tensors} tensors  "
+            f"{speed / 1e6:.0f} MB/s  {int(left) // 60}:{int(left) % 60:02d} left"
+        )
 
 
 OnProgress = Callable[[Progress], None]  # called after each slice; may raise, which ends the work
@@ -99,8 +110,10 @@ def open_files(path: str | Path) -> TensorFiles:
     """
     path = Path(path)
     if path.is_dir() or SHARD.search(path.name):
-        raise ValueError(f"{path.name} is {'a folder' if path.is_dir() else 'one shard of a model'}. Give the .safetensors "
-                         f"file, or for a model in shards its {INDEX_SUFFIX}.")
+        raise ValueError(
+            f"{path.name} is {'a folder' if path.is_dir() else 'one shard of a model'}. Give the .safetensors "
+            f"file, or for a model in shards its {INDEX_SUFFIX}."
+        )
     if not path.name.endswith(INDEX_SUFFIX):
         tensors, metadata = read_header(path)
         _check_dtypes(path, tensors)
@@ -115,8 +128,10 @@ def open_files(path: str | Path) -> TensorFiles:
         raise ValueError(f"{path.name} names shards outside its own folder. Use the index that belongs to the shards.")
     missing = [file.name for file in files if not file.is_file()]
     if missing:
-        raise FileNotFoundError(f"{path.name} names {len(files)} shards; of them {', '.join(missing)} is missing beside it. "
-                                "Download the missing ones.")
+        raise FileNotFoundError(
+            f"{path.name} names {len(files)} shards; of them {', '.join(missing)} is missing beside it. "
+            "Download the missing ones."
+        )
     tensors, metadata = {}, []
     for file in files:
         found, file_metadata = read_header(file)
@@ -124,21 +139,27 @@ def open_files(path: str | Path) -> TensorFiles:
         metadata.append(file_metadata)
         for name in found:
             if weight_map.get(name) != file.name:
-                raise ValueError(f"{file.name} holds {name}, which {path.name} places in {weight_map.get(name)}. Index "
-                                 "and shards do not belong together; download both again.")
+                raise ValueError(
+                    f"{file.name} holds {name}, which {path.name} places in {weight_map.get(name)}. Index "
+                    "and shards do not belong together; download both again."
+                )
         tensors |= found
     for name in weight_map:
         if name not in tensors:
-            raise ValueError(f"{path.name} places {name} in {weight_map[name]}, which does not hold it. Index and shards "
-                             "do not belong together; download both again.")
+            raise ValueError(
+                f"{path.name} places {name} in {weight_map[name]}, which does not hold it. Index and shards "
+                "do not belong together; download both again."
+            )
     return TensorFiles(path, files, tensors, metadata[0])
 
 
 def _check_dtypes(path: Path, tensors: dict[str, Tensor]):
     for name, tensor in tensors.items():
         if tensor.dtype not in DTYPES:
-            raise ValueError(f"{path.name}: {name} has the dtype {tensor.dtype}, which is not read here. Use a file whose "
-                             "weights are BF16, FP16, FP32 or FP8.")
+            raise ValueError(
+                f"{path.name}: {name} has the dtype {tensor.dtype}, which is not read here. Use a file whose "
+                "weights are BF16, FP16, FP32 or FP8."
+            )
 
 
 def read_header(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -152,18 +173,22 @@ def read_header(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     with open(path, "rb") as file:
         start = file.read(8)
         if start.startswith(PICKLE_STARTS):
-            raise ValueError(f"{path.name} is a pickle (.pt, .pth, .bin or .ckpt), which can run code when it is read. "
-                             "Only safetensors files are read: download that version of the model.")
+            raise ValueError(
+                f"{path.name} is a pickle (.pt, .pth, .bin or .ckpt), which can run code when it is read. "
+                "Only safetensors files are read: download that version of the model."
+            )
         length = int.from_bytes(start, "little") if len(start) == 8 else 0
         if not 2 <= length <= MAX_HEADER:
             if start.startswith(b"<"):
                 raise ValueError(f"{path.name} is a web page, not a model. Download the file itself.")
-            raise ValueError(f"{path.name} is not a safetensors file: its header length is {length} bytes. "
-                             "Download it again.")
+            raise ValueError(
+                f"{path.name} is not a safetensors file: its header length is {length} bytes. Download it again."
+            )
         begin = 8 + length
         if begin > size:
-            raise ValueError(f"{path.name} is cut short: {size} bytes, but its header alone has {length}. "
-                             "Download it again.")
+            raise ValueError(
+                f"{path.name} is cut short: {size} bytes, but its header alone has {length}. Download it again."
+            )
         text = file.read(length)
     try:
         header = json.loads(text, object_pairs_hook=_unique)
@@ -171,26 +196,36 @@ def read_header(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         if not all(isinstance(value, str) for value in metadata.values()):
             raise TypeError("metadata that is not text")
         places = sorted((*map(int, info["data_offsets"]), name) for name, info in header.items())
-        tensors = {name: Tensor(name, str(header[name]["dtype"]), tuple(map(int, header[name]["shape"])),
-                                begin + first, path) for first, _, name in places}
+        tensors = {
+            name: Tensor(name, str(header[name]["dtype"]), tuple(map(int, header[name]["shape"])), begin + first, path)
+            for first, _, name in places
+        }
         ends = [end for _, end, _ in places]
     except UnicodeDecodeError as e:
-        raise ValueError(f"{path.name} is not a safetensors file: its header is not text ({e}). Download it again.") from e
+        raise ValueError(
+            f"{path.name} is not a safetensors file: its header is not text ({e}). Download it again."
+        ) from e
     except json.JSONDecodeError as e:
-        raise ValueError(f"{path.name} is not a safetensors file: its header is not JSON ({e}). Download it again.") from e
+        raise ValueError(
+            f"{path.name} is not a safetensors file: its header is not JSON ({e}). Download it again."
+        ) from e
     except _Twice as e:
         raise ValueError(f"{path.name} holds {e} twice. Make the file again.") from e
     except (KeyError, TypeError, ValueError, AttributeError) as e:
         raise ValueError(f"{path.name} has a broken safetensors header ({e!r}). Download it again.") from e
     expected = begin + max(ends, default=0)
     if size != expected:
-        raise ValueError(f"{path.name} has {size} bytes, its header promises {expected}: the file is "
-                         f"{'cut short' if size < expected else 'damaged'}. Download it again.")
+        raise ValueError(
+            f"{path.name} has {size} bytes, its header promises {expected}: the file is "
+            f"{'cut short' if size < expected else 'damaged'}. Download it again."
+        )
     for tensor, previous, end in zip(tensors.values(), [0, *ends], ends):
         fits = tensor.dtype not in DTYPES or tensor.nbytes == end - previous
         if tensor.begin != begin + previous or min(tensor.shape, default=0) < 0 or not fits:
-            raise ValueError(f"{path.name} has a broken safetensors header: the bytes of {tensor.name} are not as many "
-                             "as its shape says, or leave a gap. Download it again.")
+            raise ValueError(
+                f"{path.name} has a broken safetensors header: the bytes of {tensor.name} are not as many "
+                "as its shape says, or leave a gap. Download it again."
+            )
     return tensors, metadata
 
 

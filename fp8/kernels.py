@@ -43,8 +43,24 @@ def _add_pairs(a, b, c, d):
 
 
 @triton.jit
-def _layer_norm(x_ptr, shift_ptr, scale_ptr, out_ptr, out_scale_ptr, tokens, width, x_batch, x_token, shift_batch,
-                shift_token, scale_batch, scale_token, eps, QUANTISE: tl.constexpr, BLOCK: tl.constexpr):
+def _layer_norm(
+    x_ptr,
+    shift_ptr,
+    scale_ptr,
+    out_ptr,
+    out_scale_ptr,
+    tokens,
+    width,
+    x_batch,
+    x_token,
+    shift_batch,
+    shift_token,
+    scale_batch,
+    scale_token,
+    eps,
+    QUANTISE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     token, batch = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     column = tl.arange(0, BLOCK)
     mask = column < width
@@ -63,7 +79,9 @@ def _layer_norm(x_ptr, shift_ptr, scale_ptr, out_ptr, out_scale_ptr, tokens, wid
 
 
 @triton.jit
-def _gated_add(x_ptr, y_ptr, gate_ptr, tokens, width, x_batch, x_token, gate_batch, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def _gated_add(
+    x_ptr, y_ptr, gate_ptr, tokens, width, x_batch, x_token, gate_batch, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):
     first, batch = tl.program_id(0).to(tl.int64) * ROWS, tl.program_id(1).to(tl.int64)
     column = tl.arange(0, BLOCK)
     mask = column < width
@@ -78,8 +96,20 @@ def _gated_add(x_ptr, y_ptr, gate_ptr, tokens, width, x_batch, x_token, gate_bat
 
 
 @triton.jit
-def _rms_rope(x_ptr, weight_ptr, freqs_ptr, x_batch, x_token, freqs_batch, freqs_token, heads, head_dim, eps,
-              HEADS: tl.constexpr, PAIRS: tl.constexpr):
+def _rms_rope(
+    x_ptr,
+    weight_ptr,
+    freqs_ptr,
+    x_batch,
+    x_token,
+    freqs_batch,
+    freqs_token,
+    heads,
+    head_dim,
+    eps,
+    HEADS: tl.constexpr,
+    PAIRS: tl.constexpr,
+):
     token, batch = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     head, channel = tl.arange(0, HEADS)[:, None], tl.arange(0, 2 * PAIRS)[None, :]
     mask = (head < heads) & (channel < head_dim)
@@ -117,13 +147,32 @@ def quantise_(x: torch.Tensor, values: torch.Tensor, scale: torch.Tensor, gelu: 
 
 
 @torch.library.custom_op("worldstereo_fp8::layer_norm_", mutates_args=("out", "out_scale"))
-def layer_norm_(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, eps: float, out: torch.Tensor,
-                out_scale: torch.Tensor | None) -> None:
+def layer_norm_(
+    x: torch.Tensor,
+    shift: torch.Tensor,
+    scale: torch.Tensor,
+    eps: float,
+    out: torch.Tensor,
+    out_scale: torch.Tensor | None,
+) -> None:
     """LayerNorm(x)·(1 + scale) + shift of x [B, L, C], shift and scale expanded to its shape, into out, contiguous: in
     float8_e4m3fn with its scales, float32 [B·L, 1], or, without out_scale, in any float dtype."""
     batch, tokens, width = x.shape
-    _layer_norm[(tokens, batch)](x, shift, scale, out, out_scale, tokens, width, *x.stride()[:2], *shift.stride()[:2],
-                                 *scale.stride()[:2], eps, QUANTISE=out_scale is not None, **_block(width))
+    _layer_norm[(tokens, batch)](
+        x,
+        shift,
+        scale,
+        out,
+        out_scale,
+        tokens,
+        width,
+        *x.stride()[:2],
+        *shift.stride()[:2],
+        *scale.stride()[:2],
+        eps,
+        QUANTISE=out_scale is not None,
+        **_block(width),
+    )
 
 
 @torch.library.custom_op("worldstereo_fp8::rms_rope_", mutates_args=("x",))
@@ -132,13 +181,25 @@ def rms_rope_(x: torch.Tensor, weight: torch.Tensor, freqs: torch.Tensor, heads:
     batch, tokens, width = x.shape
     head_dim = width // heads
     padded_heads, pairs = triton.next_power_of_2(heads), triton.next_power_of_2(head_dim // 2)
-    _rms_rope[(tokens, batch)](x, weight, freqs, *x.stride()[:2], *freqs.stride()[:2], heads, head_dim, eps,
-                               HEADS=padded_heads, PAIRS=pairs, num_warps=min(max(padded_heads * pairs // 512, 1), 8))
+    _rms_rope[(tokens, batch)](
+        x,
+        weight,
+        freqs,
+        *x.stride()[:2],
+        *freqs.stride()[:2],
+        heads,
+        head_dim,
+        eps,
+        HEADS=padded_heads,
+        PAIRS=pairs,
+        num_warps=min(max(padded_heads * pairs // 512, 1), 8),
+    )
 
 
 @torch.library.custom_op("worldstereo_fp8::gated_add_", mutates_args=("x",))
 def gated_add_(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor) -> None:
     """x [B, L, C] += y·gate in place; y [B, L, C] contiguous, gate [B, 1, C]."""
     batch, tokens, width = x.shape
-    _gated_add[(triton.cdiv(tokens, ROWS), batch)](x, y, gate, tokens, width, *x.stride()[:2], gate.stride(0), ROWS=ROWS,
-                                                   **_block(width))
+    _gated_add[(triton.cdiv(tokens, ROWS), batch)](
+        x, y, gate, tokens, width, *x.stride()[:2], gate.stride(0), ROWS=ROWS, **_block(width)
+    )

@@ -104,8 +104,14 @@ def operations(storage_dtype: torch.dtype, refusal: Callable[[torch.device], str
                 native = self.upcast_reason(device) is None
                 # A weight with a LoRA comes back requantised where core streams it, else dequantised with it added.
                 weight, bias, stream = comfy.ops.cast_bias_weight(
-                    self, dtype=self.weight.dtype if native else dtype, device=device, bias_dtype=dtype,
-                    offloadable=True, compute_dtype=dtype, want_requant=native)
+                    self,
+                    dtype=self.weight.dtype if native else dtype,
+                    device=device,
+                    bias_dtype=dtype,
+                    offloadable=True,
+                    compute_dtype=dtype,
+                    want_requant=native,
+                )
                 if isinstance(weight, QuantizedTensor) and native:
                     product = functools.partial(scaled_linear, weight=weight._qdata, scale=weight._params.scale)
                 else:

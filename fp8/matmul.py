@@ -15,8 +15,9 @@ def size_refusal(in_features: int, out_features: int) -> str | None:
     return None
 
 
-def scaled_linear(x: torch.Tensor | QuantisedTokens, weight: torch.Tensor, scale: torch.Tensor,
-                  bias: torch.Tensor | None) -> torch.Tensor:
+def scaled_linear(
+    x: torch.Tensor | QuantisedTokens, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
     """x · (weight·scale)ᵀ + bias on FP8 matrix units.
 
     x: [..., K], as a tensor or quantised already. weight: float8_e4m3fn [N, K], K and N multiples of 16. scale: float32
@@ -31,7 +32,13 @@ def scaled_linear(x: torch.Tensor | QuantisedTokens, weight: torch.Tensor, scale
     scale = scale.reshape(1, 1)
     if x.scale.numel() > 1:
         scale = scale.expand(1, len(weight)).contiguous()  # a scale a token wants a scale an output, in memory
-    y = torch._scaled_mm(x.values, weight.t(), scale_a=x.scale, scale_b=scale,
-                         bias=None if bias is None else bias.to(torch.bfloat16), out_dtype=torch.bfloat16,
-                         use_fast_accum=True)
+    y = torch._scaled_mm(
+        x.values,
+        weight.t(),
+        scale_a=x.scale,
+        scale_b=scale,
+        bias=None if bias is None else bias.to(torch.bfloat16),
+        out_dtype=torch.bfloat16,
+        use_fast_accum=True,
+    )
     return y.to(x.dtype).reshape(shape)

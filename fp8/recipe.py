@@ -24,8 +24,18 @@ COMFY_QUANT = "comfy_quant"
 # A tensor with any of these words in its name stays BF16. The words are matched against diffusers names; on native Wan
 # names they would hit other tensors.
 EXCLUDED = (
-    "norm", "bias", "time_in", "time_", "patch_embedding", "img_emb", "modulation", "text_embedding", "adapter", "add",
-    "ref_conv", "audio_proj",
+    "norm",
+    "bias",
+    "time_in",
+    "time_",
+    "patch_embedding",
+    "img_emb",
+    "modulation",
+    "text_embedding",
+    "adapter",
+    "add",
+    "ref_conv",
+    "audio_proj",
 )
 
 RECIPES = ("default", "published")

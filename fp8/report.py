@@ -61,9 +61,17 @@ class WeightError:
         return -20 * math.log10(self.relative) if self.relative else None
 
     def as_dict(self) -> dict:
-        return {"name": self.name, "elements": self.count, "scale": self.scale, "max_error": self.max,
-                "rms_error": self.rms, "relative_rms_error": self.relative, "sqnr_db": self.sqnr,
-                "zeroed_share": self.zeroed / self.count, "saturated_share": self.saturated / self.count}
+        return {
+            "name": self.name,
+            "elements": self.count,
+            "scale": self.scale,
+            "max_error": self.max,
+            "rms_error": self.rms,
+            "relative_rms_error": self.relative,
+            "sqnr_db": self.sqnr,
+            "zeroed_share": self.zeroed / self.count,
+            "saturated_share": self.saturated / self.count,
+        }
 
 
 def saturation(dtype: torch.dtype) -> float:
@@ -101,10 +109,13 @@ class Report:
 
     def as_dict(self) -> dict:
         """For JSON."""
-        result = {"heading": dict(self.heading), "notes": self.notes,
-                  "total": self.total(self.errors).as_dict() if self.errors else None,
-                  "worst": [error.name for error in self.worst()],
-                  "weights": [error.as_dict() for error in self.errors]}
+        result = {
+            "heading": dict(self.heading),
+            "notes": self.notes,
+            "total": self.total(self.errors).as_dict() if self.errors else None,
+            "worst": [error.name for error in self.worst()],
+            "weights": [error.as_dict() for error in self.errors],
+        }
         if self.published:
             result["published_total"] = self.total(self.published).as_dict()
             for entry, published in zip(result["weights"], self.published):
@@ -117,14 +128,20 @@ class Report:
         if self.errors:
             lines += ["", *self.table(self.errors_by_kind())]
             total = self.total(self.errors)
-            lines += ["", f"All {len(self.errors)} weights: relative RMS error {total.relative:.4%}, "
-                          f"SQNR {_decibels(total.sqnr)} dB, largest error {total.max:.3g}, "
-                          f"became zero {total.zeroed / total.count:.4%}, "
-                          f"saturated {total.saturated / total.count:.4%}."]
+            lines += [
+                "",
+                f"All {len(self.errors)} weights: relative RMS error {total.relative:.4%}, "
+                f"SQNR {_decibels(total.sqnr)} dB, largest error {total.max:.3g}, "
+                f"became zero {total.zeroed / total.count:.4%}, "
+                f"saturated {total.saturated / total.count:.4%}.",
+            ]
             if self.published:
                 lines.append(self.gain())
-            lines += ["", f"The {len(self.worst())} weights with the largest relative error:",
-                      *self.table([(error.name, error) for error in self.worst()])]
+            lines += [
+                "",
+                f"The {len(self.worst())} weights with the largest relative error:",
+                *self.table([(error.name, error) for error in self.worst()]),
+            ]
         return "\n".join([*lines, *([""] if self.notes else []), *self.notes]) + "\n"
 
     def gain(self) -> str:
@@ -133,8 +150,10 @@ class Report:
         gains = [1 - error.rms / published.rms if published.rms else 0.0 for error, published in pairs]
         whole = 1 - self.total(self.errors).rms / (self.total(self.published).rms or 1.0)
         larger = sum(error.rms > published.rms or error.max > published.max for error, published in pairs)
-        return (f"Against the published recipe: RMS error smaller by {whole:.2%} over all, by {min(gains):.2%} to "
-                f"{max(gains):.2%} a weight; RMS or largest error larger in {larger} of {len(pairs)} weights.")
+        return (
+            f"Against the published recipe: RMS error smaller by {whole:.2%} over all, by {min(gains):.2%} to "
+            f"{max(gains):.2%} a weight; RMS or largest error larger in {larger} of {len(pairs)} weights."
+        )
 
     def errors_by_kind(self) -> list[tuple[str, WeightError]]:
         """The weights of one kind, which is their name without the layer number, taken together."""
@@ -150,8 +169,10 @@ class Report:
         lines = [f"{'':<{width}}  SQNR dB  relative  RMS error  max error      zero{scale}"]
         for name, error in rows:
             scale = "" if error.scale is None else f"{error.scale:.4g}"
-            lines.append(f"{name:<{width}}  {_decibels(error.sqnr):>7}  {error.relative:8.4%}  {error.rms:9.3e}  "
-                         f"{error.max:9.3e}  {error.zeroed / error.count:8.4%}  {scale}".rstrip())
+            lines.append(
+                f"{name:<{width}}  {_decibels(error.sqnr):>7}  {error.relative:8.4%}  {error.rms:9.3e}  "
+                f"{error.max:9.3e}  {error.zeroed / error.count:8.4%}  {scale}".rstrip()
+            )
         return lines
 
     def picture(self):
@@ -207,7 +228,7 @@ def kind_and_layer(name: str) -> tuple[str, int]:
     """`blocks.7.attn1.to_q.weight` → (`blocks.N.attn1.to_q`, 7); the layer is 0 for a name without a number."""
     name = name.removesuffix(".weight")
     number = re.search(r"(?<=\.)\d+(?=\.|$)", name)
-    return (name, 0) if number is None else (name[: number.start()] + "N" + name[number.end():], int(number.group()))
+    return (name, 0) if number is None else (name[: number.start()] + "N" + name[number.end() :], int(number.group()))
 
 
 def compare(first: str | Path, second: str | Path, on_progress: OnProgress | None = None) -> Report:
@@ -216,18 +237,23 @@ def compare(first: str | Path, second: str | Path, on_progress: OnProgress | Non
     Raises ValueError where the files have no weight name in common, or an FP8 weight's scale is not one number.
     """
     a, b = open_files(first), open_files(second)
-    a_weights, b_weights = ({name: tensor for name, tensor in files.tensors.items() if not _is_side_tensor(name)}
-                            for files in (a, b))
+    a_weights, b_weights = (
+        {name: tensor for name, tensor in files.tensors.items() if not _is_side_tensor(name)} for files in (a, b)
+    )
     common = [name for name in b_weights if name in a_weights]
     if not common:
-        raise ValueError(f"{a.path.name} and {b.path.name} have no tensor name in common. One of them may have diffusers "
-                         "names and the other native Wan names: compare files of the same names.")
+        raise ValueError(
+            f"{a.path.name} and {b.path.name} have no tensor name in common. One of them may have diffusers "
+            "names and the other native Wan names: compare files of the same names."
+        )
     notes = []
     for files, mine, other in ((a, a_weights, b_weights), (b, b_weights, a_weights)):
         alone = [name for name in mine if name not in other]
         if alone:
-            notes.append(f"{len(alone)} tensors are only in {files.path.name}: {', '.join(alone[:WORST])}"
-                         f"{' …' if len(alone) > WORST else ''}")
+            notes.append(
+                f"{len(alone)} tensors are only in {files.path.name}: {', '.join(alone[:WORST])}"
+                f"{' …' if len(alone) > WORST else ''}"
+            )
     errors, same, done, started = [], 0, 0, time.monotonic()
     total = sum(b_weights[name].nbytes for name in common)
     for number, name in enumerate(common, 1):
@@ -253,8 +279,11 @@ def compare(first: str | Path, second: str | Path, on_progress: OnProgress | Non
             same += 1
         else:
             errors.append(error)
-    heading = [("reference", a.path.name), ("compared", b.path.name),
-               ("weights", f"{len(errors)} compared below, {same} more are equal in both and not FP8")]
+    heading = [
+        ("reference", a.path.name),
+        ("compared", b.path.name),
+        ("weights", f"{len(errors)} compared below, {same} more are equal in both and not FP8"),
+    ]
     return Report(heading, errors, notes=notes)
 
 
@@ -271,6 +300,8 @@ def _scale(files: TensorFiles, tensor: Tensor) -> float | None:
     if not found:
         return 1.0
     if found[0].count != 1:
-        raise ValueError(f"{files.path.name}: {found[0].name} has the shape {list(found[0].shape)}. Only one scale for the "
-                         "whole weight can be compared.")
+        raise ValueError(
+            f"{files.path.name}: {found[0].name} has the shape {list(found[0].shape)}. Only one scale for the "
+            "whole weight can be compared."
+        )
     return next(files.slices(found[0])).item()

@@ -32,10 +32,18 @@ lora.register()
 
 REFERENCES = 8  # what the memory line reckons with
 # Without these a file has no size of its own: it is no whole model.
-ANCHORS = ("patch_embedding.weight", "blocks.0.ffn.0.weight", "time_embedding.0.weight", "text_embedding.0.weight",
-           "img_emb.proj.1.weight")
-CONTROL_ANCHORS = ("controlnet.proj_in.weight", "controlnet.controlnet_blocks.0.ffn.0.weight",
-                   "controlnet.controlnet_mask_embedding.mask_proj.0.weight")
+ANCHORS = (
+    "patch_embedding.weight",
+    "blocks.0.ffn.0.weight",
+    "time_embedding.0.weight",
+    "text_embedding.0.weight",
+    "img_emb.proj.1.weight",
+)
+CONTROL_ANCHORS = (
+    "controlnet.proj_in.weight",
+    "controlnet.controlnet_blocks.0.ffn.0.weight",
+    "controlnet.controlnet_mask_embedding.mask_proj.0.weight",
+)
 
 
 def _read_config(checkpoint: Checkpoint, shapes: dict) -> WorldStereoConfig:
@@ -55,8 +63,10 @@ def _read_config(checkpoint: Checkpoint, shapes: dict) -> WorldStereoConfig:
             logging.warning(f"{where} is not of {checkpoint.path.name} and is not used: {e}")
         else:
             if own.get("model_type") not in (None, config.model_type):
-                logging.warning(f"{where} is used ({config.model_type}), but {checkpoint.path.name} says that it is "
-                                f"{own['model_type']}. If they do not belong together, give each model a folder of its own.")
+                logging.warning(
+                    f"{where} is used ({config.model_type}), but {checkpoint.path.name} says that it is "
+                    f"{own['model_type']}. If they do not belong together, give each model a folder of its own."
+                )
             return config
     try:
         return read_config(shapes, own)
@@ -68,13 +78,17 @@ def _overlay(checkpoint: Checkpoint, base: Checkpoint | None) -> dict[str, Check
     """Which file each tensor comes from: the checkpoint, and the base for what it lacks."""
     missing = [name for name in CONTROL_ANCHORS if name not in checkpoint.weights]
     if missing:
-        raise ValueError(f"{checkpoint.path.name} lacks {first_few(missing)}: it has no WorldStereo control branch, or only "
-                         "a part of one. Choose a WorldStereo checkpoint.")
+        raise ValueError(
+            f"{checkpoint.path.name} lacks {first_few(missing)}: it has no WorldStereo control branch, or only "
+            "a part of one. Choose a WorldStereo checkpoint."
+        )
     source = dict.fromkeys(checkpoint.weights, checkpoint)
     if base is not None:
         if any(name.startswith("controlnet.") for name in base.weights):
-            raise ValueError(f"base_model {base.path.name} is a WorldStereo checkpoint. The base is a plain "
-                             "Wan2.1-I2V-14B-480P model.")
+            raise ValueError(
+                f"base_model {base.path.name} is a WorldStereo checkpoint. The base is a plain "
+                "Wan2.1-I2V-14B-480P model."
+            )
         source = dict.fromkeys(base.weights, base) | source
     missing = [name for name in ANCHORS if name not in source]
     if missing:
@@ -84,35 +98,59 @@ def _overlay(checkpoint: Checkpoint, base: Checkpoint | None) -> dict[str, Check
 
 def _overlay_error(checkpoint: Checkpoint, base: Checkpoint | None, missing: list[str]) -> ValueError:
     if base is not None:
-        return ValueError(f"base_model {base.path.name} lacks {first_few(missing)}, and so does {checkpoint.path.name}. "
-                          "The base is a whole Wan2.1-I2V-14B-480P model.")
-    return ValueError(f"{checkpoint.path.name} is an overlay: it lacks backbone tensors ({first_few(missing)}). Choose the "
-                      "Wan2.1-I2V-14B-480P model it was made on as base_model.")
+        return ValueError(
+            f"base_model {base.path.name} lacks {first_few(missing)}, and so does {checkpoint.path.name}. "
+            "The base is a whole Wan2.1-I2V-14B-480P model."
+        )
+    return ValueError(
+        f"{checkpoint.path.name} is an overlay: it lacks backbone tensors ({first_few(missing)}). Choose the "
+        "Wan2.1-I2V-14B-480P model it was made on as base_model."
+    )
 
 
-def _account(checkpoint: Checkpoint, base: Checkpoint | None, source: dict[str, Checkpoint], shapes: dict,
-             config: WorldStereoConfig):
+def _account(
+    checkpoint: Checkpoint,
+    base: Checkpoint | None,
+    source: dict[str, Checkpoint],
+    shapes: dict,
+    config: WorldStereoConfig,
+):
     """Every expected tensor is there in its shape, and no other. Raises ValueError otherwise."""
     expected = native_shapes(config)
     missing = [name for name in expected if name not in shapes]
     if missing and all(name in backbone_shapes(config) for name in missing):
         raise _overlay_error(checkpoint, base, missing)
     if missing:
-        raise ValueError(f"{checkpoint.path.name} lacks {len(missing)} tensors: {first_few(missing)}. The file is not whole.")
-    unexpected = [f"{source[name].weights[name].name} (in {source[name].path.name})"
-                  for name in shapes if name not in expected]
+        raise ValueError(
+            f"{checkpoint.path.name} lacks {len(missing)} tensors: {first_few(missing)}. The file is not whole."
+        )
+    unexpected = [
+        f"{source[name].weights[name].name} (in {source[name].path.name})" for name in shapes if name not in expected
+    ]
     if unexpected:
-        raise ValueError(f"{checkpoint.path.name}: {len(unexpected)} tensors have no place in a {config.model_type} "
-                         f"model of {config.num_layers} layers: {first_few(unexpected)}. Choose another file.")
-    wrong = [f"{source[name].weights[name].name} is {list(shapes[name])}, expected {list(shape)}"
-             for name, shape in expected.items() if shapes[name] != shape]
+        raise ValueError(
+            f"{checkpoint.path.name}: {len(unexpected)} tensors have no place in a {config.model_type} "
+            f"model of {config.num_layers} layers: {first_few(unexpected)}. Choose another file."
+        )
+    wrong = [
+        f"{source[name].weights[name].name} is {list(shapes[name])}, expected {list(shape)}"
+        for name, shape in expected.items()
+        if shapes[name] != shape
+    ]
     if wrong:
-        raise ValueError(f"{checkpoint.path.name}: wrong shapes: {first_few(wrong)}. The file is damaged, or "
-                         "of another model.")
+        raise ValueError(
+            f"{checkpoint.path.name}: wrong shapes: {first_few(wrong)}. The file is damaged, or of another model."
+        )
 
 
-def load_worldstereo(path: str | os.PathLike, compute: str = "auto", dtype: torch.dtype | None = None,
-                     base: str | os.PathLike | None = None, prompt_cache: bool = True, disable_dynamic: bool = False):
+def load_worldstereo(
+    path: str | os.PathLike,
+    compute: str = "auto",
+    dtype: torch.dtype | None = None,
+    base: str | os.PathLike | None = None,
+    prompt_cache: bool = True,
+    disable_dynamic: bool = False,
+):
     """Loads a WorldStereo checkpoint as an ordinary ComfyUI model.
 
     path: a .safetensors file in any of these forms, told apart by content: scaled FP8 (`scale_weight`), BF16 (or FP16,
@@ -155,8 +193,10 @@ def load_worldstereo(path: str | os.PathLike, compute: str = "auto", dtype: torc
         model.to(offload_device)
     model.load_model_weights(tensors, assign=True)  # memory-mapped, each in the file's own dtype
     model.use_prompt_cache = prompt_cache
-    patcher.cached_patcher_init = (load_worldstereo, (str(path), compute, dtype, None if base is None else str(base.path),
-                                                      prompt_cache))
+    patcher.cached_patcher_init = (
+        load_worldstereo,
+        (str(path), compute, dtype, None if base is None else str(base.path), prompt_cache),
+    )
     logging.info(_summary(Path(path).name, model, config, compute, refusal, dtype, device))
     if not comfy.model_management.is_device_cpu(device):
         logging.info(_memory(model, config, device))
@@ -170,11 +210,16 @@ def _memory(model, config: WorldStereoConfig, device) -> str:
     references = {"reference_latent": [(1, LATENT_CHANNELS, REFERENCES, *latent[3:])]} if config.has_memory else {}
     need = resident_bytes(model) + model.memory_required(latent, references)
     free = comfy.model_management.get_free_memory(device)
-    line = (f"At {width}×{height}" + (f" with {REFERENCES} references" if references else "") +
-            f" a step takes about {need / 1e9:.1f} GB of VRAM; {free / 1e9:.1f} GB are free.")
+    line = (
+        f"At {width}×{height}"
+        + (f" with {REFERENCES} references" if references else "")
+        + f" a step takes about {need / 1e9:.1f} GB of VRAM; {free / 1e9:.1f} GB are free."
+    )
     if need > free:
-        line += (f" About {(need - free) / 1e9:.1f} GB of weights will be streamed from RAM at every step. To avoid that, "
-                 "close other programs that use the card, or take fewer references.")
+        line += (
+            f" About {(need - free) / 1e9:.1f} GB of weights will be streamed from RAM at every step. To avoid that, "
+            "close other programs that use the card, or take fewer references."
+        )
     return line
 
 

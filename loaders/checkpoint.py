@@ -47,8 +47,10 @@ def describe(names) -> str:
     known = {native for native in map(native_name, names) if native}
     if any(n.startswith("blocks.") for n in known) and not any(n.startswith("controlnet.") for n in known):
         if any(n.startswith("img_emb.") for n in known):
-            return ("a plain Wan2.1-I2V model without WorldStereo's control branch: it can be the base_model of an "
-                    "overlay file, or be loaded with Load Diffusion Model")
+            return (
+                "a plain Wan2.1-I2V model without WorldStereo's control branch: it can be the base_model of an "
+                "overlay file, or be loaded with Load Diffusion Model"
+            )
         return "a plain Wan text-to-video model: load it with Load Diffusion Model"
     return f"an unknown kind of file (tensors such as {first_few(names, 3)})"
 
@@ -102,7 +104,9 @@ class Checkpoint:
         if not self.weights or (unknown and "controlnet.proj_in.weight" not in self.weights):
             raise ValueError(f"{self.path.name} is not a WorldStereo checkpoint. It looks like {describe(entries)}.")
         if unknown:
-            raise ValueError(f"{self.path.name} holds tensors that belong to no WorldStereo model: {first_few(unknown)}.")
+            raise ValueError(
+                f"{self.path.name} holds tensors that belong to no WorldStereo model: {first_few(unknown)}."
+            )
         self._check_dtypes()
 
     def _check_dtypes(self):
@@ -110,25 +114,35 @@ class Checkpoint:
             layer = native.removesuffix(".weight")
             quantised = entry.dtype == "F8_E4M3"
             if entry.dtype not in FLOATS and not (quantised and native.endswith(".weight") and len(entry.shape) > 1):
-                raise ValueError(f"{self.path.name}: {entry.name} is {entry.dtype}; weights are BF16, FP16, FP32 or "
-                                 "float8_e4m3fn with a scale, and the other tensors are never FP8.")
+                raise ValueError(
+                    f"{self.path.name}: {entry.name} is {entry.dtype}; weights are BF16, FP16, FP32 or "
+                    "float8_e4m3fn with a scale, and the other tensors are never FP8."
+                )
             if quantised and layer not in self.scales:
-                raise ValueError(f"{self.path.name}: {entry.name} is FP8 but has no scale ({layer}.{SCALE_SUFFIX}): its "
-                                 "values cannot be restored. Use a scaled-FP8 file, or cook one with Cook FP8.")
+                raise ValueError(
+                    f"{self.path.name}: {entry.name} is FP8 but has no scale ({layer}.{SCALE_SUFFIX}): its "
+                    "values cannot be restored. Use a scaled-FP8 file, or cook one with Cook FP8."
+                )
         for table in (self.scales, self.quant):
             for layer, entry in table.items():
                 weight = self.weights.get(f"{layer}.weight")
                 if weight is None:
-                    raise ValueError(f"{self.path.name}: {entry.name} is of a weight that is missing. The file is not whole; "
-                                     "download or make it again.")
+                    raise ValueError(
+                        f"{self.path.name}: {entry.name} is of a weight that is missing. The file is not whole; "
+                        "download or make it again."
+                    )
                 # A convolution left in BF16 may carry the scale it would have had; a matrix may not.
                 if weight.dtype != "F8_E4M3" and len(weight.shape) < 3:
-                    raise ValueError(f"{self.path.name}: {entry.name} scales {weight.name}, which is {weight.dtype}, "
-                                     "not FP8. The file is inconsistent; make it again.")
+                    raise ValueError(
+                        f"{self.path.name}: {entry.name} scales {weight.name}, which is {weight.dtype}, "
+                        "not FP8. The file is inconsistent; make it again."
+                    )
         for entry in self.scales.values():
             if entry.shape not in ((), (1,)) or entry.dtype not in FLOATS:
-                raise ValueError(f"{self.path.name}: {entry.name} is {entry.dtype} {list(entry.shape)}; a scale is one "
-                                 "number for the whole weight.")
+                raise ValueError(
+                    f"{self.path.name}: {entry.name} is {entry.dtype} {list(entry.shape)}; a scale is one "
+                    "number for the whole weight."
+                )
 
     def storage_dtype(self) -> torch.dtype:
         """The dtype of most of the tensors that are not FP8."""
@@ -151,8 +165,10 @@ class Checkpoint:
             layer = native.removesuffix(".weight")
             scale = tensors[self.scales[layer].name].float().reshape(())
             if not (torch.isfinite(scale) and scale > 0):
-                raise ValueError(f"{self.path.name}: {self.scales[layer].name} is {scale.item()}; a scale is a positive "
-                                 "number. The file is damaged; download or make it again.")
+                raise ValueError(
+                    f"{self.path.name}: {self.scales[layer].name} is {scale.item()}; a scale is a positive "
+                    "number. The file is damaged; download or make it again."
+                )
             if tensor.ndim > 2:
                 out[native] = dequantise(tensor, scale, torch.float32)
                 continue
@@ -171,6 +187,7 @@ class Checkpoint:
         except (ValueError, KeyError, TypeError) as e:
             raise ValueError(f"{self.path.name}: {name} is not a description of a quantised layer ({e!r}).") from e
         if found != COMFY_QUANT_FORMAT:
-            raise ValueError(f"{self.path.name}: {name} says the format is {found}; only {COMFY_QUANT_FORMAT} is "
-                             "loaded here.")
+            raise ValueError(
+                f"{self.path.name}: {name} says the format is {found}; only {COMFY_QUANT_FORMAT} is loaded here."
+            )
         return quant

@@ -22,8 +22,14 @@ def diffusers_keys(native_keys) -> dict[str, str]:
     for key in native_keys:
         layer = remap.to_diffusers(remap.without_prefix(key)).removesuffix(".weight")
         flat = layer.replace(".", "_")
-        for name in (f"transformer.{layer}", f"{remap.MODEL_PREFIX}{layer}", layer, f"lora_unet_{flat}", f"lora_transformer_{flat}",
-                     f"lycoris_{flat}"):
+        for name in (
+            f"transformer.{layer}",
+            f"{remap.MODEL_PREFIX}{layer}",
+            layer,
+            f"lora_unet_{flat}",
+            f"lora_transformer_{flat}",
+            f"lycoris_{flat}",
+        ):
             keys[name] = key
     return keys
 
@@ -34,7 +40,11 @@ def _with_diffusers_names(model_lora_keys_unet):
         key_map = model_lora_keys_unet(model, key_map)
         if isinstance(model, WorldStereo):
             there = model.state_dict()
-            native = (remap.MODEL_PREFIX + name for name in native_shapes(model.diffusion_model.config) if name.endswith(".weight"))
+            native = (
+                remap.MODEL_PREFIX + name
+                for name in native_shapes(model.diffusion_model.config)
+                if name.endswith(".weight")
+            )
             key_map = diffusers_keys(key for key in native if key in there) | key_map
         return key_map
 

@@ -37,7 +37,9 @@ class WorldStereoPatcherDynamic(ConstantsLast, comfy.model_patcher.ModelPatcherD
     def clone(self, disable_dynamic=False, **kwargs):
         clone = super().clone(disable_dynamic, **kwargs)
         if disable_dynamic:
-            clone.__class__ = WorldStereoPatcher  # core makes it a plain ModelPatcher, which does not know the prompt cache
+            clone.__class__ = (
+                WorldStereoPatcher  # core makes it a plain ModelPatcher, which does not know the prompt cache
+            )
         return clone
 
 
@@ -53,7 +55,9 @@ def make_patcher(model, load_device, offload_device, disable_dynamic: bool):
     patcher_class = WorldStereoPatcherDynamic if dynamic and not disable_dynamic else WorldStereoPatcher
     patcher = patcher_class(model, load_device=load_device, offload_device=offload_device)
     patcher.add_callback(CallbacksMP.ON_PRE_RUN, lambda p: p.model.diffusion_model.prompt_cache.start_run())
-    patcher.add_callback(CallbacksMP.ON_CLEANUP, lambda p: p.model.diffusion_model.prompt_cache.end_run(p.offload_device))
+    patcher.add_callback(
+        CallbacksMP.ON_CLEANUP, lambda p: p.model.diffusion_model.prompt_cache.end_run(p.offload_device)
+    )
     patcher.add_callback(CallbacksMP.ON_DETACH, _forget_cache)
     return patcher
 

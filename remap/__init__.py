@@ -38,25 +38,29 @@ MODULES = [
     ("blocks.N.norm2", "blocks.N.norm3"),
     ("blocks.N.ffn.net.0.proj", "blocks.N.ffn.0"),
     ("blocks.N.ffn.net.2", "blocks.N.ffn.2"),
-    *[(f"controlnet.{m}", f"controlnet.{m}") for m in (
-        "controlnet_patch_embedding",
-        "controlnet_mask_embedding.mask_proj.0",
-        "controlnet_mask_embedding.mask_proj.1",
-        "controlnet_mask_embedding.mask_zero_proj",
-        "proj_in",
-        "proj_out.N",
-    )],
-    *[(f"controlnet.controlnet_blocks.N.self_attn.{d}", f"controlnet.controlnet_blocks.N.self_attn.{n}")
-      for d, n in _ATTENTION],
-    *[(f"controlnet.controlnet_blocks.N.{m}", f"controlnet.controlnet_blocks.N.{m}")
-      for m in ("norm1.linear", "norm1.norm", "norm2.linear", "norm2.norm", "ffn.0", "ffn.2")],
+    *[
+        (f"controlnet.{m}", f"controlnet.{m}")
+        for m in (
+            "controlnet_patch_embedding",
+            "controlnet_mask_embedding.mask_proj.0",
+            "controlnet_mask_embedding.mask_proj.1",
+            "controlnet_mask_embedding.mask_zero_proj",
+            "proj_in",
+            "proj_out.N",
+        )
+    ],
+    *[
+        (f"controlnet.controlnet_blocks.N.self_attn.{d}", f"controlnet.controlnet_blocks.N.self_attn.{n}")
+        for d, n in _ATTENTION
+    ],
+    *[
+        (f"controlnet.controlnet_blocks.N.{m}", f"controlnet.controlnet_blocks.N.{m}")
+        for m in ("norm1.linear", "norm1.norm", "norm2.linear", "norm2.norm", "ffn.0", "ffn.2")
+    ],
 ]
 
 # Parameters that belong to no layer of their own.
-PARAMETERS = [
-    ("scale_shift_table", "head.modulation"),
-    ("blocks.N.scale_shift_table", "blocks.N.modulation"),
-]
+PARAMETERS = [("scale_shift_table", "head.modulation"), ("blocks.N.scale_shift_table", "blocks.N.modulation")]
 
 # What a layer's tensors may be called: the weight and bias, and the scales and markers of the quantised formats.
 SUFFIXES = ("weight", "bias", *SCALE_SUFFIXES, *INPUT_SCALE_SUFFIXES, COMFY_QUANT)
@@ -71,7 +75,7 @@ _TO_DIFFUSERS = tuple({native: diffusers for diffusers, native in table} for tab
 
 def _rename(name: str, modules: dict, parameters: dict) -> str | None:
     """Looks `name` up with each of its numbers taken in turn as the block number (or none of them)."""
-    numbers = [(None, name)] + [(m.group(), name[:m.start()] + "N" + name[m.end():]) for m in _NUMBER.finditer(name)]
+    numbers = [(None, name)] + [(m.group(), name[: m.start()] + "N" + name[m.end() :]) for m in _NUMBER.finditer(name)]
     for number, pattern in numbers:
         found = parameters.get(pattern)
         if found is None:
@@ -123,8 +127,10 @@ def is_native(name: str) -> bool:
 def source_refusal(name: str) -> str | None:
     """Why no tensor of a WorldStereo source, which has diffusers names, is called so; None if one is."""
     if is_native(name):
-        return ("is a native Wan name. The recipe's exclusion words are made for the source's names and would leave out "
-                "the wrong tensors here: cook the source itself.")
+        return (
+            "is a native Wan name. The recipe's exclusion words are made for the source's names and would leave out "
+            "the wrong tensors here: cook the source itself."
+        )
     if _rename(name, *_TO_NATIVE) is None:
         return "belongs to no WorldStereo model. Choose the BF16 WorldStereo model."
     return None

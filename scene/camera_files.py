@@ -18,7 +18,9 @@ OPENGL_TO_OPENCV = torch.diag(torch.tensor([1.0, -1.0, -1.0, 1.0], dtype=torch.f
 def files_of(path: Path) -> list[Path]:
     """The files that `read_cameras` reads for a path: itself and, for COLMAP's images.txt, the cameras.txt beside it."""
     intrinsics = path.with_name(path.name.replace("images", "cameras"))
-    return [path, intrinsics] if path.suffix.lower() == ".txt" and intrinsics != path and intrinsics.is_file() else [path]
+    return (
+        [path, intrinsics] if path.suffix.lower() == ".txt" and intrinsics != path and intrinsics.is_file() else [path]
+    )
 
 
 def read_cameras(path: str | Path) -> tuple[Cameras, str]:
@@ -57,15 +59,19 @@ def _colmap(text: str, path: Path) -> tuple[Cameras, str]:
     """COLMAP's images.txt: a pose line and a line of 2-D points by turns; poses are world-to-camera in OpenCV axes."""
     cameras_path = files_of(path)[-1]
     if cameras_path == path:
-        raise ValueError("A text file is read as COLMAP's images.txt, whose intrinsics stand in cameras.txt: put both "
-                         "into the input folder (room_images.txt and room_cameras.txt will do) and choose the images.")
+        raise ValueError(
+            "A text file is read as COLMAP's images.txt, whose intrinsics stand in cameras.txt: put both "
+            "into the input folder (room_images.txt and room_cameras.txt will do) and choose the images."
+        )
     intrinsics = _colmap_intrinsics(cameras_path)
     poses, lines = [], _lines(text)
     while lines and not lines[0][1].strip():
         del lines[0]
     for number, line in lines[1::2]:
         if len(line.split()) % 3:  # X, Y and the point's id by turns
-            raise ValueError(f"Line {number} is no list of 2-D points: one follows each pose, and may be an empty line.")
+            raise ValueError(
+                f"Line {number} is no list of 2-D points: one follows each pose, and may be an empty line."
+            )
     for number, line in lines[::2]:
         fields = line.split(maxsplit=9)
         try:
@@ -96,19 +102,22 @@ def _colmap_intrinsics(path: Path) -> dict[str, tuple[list[list[float]], tuple[i
         camera, model, *numbers = fields if len(fields) > 1 else [*fields, ""]
         focals = COLMAP_FOCALS.get(model)
         if focals is None:
-            raise ValueError(f"{path.name}, line {number}: the camera model {model} is none of "
-                             f"{', '.join(COLMAP_FOCALS)}; undistort the model with COLMAP first.")
+            raise ValueError(
+                f"{path.name}, line {number}: the camera model {model} is none of "
+                f"{', '.join(COLMAP_FOCALS)}; undistort the model with COLMAP first."
+            )
         try:
             width, height = int(numbers[0]), int(numbers[1])
             values = [float(value) for value in numbers[2:]]
-            cx, cy = values[focals:focals + 2]
+            cx, cy = values[focals : focals + 2]
         except (ValueError, IndexError):
             raise ValueError(f"{path.name}, line {number} is no camera: CAMERA_ID MODEL WIDTH HEIGHT PARAMS.") from None
         if width < 1 or height < 1:
             raise ValueError(f"{path.name}, line {number}: the picture size {width}x{height} is not positive.")
-        if any(values[focals + 2:]):
-            logging.warning("%s: camera %s has lens distortion, which is left out: it is taken for a pinhole.",
-                            path.name, camera)
+        if any(values[focals + 2 :]):
+            logging.warning(
+                "%s: camera %s has lens distortion, which is left out: it is taken for a pinhole.", path.name, camera
+            )
         cameras[camera] = _matrix(values[0], values[focals - 1], cx, cy), (width, height)
     return cameras
 
@@ -139,13 +148,17 @@ def _nerf(content: dict) -> tuple[Cameras, str]:
             if width < 1 or height < 1:
                 raise ValueError(f"the picture size {width}x{height}")
         except KeyError as error:
-            raise ValueError(f"Frame {number} has no `{error.args[0]}`: it needs a 4x4 `transform_matrix`, the picture "
-                             "size `w`, `h` and the lens, `fl_x` or `camera_angle_x`; size and lens may stand once for "
-                             "the whole file.") from None
+            raise ValueError(
+                f"Frame {number} has no `{error.args[0]}`: it needs a 4x4 `transform_matrix`, the picture "
+                "size `w`, `h` and the lens, `fl_x` or `camera_angle_x`; size and lens may stand once for "
+                "the whole file."
+            ) from None
         except (TypeError, ValueError, RuntimeError, ZeroDivisionError) as error:
             raise ValueError(f"Frame {number} holds a value that cannot be used: {error}.") from None
         sizes.append((width, height))
     c2w = torch.stack(c2w) @ OPENGL_TO_OPENCV
     cameras = _of_one_size(c2w, K, sizes, *sizes[0])  # checks that the poses are rigid
-    return (Cameras(rigid_inverse(c2w), cameras.K, cameras.width, cameras.height),
-            "NeRF transforms.json, camera axes converted from OpenGL (y up, z back) to OpenCV; the world is unchanged")
+    return (
+        Cameras(rigid_inverse(c2w), cameras.K, cameras.width, cameras.height),
+        "NeRF transforms.json, camera axes converted from OpenGL (y up, z back) to OpenCV; the world is unchanged",
+    )

@@ -13,12 +13,28 @@ from .depth import depth_of_moge, points_from_depth
 from .pointcloud import OPENCV_TO_Y_UP, PointCloud
 
 # Axes of the starting camera, except `vertical`, the world's y axis; signs turn or move along OpenCV's (y down).
-AROUND_CENTRE = {"orbit left": ("vertical", 1), "orbit right": ("vertical", -1),
-                 "arc up": ("right", -1), "arc down": ("right", 1)}
-ON_THE_SPOT = {"pan left": ("vertical", -1), "pan right": ("vertical", 1), "tilt up": ("right", 1),
-               "tilt down": ("right", -1), "roll clockwise": ("forward", 1), "roll counter-clockwise": ("forward", -1)}
-STRAIGHT = {"dolly in": ("forward", 1), "dolly out": ("forward", -1), "truck left": ("right", -1),
-            "truck right": ("right", 1), "pedestal up": ("vertical", -1), "pedestal down": ("vertical", 1)}
+AROUND_CENTRE = {
+    "orbit left": ("vertical", 1),
+    "orbit right": ("vertical", -1),
+    "arc up": ("right", -1),
+    "arc down": ("right", 1),
+}
+ON_THE_SPOT = {
+    "pan left": ("vertical", -1),
+    "pan right": ("vertical", 1),
+    "tilt up": ("right", 1),
+    "tilt down": ("right", -1),
+    "roll clockwise": ("forward", 1),
+    "roll counter-clockwise": ("forward", -1),
+}
+STRAIGHT = {
+    "dolly in": ("forward", 1),
+    "dolly out": ("forward", -1),
+    "truck left": ("right", -1),
+    "truck right": ("right", 1),
+    "pedestal up": ("vertical", -1),
+    "pedestal down": ("vertical", 1),
+}
 SPIRAL, ELLIPSE = "spiral", "ellipse loop"
 ELLIPSE_RISE = 4 / 3  # height of the ellipse loop to its width
 PRESETS = (*AROUND_CENTRE, *STRAIGHT, *ON_THE_SPOT, SPIRAL, ELLIPSE)
@@ -79,8 +95,9 @@ def camera_of_viewer(info: dict, width: int, height: int, lens: str, value: floa
     if info.get("cameraType") == "orthographic":
         raise ValueError("The 3-D viewer's camera is orthographic: switch it to perspective.")
     try:
-        position, target = (torch.tensor([info[key][axis] for axis in "xyz"], dtype=torch.float64)
-                            for key in ("position", "target"))
+        position, target = (
+            torch.tensor([info[key][axis] for axis in "xyz"], dtype=torch.float64) for key in ("position", "target")
+        )
         focal = focal_length(lens, value, width)
         if lens == LENSES[0] and "fov" in info:
             focal = height / 2 / math.tan(math.radians(info["fov"]) / 2) * info.get("zoom", 1.0)
@@ -136,7 +153,8 @@ def move_on(start: Cameras, move: Move, depth: float) -> Cameras:
     t = EASINGS[move.easing](torch.linspace(0, 1, move.keyframes, dtype=torch.float64))
     reach = move.distance * depth
     looks = move.look_at_centre == "on" or (
-        move.look_at_centre == "auto" and move.preset in (*AROUND_CENTRE, SPIRAL, ELLIPSE))
+        move.look_at_centre == "auto" and move.preset in (*AROUND_CENTRE, SPIRAL, ELLIPSE)
+    )
 
     eyes, R = eye.expand(len(t), 3), R0.expand(len(t), 3, 3)
     if move.preset in AROUND_CENTRE or move.preset in ON_THE_SPOT:
@@ -176,8 +194,10 @@ def _looking_at(eyes, centre, down) -> torch.Tensor:
     forward = torch.nn.functional.normalize(centre - eyes, dim=1)
     right = torch.linalg.cross(down.expand_as(forward), forward)
     if (right.norm(dim=1) < 1e-6).any():
-        raise ValueError("Somewhere the path looks at the centre of the scene straight from above or below, where it "
-                         "has no upright: shorten the path, or set look_at_centre off.")
+        raise ValueError(
+            "Somewhere the path looks at the centre of the scene straight from above or below, where it "
+            "has no upright: shorten the path, or set look_at_centre off."
+        )
     right = torch.nn.functional.normalize(right, dim=1)
     return torch.stack([right, torch.linalg.cross(forward, right), forward], dim=2)
 
@@ -189,8 +209,16 @@ def _poses(R, eyes) -> torch.Tensor:
     return rigid_inverse(c2w)
 
 
-def plan_path(image: torch.Tensor, move: Move, lens: str, lens_value: float, scene_depth: float, start_pitch: float,
-              scene: dict | PointCloud | None, start: Cameras | dict | None) -> tuple[Cameras, torch.Tensor]:
+def plan_path(
+    image: torch.Tensor,
+    move: Move,
+    lens: str,
+    lens_value: float,
+    scene_depth: float,
+    start_pitch: float,
+    scene: dict | PointCloud | None,
+    start: Cameras | dict | None,
+) -> tuple[Cameras, torch.Tensor]:
     """A path for the picture [1, H, W, C], and its drawing [1, h, w, 3].
 
     scene: core's MOGE_GEOMETRY of the picture or a point cloud; start: cameras to continue, or core's LOAD3D_CAMERA.
@@ -234,8 +262,10 @@ INK, PAPER, GRID = (225, 225, 225), (24, 24, 27), (70, 70, 75)
 def draw_path(cameras: Cameras, depth: float, cloud: PointCloud | None = None) -> torch.Tensor:
     """The path from above and from the side, [1, PANEL, 2 PANEL, 3] in 0..1: cameras as frusta, coloured from the
     first (blue) to the last (red), over the scene's points, with the scale in scene units."""
-    views = [("from above", (0, 2), (1, -1), "x right, z forward"),
-             ("from the side", (2, 1), (1, 1), "z forward, y down")]
+    views = [
+        ("from above", (0, 2), (1, -1), "x right, z forward"),
+        ("from the side", (2, 1), (1, 1), "z forward, y down"),
+    ]
     panels = []
     cameras = cameras.thinned(FRUSTA)
     frusta = _frusta(cameras, 0.12 * depth)
@@ -249,7 +279,7 @@ def draw_path(cameras: Cameras, depth: float, cloud: PointCloud | None = None) -
             shown = np.concatenate([shown, np.quantile(points, [0.02, 0.98], axis=0)])
         low, high = shown.min(0), shown.max(0)
         scale = (PANEL - 2 * MARGIN) / max((high - low).max(), 1e-6)
-        place = lambda xy: (xy - (low + high) / 2) * scale + PANEL / 2  # noqa: E731
+        place = lambda xy, low=low, high=high, scale=scale: (xy - (low + high) / 2) * scale + PANEL / 2
 
         canvas = np.empty((PANEL, PANEL, 3), np.uint8)
         canvas[:] = PAPER

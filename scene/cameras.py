@@ -57,14 +57,19 @@ class Cameras:
         w2c = torch.as_tensor(self.w2c, dtype=torch.float64, device="cpu")
         K = torch.as_tensor(self.K, dtype=torch.float64, device="cpu")
         if w2c.ndim != 3 or w2c.shape[1:] != (4, 4) or len(w2c) == 0:
-            raise ValueError(f"The poses have the shape {list(w2c.shape)}: give one or more 4x4 world-to-camera "
-                             "matrices, [N, 4, 4].")
+            raise ValueError(
+                f"The poses have the shape {list(w2c.shape)}: give one or more 4x4 world-to-camera matrices, [N, 4, 4]."
+            )
         if K.shape != (len(w2c), 3, 3):
-            raise ValueError(f"The intrinsics have the shape {list(K.shape)}: {len(w2c)} poses need one 3x3 matrix "
-                             f"each, [{len(w2c)}, 3, 3].")
+            raise ValueError(
+                f"The intrinsics have the shape {list(K.shape)}: {len(w2c)} poses need one 3x3 matrix "
+                f"each, [{len(w2c)}, 3, 3]."
+            )
         if self.width < 1 or self.height < 1:
-            raise ValueError(f"The picture size {self.width}x{self.height} is not positive: give the size that the "
-                             "intrinsics are in pixels of.")
+            raise ValueError(
+                f"The picture size {self.width}x{self.height} is not positive: give the size that the "
+                "intrinsics are in pixels of."
+            )
 
         R = w2c[:, :3, :3]
         gram_error = (R @ R.mT - torch.eye(3, dtype=torch.float64)).abs().amax((1, 2))
@@ -186,12 +191,14 @@ def rotation_to_quaternion(R):
     The matrix 4·q·qᵀ is linear in R; its row of the largest diagonal is q up to scale, free of cancellation.
     """
     (m00, m01, m02), (m10, m11, m12), (m20, m21, m22) = R.permute(1, 2, 0)
-    outer = torch.stack([
-        torch.stack([1 + m00 + m11 + m22, m21 - m12, m02 - m20, m10 - m01]),
-        torch.stack([m21 - m12, 1 + m00 - m11 - m22, m10 + m01, m02 + m20]),
-        torch.stack([m02 - m20, m10 + m01, 1 - m00 + m11 - m22, m21 + m12]),
-        torch.stack([m10 - m01, m02 + m20, m21 + m12, 1 - m00 - m11 + m22]),
-    ]).permute(2, 0, 1)
+    outer = torch.stack(
+        [
+            torch.stack([1 + m00 + m11 + m22, m21 - m12, m02 - m20, m10 - m01]),
+            torch.stack([m21 - m12, 1 + m00 - m11 - m22, m10 + m01, m02 + m20]),
+            torch.stack([m02 - m20, m10 + m01, 1 - m00 + m11 - m22, m21 + m12]),
+            torch.stack([m10 - m01, m02 + m20, m21 + m12, 1 - m00 - m11 + m22]),
+        ]
+    ).permute(2, 0, 1)
     largest = outer.diagonal(dim1=1, dim2=2).argmax(1)
     quaternion = outer[torch.arange(len(R)), largest]
     quaternion = quaternion / quaternion.norm(dim=1, keepdim=True)
@@ -201,8 +208,10 @@ def rotation_to_quaternion(R):
 def quaternion_to_rotation(quaternion):
     """Rotations [N, 3, 3] of quaternions [N, 4] (w, x, y, z) of any length but 0."""
     w, x, y, z = (quaternion / quaternion.norm(dim=1, keepdim=True)).T
-    return torch.stack([
-        torch.stack([1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)]),
-        torch.stack([2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)]),
-        torch.stack([2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)]),
-    ]).permute(2, 0, 1)
+    return torch.stack(
+        [
+            torch.stack([1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)]),
+            torch.stack([2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)]),
+            torch.stack([2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)]),
+        ]
+    ).permute(2, 0, 1)

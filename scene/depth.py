@@ -20,8 +20,9 @@ def depth_of_moge(geometry: dict) -> torch.Tensor:
     if "depth" not in geometry:
         raise ValueError("The MoGe geometry holds no depth.")
     if "intrinsics" not in geometry:
-        raise ValueError("This MoGe geometry is of a panorama: connect it to WorldStereo Panorama, and that node's "
-                         "point cloud here.")
+        raise ValueError(
+            "This MoGe geometry is of a panorama: connect it to WorldStereo Panorama, and that node's point cloud here."
+        )
     depth = geometry["depth"].float().cpu()
     if len(depth) != 1:
         raise ValueError(f"The MoGe geometry holds {len(depth)} pictures; WorldStereo starts from one.")
@@ -83,8 +84,10 @@ def points_from_depth(picture: torch.Tensor, depth: torch.Tensor, w2c: torch.Ten
     depth = F.interpolate(depth[None, None].float(), (height, width), mode="nearest-exact")[0, 0]
     valid = valid_depths(depth)
     if not valid.any():
-        raise ValueError("The depth map has no valid depth: all of it is NaN, infinite or not positive. Check the mask "
-                         "of the depth model, or its near and far.")
+        raise ValueError(
+            "The depth map has no valid depth: all of it is NaN, infinite or not positive. Check the mask "
+            "of the depth model, or its near and far."
+        )
     depth = depth.where(valid, depth.new_tensor(torch.inf))  # as far as can be: its neighbours lie on an edge
     depth[valid] = draw_in(depth[valid])
     keep = valid & ~on_edge(1 / depth)

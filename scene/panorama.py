@@ -26,8 +26,10 @@ def points_of_panorama(geometry: dict) -> PointCloud:
     """The points of core's MOGE_GEOMETRY of a panorama, by the rules of `depth.points_from_depth`; its depth is the
     distance along the ray. Raises ValueError for the geometry of an ordinary picture and where no distance is valid."""
     if "intrinsics" in geometry or "mask" not in geometry:
-        raise ValueError("This MoGe geometry is of an ordinary picture: connect it to WorldStereo Render, or run MoGe "
-                         "Panorama Inference on the panorama.")
+        raise ValueError(
+            "This MoGe geometry is of an ordinary picture: connect it to WorldStereo Render, or run MoGe "
+            "Panorama Inference on the panorama."
+        )
     distance, picture = geometry["depth"][0].float().cpu(), geometry["image"][0].float().cpu()
     valid = valid_depths(distance) & geometry["mask"][0].cpu()
     if not valid.any():
@@ -56,6 +58,11 @@ def view_of_panorama(panorama: torch.Tensor, camera: Cameras) -> torch.Tensor:
     panorama = F.pad(panorama, (1, 1, 0, 0), mode="circular")  # so that the seam is interpolated across
     width = panorama.shape[3]
     grid = torch.stack([longitude / math.pi * (width - 2) / width, -elevation / math.pi * 2], dim=-1)
-    view = F.grid_sample(panorama, grid.view(1, camera.height, camera.width, 2), mode="bilinear",
-                         padding_mode="border", align_corners=False)
+    view = F.grid_sample(
+        panorama,
+        grid.view(1, camera.height, camera.width, 2),
+        mode="bilinear",
+        padding_mode="border",
+        align_corners=False,
+    )
     return view.movedim(1, -1)

@@ -26,6 +26,11 @@ def warn_of_stretch(cameras: Cameras, image: torch.Tensor):
     """Logs a warning where the cameras are of a picture of another shape than image [N,H,W,C]."""
     height, width = image.shape[1:3]
     if not same_shape(cameras.height, cameras.width, height, width):
-        logging.warning("cameras are of a %dx%d picture and image is %dx%d: the shapes differ, so the intrinsics are "
-                        "stretched to the image. Give the cameras of this very picture, or crop it as they expect.",
-                        cameras.width, cameras.height, width, height)
+        logging.warning(
+            "cameras are of a %dx%d picture and image is %dx%d: the shapes differ, so the intrinsics are "
+            "stretched to the image. Give the cameras of this very picture, or crop it as they expect.",
+            cameras.width,
+            cameras.height,
+            width,
+            height,
+        )

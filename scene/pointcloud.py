@@ -25,8 +25,10 @@ class PointCloud:
 
     def __post_init__(self):
         if self.points.ndim != 2 or self.points.shape[1] != 3 or self.points.shape != self.colors.shape:
-            raise ValueError(f"A point cloud needs points and colors of one shape [P, 3]; these are "
-                             f"{list(self.points.shape)} and {list(self.colors.shape)}.")
+            raise ValueError(
+                f"A point cloud needs points and colors of one shape [P, 3]; these are "
+                f"{list(self.points.shape)} and {list(self.colors.shape)}."
+            )
         if not self.points.isfinite().all():
             raise ValueError("The point cloud holds positions that are NaN or infinite; drop them first.")
 
@@ -39,9 +41,14 @@ def ply_bytes(cloud: PointCloud, y_up: bool) -> bytes:
     vertices = np.empty(len(cloud), [("position", "<f4", 3), ("color", "u1", 3)])
     vertices["position"] = cloud.points * torch.tensor(OPENCV_TO_Y_UP if y_up else (1.0, 1.0, 1.0))
     vertices["color"] = (cloud.colors * 255).round().clamp(0, 255)
-    header = ["ply", "format binary_little_endian 1.0", f"element vertex {len(cloud)}",
-              *(f"property float {axis}" for axis in "xyz"),
-              *(f"property uchar {channel}" for channel in ("red", "green", "blue")), "end_header\n"]
+    header = [
+        "ply",
+        "format binary_little_endian 1.0",
+        f"element vertex {len(cloud)}",
+        *(f"property float {axis}" for axis in "xyz"),
+        *(f"property uchar {channel}" for channel in ("red", "green", "blue")),
+        "end_header\n",
+    ]
     return "\n".join(header).encode("ascii") + vertices.tobytes()
 
 

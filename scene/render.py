@@ -23,10 +23,21 @@ TILE_PIXELS = 1 << 16  # pixels composited at a time
 CHUNK_CELLS = 1 << 22  # pixels that points may cover, looked at at a time; with the tile, this bounds the memory
 
 
-def render_start(image: torch.Tensor, scene: dict | torch.Tensor | PointCloud, cameras: Cameras, depth_picture: str,
-                 near: float, far: float, width: int, height: int, radius: float, points_per_pixel: int,
-                 background: tuple[float, float, float], device: str | torch.device,
-                 progress: Callable[[int], None]) -> tuple[torch.Tensor, torch.Tensor, PointCloud]:
+def render_start(
+    image: torch.Tensor,
+    scene: dict | torch.Tensor | PointCloud,
+    cameras: Cameras,
+    depth_picture: str,
+    near: float,
+    far: float,
+    width: int,
+    height: int,
+    radius: float,
+    points_per_pixel: int,
+    background: tuple[float, float, float],
+    device: str | torch.device,
+    progress: Callable[[int], None],
+) -> tuple[torch.Tensor, torch.Tensor, PointCloud]:
     """The render and holes for a picture [1, H, W, C] that the first camera took, and the points they show.
 
     scene: core's MOGE_GEOMETRY, a grey depth picture (`depth.depth_of_picture`), or the points themselves. The first
@@ -40,8 +51,10 @@ def render_start(image: torch.Tensor, scene: dict | torch.Tensor | PointCloud, c
     if not isinstance(scene, PointCloud):
         depth = depth_of_moge(scene) if isinstance(scene, dict) else depth_of_picture(scene, depth_picture, near, far)
         if not same_shape(*depth.shape, *image.shape[1:3]):
-            raise ValueError(f"depth is {depth.shape[1]}x{depth.shape[0]} and image {image.shape[2]}x{image.shape[1]}: "
-                             "they have different shapes. Take the depth of this very picture, uncropped.")
+            raise ValueError(
+                f"depth is {depth.shape[1]}x{depth.shape[0]} and image {image.shape[2]}x{image.shape[1]}: "
+                "they have different shapes. Take the depth of this very picture, uncropped."
+            )
         scene = points_from_depth(picture[0], depth, cameras.w2c[0], cameras.K[0])
     video, holes = render(scene, cameras, radius, points_per_pixel, background, device, progress)
     video[0], holes[0] = picture[0], 0
@@ -59,15 +72,24 @@ def summary(cloud: PointCloud, holes: torch.Tensor) -> str:
     empty = mostly_holes(holes)
     numbers = ", ".join(map(str, empty))
     if empty:
-        logging.warning("WorldStereo Render: more than half of these frames is holes: %s. The model has to invent them; a "
-                        "shorter path keeps more of the picture.", numbers)
+        logging.warning(
+            "WorldStereo Render: more than half of these frames is holes: %s. The model has to invent them; a "
+            "shorter path keeps more of the picture.",
+            numbers,
+        )
     most = f"mostly holes: frames {numbers}" if empty else f"at most {holes.mean((1, 2)).max():.0%} in a frame"
     return f"{len(cloud):,} points, {holes.mean():.0%} holes\n{most}"
 
 
-def render(cloud: PointCloud, cameras: Cameras, radius: float = RADIUS, points_per_pixel: int = POINTS_PER_PIXEL,
-           background: tuple[float, float, float] = (0.0, 0.0, 0.0), device: str | torch.device = "cpu",
-           progress: Callable[[int], None] = lambda frames: None) -> tuple[torch.Tensor, torch.Tensor]:
+def render(
+    cloud: PointCloud,
+    cameras: Cameras,
+    radius: float = RADIUS,
+    points_per_pixel: int = POINTS_PER_PIXEL,
+    background: tuple[float, float, float] = (0.0, 0.0, 0.0),
+    device: str | torch.device = "cpu",
+    progress: Callable[[int], None] = lambda frames: None,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """What each camera sees of the cloud: pictures [N, H, W, 3] in 0..1 and holes [N, H, W], 1 where no point falls.
 
     radius is in units in which the shorter side of the picture spans 2. progress(1) is called after every frame.
@@ -139,8 +161,13 @@ def _splat(u, v, colors, index, top, bottom, width, radius, points_per_pixel, ba
         through[:, 0] = passed
         through = through.cumprod(1)
         passed = through[:, -1]
-        picture += F.embedding_bag(index[chunk[splat // (span * span)]], colors, count.cumsum(0) - count, mode="sum",
-                                   per_sample_weights=opacity * through.view(-1)[slot])
+        picture += F.embedding_bag(
+            index[chunk[splat // (span * span)]],
+            colors,
+            count.cumsum(0) - count,
+            mode="sum",
+            per_sample_weights=opacity * through.view(-1)[slot],
+        )
     return picture + passed[:, None] * picture.new_tensor(background), taken > 0
 
 

@@ -16,22 +16,22 @@ if not (COMFYUI / "comfy").is_dir():
 
 sys.path[:0] = [str(COMFYUI), str(Path(__file__).parent)]  # and the tests' own helpers
 
-import comfy_aimdo.control  # noqa: E402
+import comfy_aimdo.control
 
 comfy_aimdo.control.init(nvml_pressure=True)  # its other modules take its library when they are imported
 
-import comfy.cli_args  # noqa: E402
-import cuda_malloc  # noqa: E402, F401  before torch
+import comfy.cli_args
+import cuda_malloc  # noqa: F401  before torch
 
 # isort: split
-import torch  # noqa: E402
+import torch
 
 CUDA = torch.cuda.is_available()
 DYNAMIC_VRAM = CUDA and os.environ.get("WORLDSTEREO_DYNAMIC_VRAM") != "0"
 comfy.cli_args.args.cpu = not CUDA
 
-import comfy.memory_management  # noqa: E402
-import comfy.model_patcher  # noqa: E402
+import comfy.memory_management
+import comfy.model_patcher
 
 if DYNAMIC_VRAM:
     if not comfy_aimdo.control.init_devices([torch.cuda.current_device()]):
@@ -40,7 +40,9 @@ if DYNAMIC_VRAM:
     comfy.model_patcher.CoreModelPatcher = comfy.model_patcher.ModelPatcherDynamic
     comfy.memory_management.aimdo_enabled = True
 
-spec = importlib.util.spec_from_file_location("worldstereo_fp8", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
+spec = importlib.util.spec_from_file_location(
+    "worldstereo_fp8", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
+)
 package = importlib.util.module_from_spec(spec)
 sys.modules["worldstereo_fp8"] = package
 spec.loader.exec_module(package)

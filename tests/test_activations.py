@@ -158,8 +158,10 @@ def test_rms_rope(name, dtype, batch, heads, head_dim):
     x = tokens(batch, 6, heads * head_dim, dtype=dtype)
     weight = 1 + modulation(heads * head_dim, dtype=dtype)[0] / 8
     positions = torch.arange(batch * 6, dtype=torch.float32, device=DEVICE).reshape(batch, 6)
-    for freqs in (comfy.ldm.flux.math.rope(positions, head_dim, 10000)[:, :, None],
-                  comfy.ldm.flux.math.rope(positions[:1], head_dim, 10000)[:, :, None]):
+    for freqs in (
+        comfy.ldm.flux.math.rope(positions, head_dim, 10000)[:, :, None],
+        comfy.ldm.flux.math.rope(positions[:1], head_dim, 10000)[:, :, None],
+    ):
         normal = F.rms_norm(x.double(), weight.shape, weight.double(), EPS)
         pairs = normal.unflatten(-1, (heads, -1, 1, 2))
         exact = (freqs.double() * pairs).sum(-1).reshape(x.shape)
@@ -184,7 +186,9 @@ def test_gated_add(name, dtype):
 def test_rms_rope_is_that_of_comfyui():
     x, weight = tokens(2, 6, 96), modulation(96, dtype=torch.float32)[0]
     freqs = comfy.ldm.flux.math.rope(torch.arange(6.0, device=DEVICE)[None], 24, 10000)[:, :, None]
-    expected = comfy.ldm.flux.math.apply_rope1(F.rms_norm(x, (96,), weight, EPS).unflatten(-1, (4, 24)), freqs).flatten(2)
+    expected = comfy.ldm.flux.math.apply_rope1(F.rms_norm(x, (96,), weight, EPS).unflatten(-1, (4, 24)), freqs).flatten(
+        2
+    )
     assert torch.allclose(rms_rope(x, weight, freqs, 4, EPS), expected, rtol=1e-5, atol=1e-6)
 
 
@@ -200,8 +204,11 @@ def test_views_give_what_their_copies_give():
     for view in views:
         same(quantise, view)
         same(gelu_quantise, view)
-        six = torch.randn(2, 1, 6, view.shape[2], device=DEVICE) if len(view) == 2 else torch.randn(
-            1, 1, 6, view.shape[2], device=DEVICE)
+        six = (
+            torch.randn(2, 1, 6, view.shape[2], device=DEVICE)
+            if len(view) == 2
+            else torch.randn(1, 1, 6, view.shape[2], device=DEVICE)
+        )
         shift, scale = six.unbind(2)[1:3]
         same(layer_norm_modulate, view, shift, scale, EPS)
         same(layer_norm_quantise, view, shift, scale, EPS)
@@ -209,8 +216,10 @@ def test_views_give_what_their_copies_give():
         freqs = comfy.ldm.flux.math.rope(positions, 24, 10000)[:, :, None]
         copy = view.clone(memory_format=torch.contiguous_format)
         weight = torch.randn(view.shape[2], device=DEVICE)
-        assert torch.equal(rms_rope(copy, weight, freqs, view.shape[2] // 24, EPS),
-                           rms_rope(view, weight, freqs, view.shape[2] // 24, EPS))
+        assert torch.equal(
+            rms_rope(copy, weight, freqs, view.shape[2] // 24, EPS),
+            rms_rope(view, weight, freqs, view.shape[2] // 24, EPS),
+        )
 
 
 def test_no_tokens():
@@ -252,8 +261,13 @@ def test_the_kernels_in_tritons_interpreter(name):
     if name != "eager":
         pytest.skip("once is enough")
     root = Path(__file__).parent.parent
-    run = subprocess.run([sys.executable, "-m", "pytest", __file__, "-k", "triton"], cwd=root, capture_output=True, text=True,
-                         env=os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""})
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", __file__, "-k", "triton"],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )
     assert run.returncode == 0 and "passed" in run.stdout, run.stdout + run.stderr
 
 
@@ -267,10 +281,13 @@ def test_which_backend(monkeypatch):
     activations._choose.cache_clear()
 
 
-@pytest.mark.parametrize("forced, reason", [
-    ("fast", "expected one of triton, kitchen, eager"),
-    ("kitchen", "WORLDSTEREO_FP8_BACKEND is kitchen, but comfy-kitchen's kernels need a CUDA device"),
-])
+@pytest.mark.parametrize(
+    "forced, reason",
+    [
+        ("fast", "expected one of triton, kitchen, eager"),
+        ("kitchen", "WORLDSTEREO_FP8_BACKEND is kitchen, but comfy-kitchen's kernels need a CUDA device"),
+    ],
+)
 def test_a_backend_that_cannot_be_had(monkeypatch, forced, reason):
     monkeypatch.setattr(activations, "forced", forced)
     with pytest.raises(ValueError, match=reason):

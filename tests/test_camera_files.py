@@ -9,11 +9,14 @@ from worldstereo_fp8.scene.camera_files import read_cameras
 from worldstereo_fp8.scene.cameras import Cameras, rotation_to_quaternion, write_camera_json
 
 COS, SIN = math.cos(0.3), math.sin(0.3)
-W2C = torch.tensor([
-    [[1.0, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]],
-    [[COS, 0, SIN, 1], [0, 1, 0, 2], [-SIN, 0, COS, 3], [0, 0, 0, 1]],
-    [[1, 0, 0, -4], [0, COS, -SIN, 5], [0, SIN, COS, 6], [0, 0, 0, 1]],
-], dtype=torch.float64)
+W2C = torch.tensor(
+    [
+        [[1.0, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]],
+        [[COS, 0, SIN, 1], [0, 1, 0, 2], [-SIN, 0, COS, 3], [0, 0, 0, 1]],
+        [[1, 0, 0, -4], [0, COS, -SIN, 5], [0, SIN, COS, 6], [0, 0, 0, 1]],
+    ],
+    dtype=torch.float64,
+)
 K = torch.tensor([[500.0, 0, 330], [0, 510, 235], [0, 0, 1]])
 
 
@@ -22,12 +25,20 @@ def write_colmap(folder, camera="1 PINHOLE 640 480 500 510 330 235", prefix=""):
     poses = torch.cat([quaternions, W2C[:, :3, 3]], 1).tolist()
     poses = [" ".join(map(repr, pose)) for pose in poses]
     (folder / f"{prefix}cameras.txt").write_text(f"# Camera list\n{camera}\n")
-    (folder / f"{prefix}images.txt").write_text("\n".join([
-        "# Image list", "# with a point line after each image",
-        f"1 {poses[2]} 1 frame 10.png", "12.5 7.5 -1 3 4 88",
-        f"7 {poses[0]} 1 frame 1.png", "",
-        f"2 {poses[1]} 1 frame 2.png", "",
-    ]))
+    (folder / f"{prefix}images.txt").write_text(
+        "\n".join(
+            [
+                "# Image list",
+                "# with a point line after each image",
+                f"1 {poses[2]} 1 frame 10.png",
+                "12.5 7.5 -1 3 4 88",
+                f"7 {poses[0]} 1 frame 1.png",
+                "",
+                f"2 {poses[1]} 1 frame 2.png",
+                "",
+            ]
+        )
+    )
     return folder / f"{prefix}images.txt"
 
 
@@ -96,12 +107,15 @@ def test_colmap_distortion_is_left_out_with_a_warning(tmp_path, caplog):
     assert "has lens distortion" in caplog.text
 
 
-@pytest.mark.parametrize("camera, message", [
-    ("1 FISHEYE 640 480 500 330 235", "images.txt. cameras.txt, line 2: the camera model FISHEYE is none of"),
-    ("1 PINHOLE 640 480 500", "line 2 is no camera"),
-    ("1 PINHOLE 640 -3 500 510 330 235", "picture size 640x-3"),
-    ("9 PINHOLE 640 480 500 510 330 235", "Line 3 names camera 1"),
-])
+@pytest.mark.parametrize(
+    "camera, message",
+    [
+        ("1 FISHEYE 640 480 500 330 235", "images.txt. cameras.txt, line 2: the camera model FISHEYE is none of"),
+        ("1 PINHOLE 640 480 500", "line 2 is no camera"),
+        ("1 PINHOLE 640 -3 500 510 330 235", "picture size 640x-3"),
+        ("9 PINHOLE 640 480 500 510 330 235", "Line 3 names camera 1"),
+    ],
+)
 def test_bad_colmap_cameras_are_named(tmp_path, camera, message):
     with pytest.raises(ValueError, match=message):
         read_cameras(write_colmap(tmp_path, camera))
@@ -123,16 +137,19 @@ def test_colmap_needs_both_files_and_poses(tmp_path):
         read_cameras(path)
 
 
-@pytest.mark.parametrize("changes, message", [
-    ({"w": None}, "Frame 0 has no `w`"),
-    ({"fl_x": None}, "Frame 0 has no `camera_angle_x`"),
-    ({"w": 0}, "Frame 0 holds a value that cannot be used"),
-    ({"fl_x": "wide"}, "Frame 0 holds a value that cannot be used"),
-    ({"frames": []}, "`frames` is not a list"),
-    ({"frames": [{"transform_matrix": [[1, 2], [3, 4]]}]}, "Frame 0 holds a value"),
-    ({"frames": [{"transform_matrix": torch.ones(4, 4).tolist()}]}, "Camera 0 of 1 .*: the last row"),
-    ({"frames": [{"transform_matrix": torch.eye(4).mul(2).tolist()}]}, "Camera 0 of 1 .*: the last row"),
-])
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"w": None}, "Frame 0 has no `w`"),
+        ({"fl_x": None}, "Frame 0 has no `camera_angle_x`"),
+        ({"w": 0}, "Frame 0 holds a value that cannot be used"),
+        ({"fl_x": "wide"}, "Frame 0 holds a value that cannot be used"),
+        ({"frames": []}, "`frames` is not a list"),
+        ({"frames": [{"transform_matrix": [[1, 2], [3, 4]]}]}, "Frame 0 holds a value"),
+        ({"frames": [{"transform_matrix": torch.ones(4, 4).tolist()}]}, "Camera 0 of 1 .*: the last row"),
+        ({"frames": [{"transform_matrix": torch.eye(4).mul(2).tolist()}]}, "Camera 0 of 1 .*: the last row"),
+    ],
+)
 def test_bad_transforms_are_named(tmp_path, changes, message):
     (tmp_path / "transforms.json").write_text(json.dumps(nerf_content(**changes)))
     with pytest.raises(ValueError, match=f"from transforms.json. {message}"):

@@ -38,23 +38,26 @@ def end(cameras):
 HALF, ROOT = 0.5, math.sqrt(3) / 2  # sine and cosine of 30 degrees
 
 
-@pytest.mark.parametrize("preset, centre, forward", [
-    ("orbit left", (-1, 0, 2 - 2 * ROOT), (HALF, 0, ROOT)),
-    ("orbit right", (1, 0, 2 - 2 * ROOT), (-HALF, 0, ROOT)),
-    ("arc up", (0, -1, 2 - 2 * ROOT), (0, HALF, ROOT)),
-    ("arc down", (0, 1, 2 - 2 * ROOT), (0, -HALF, ROOT)),
-    ("dolly in", (0, 0, 1), (0, 0, 1)),
-    ("dolly out", (0, 0, -1), (0, 0, 1)),
-    ("truck left", (-1, 0, 0), (0, 0, 1)),
-    ("truck right", (1, 0, 0), (0, 0, 1)),
-    ("pedestal up", (0, -1, 0), (0, 0, 1)),
-    ("pedestal down", (0, 1, 0), (0, 0, 1)),
-    ("pan left", (0, 0, 0), (-HALF, 0, ROOT)),
-    ("pan right", (0, 0, 0), (HALF, 0, ROOT)),
-    ("tilt up", (0, 0, 0), (0, -HALF, ROOT)),
-    ("tilt down", (0, 0, 0), (0, HALF, ROOT)),
-    ("ellipse loop", (0, 0, 0), (0, 0, 1)),
-])
+@pytest.mark.parametrize(
+    "preset, centre, forward",
+    [
+        ("orbit left", (-1, 0, 2 - 2 * ROOT), (HALF, 0, ROOT)),
+        ("orbit right", (1, 0, 2 - 2 * ROOT), (-HALF, 0, ROOT)),
+        ("arc up", (0, -1, 2 - 2 * ROOT), (0, HALF, ROOT)),
+        ("arc down", (0, 1, 2 - 2 * ROOT), (0, -HALF, ROOT)),
+        ("dolly in", (0, 0, 1), (0, 0, 1)),
+        ("dolly out", (0, 0, -1), (0, 0, 1)),
+        ("truck left", (-1, 0, 0), (0, 0, 1)),
+        ("truck right", (1, 0, 0), (0, 0, 1)),
+        ("pedestal up", (0, -1, 0), (0, 0, 1)),
+        ("pedestal down", (0, 1, 0), (0, 0, 1)),
+        ("pan left", (0, 0, 0), (-HALF, 0, ROOT)),
+        ("pan right", (0, 0, 0), (HALF, 0, ROOT)),
+        ("tilt up", (0, 0, 0), (0, -HALF, ROOT)),
+        ("tilt down", (0, 0, 0), (0, HALF, ROOT)),
+        ("ellipse loop", (0, 0, 0), (0, 0, 1)),
+    ],
+)
 def test_where_each_preset_ends(preset, centre, forward):
     got_centre, got_forward = end(path(preset))
     assert got_centre == pytest.approx(centre, abs=1e-5)
@@ -119,12 +122,22 @@ def test_paths_are_chained_without_a_double_frame():
     torch.testing.assert_close(centres(chained.w2c)[-1], torch.tensor([1.0, 0, 0]), atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("change, depth, message", [
-    ({"keyframes": 1}, 1.0, "at least 2"), ({}, 0.0, "depth is 0.0"), ({}, math.nan, "depth is nan"),
-])
+@pytest.mark.parametrize(
+    "change, depth, message",
+    [({"keyframes": 1}, 1.0, "at least 2"), ({}, 0.0, "depth is 0.0"), ({}, math.nan, "depth is nan")],
+)
 def test_impossible_moves_are_named(change, depth, message):
-    move = Move(**{"preset": "truck left", "degrees": 1.0, "distance": 1.0, "keyframes": 3, "easing": "linear",
-                   "look_at_centre": "off"} | change)
+    move = Move(
+        **{
+            "preset": "truck left",
+            "degrees": 1.0,
+            "distance": 1.0,
+            "keyframes": 3,
+            "easing": "linear",
+            "look_at_centre": "off",
+        }
+        | change
+    )
     with pytest.raises(ValueError, match=message):
         move_on(START, move, depth)
 
@@ -154,8 +167,14 @@ def test_moge_gives_its_lens_unless_another_is_chosen():
 
 def viewer_info(**changes):
     """A viewer's camera at z = 4 that looks back at the origin."""
-    return {"position": {"x": 0, "y": 0, "z": 4}, "target": {"x": 0, "y": 0, "z": 0}, "zoom": 1,
-            "cameraType": "perspective", "quaternion": {"x": 0, "y": 0, "z": 0, "w": 1}, "fov": 90} | changes
+    return {
+        "position": {"x": 0, "y": 0, "z": 4},
+        "target": {"x": 0, "y": 0, "z": 0},
+        "zoom": 1,
+        "cameraType": "perspective",
+        "quaternion": {"x": 0, "y": 0, "z": 0, "w": 1},
+        "fov": 90,
+    } | changes
 
 
 def test_the_viewers_camera_is_turned_into_opencv():
@@ -171,10 +190,14 @@ def test_the_viewers_target_stands_in_for_its_rotation():
     torch.testing.assert_close(forward, torch.tensor([0, 0.6, 0.8]))
 
 
-@pytest.mark.parametrize("changes, message", [
-    ({"cameraType": "orthographic"}, "orthographic"), ({"position": {}}, "cannot be used"),
-    ({"fov": "wide"}, "cannot be used"),
-])
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"cameraType": "orthographic"}, "orthographic"),
+        ({"position": {}}, "cannot be used"),
+        ({"fov": "wide"}, "cannot be used"),
+    ],
+)
 def test_unusable_viewer_cameras_are_named(changes, message):
     with pytest.raises(ValueError, match=message):
         camera_of_viewer(viewer_info(**changes), 640, 480, LENSES[0], 0.0)
@@ -198,8 +221,10 @@ def test_a_chained_orbit_goes_round_what_the_last_camera_sees():
     assert depth_of_scene(scene, away) == 4  # sees nothing: what the first camera saw
 
 
-@pytest.mark.parametrize("cloud", [None, PointCloud(torch.rand(50, 3) + 1, torch.ones(50, 3)),
-                                   PointCloud(torch.zeros(0, 3), torch.zeros(0, 3))])
+@pytest.mark.parametrize(
+    "cloud",
+    [None, PointCloud(torch.rand(50, 3) + 1, torch.ones(50, 3)), PointCloud(torch.zeros(0, 3), torch.zeros(0, 3))],
+)
 def test_the_drawing_shows_first_and_last_camera_in_their_colours(cloud):
     image = draw_path(path("truck right", keyframes=9), DEPTH, cloud)
     assert image.shape == (1, 512, 1024, 3) and image.min() >= 0 and image.max() <= 1

@@ -104,16 +104,19 @@ def test_camera_json_without_a_size_takes_twice_the_principal_point(tmp_path):
     assert (again.width, again.height) == (64, 48)
 
 
-@pytest.mark.parametrize("content, message", [
-    ("{", "No cameras could be read from camera.json"),
-    ("[" * 100_000, "No cameras could be read from camera.json"),
-    ("[1, 2]", "no `extrinsic` and `intrinsic`"),
-    ('{"extrinsic": [], "intrinsic": []}', "`intrinsic` has the shape"),
-    ('{"extrinsic": [[[1, 2], [3]]], "intrinsic": [[[1, 2], [3]]]}', "`extrinsic` is not a list of matrices"),
-    ('{"extrinsic": {"a": 1}, "intrinsic": [[[1, 2], [3]]]}', "`extrinsic` is not a list of matrices"),
-    ('{"extrinsic": [[1]], "intrinsic": [[[9,0,5],[0,9,5],[0,0,1]]], "width": "big"}', "`width` is 'big'"),
-    ('{"extrinsic": [[1]], "intrinsic": [[[9,0,5],[0,9,5],[0,0,1]]]}', "The poses have the shape"),
-])
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("{", "No cameras could be read from camera.json"),
+        ("[" * 100_000, "No cameras could be read from camera.json"),
+        ("[1, 2]", "no `extrinsic` and `intrinsic`"),
+        ('{"extrinsic": [], "intrinsic": []}', "`intrinsic` has the shape"),
+        ('{"extrinsic": [[[1, 2], [3]]], "intrinsic": [[[1, 2], [3]]]}', "`extrinsic` is not a list of matrices"),
+        ('{"extrinsic": {"a": 1}, "intrinsic": [[[1, 2], [3]]]}', "`extrinsic` is not a list of matrices"),
+        ('{"extrinsic": [[1]], "intrinsic": [[[9,0,5],[0,9,5],[0,0,1]]], "width": "big"}', "`width` is 'big'"),
+        ('{"extrinsic": [[1]], "intrinsic": [[[9,0,5],[0,9,5],[0,0,1]]]}', "The poses have the shape"),
+    ],
+)
 def test_a_bad_camera_json_is_named(tmp_path, content, message):
     (tmp_path / "camera.json").write_text(content)
     with pytest.raises(ValueError, match=message):
@@ -127,15 +130,18 @@ def broken(change):
     return lambda: Cameras(w2c, K, 64, 48)
 
 
-@pytest.mark.parametrize("change, message", [
-    (lambda w2c, K: w2c.fill_(float("nan")), "Camera 2 of 4 .*: its pose holds NaN"),
-    (lambda w2c, K: K.mul_(float("inf")), "Camera 2 of 4 .*: its intrinsics hold NaN"),
-    (lambda w2c, K: w2c[:3, :3].mul_(1.01), "Camera 2 of 4 .*: its rotation is not orthonormal"),
-    (lambda w2c, K: w2c[:3, 0].mul_(-1), "Camera 2 of 4 .*: its rotation mirrors"),
-    (lambda w2c, K: w2c.copy_(w2c.T.clone()), "Camera 2 of 4 .*: the last row of its pose"),
-    (lambda w2c, K: K[1, 1].mul_(-1), "Camera 2 of 4 .*: its focal length is not positive"),
-    (lambda w2c, K: K.copy_(K.T.clone()), "Camera 2 of 4 .*: the last row of its intrinsics"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda w2c, K: w2c.fill_(float("nan")), "Camera 2 of 4 .*: its pose holds NaN"),
+        (lambda w2c, K: K.mul_(float("inf")), "Camera 2 of 4 .*: its intrinsics hold NaN"),
+        (lambda w2c, K: w2c[:3, :3].mul_(1.01), "Camera 2 of 4 .*: its rotation is not orthonormal"),
+        (lambda w2c, K: w2c[:3, 0].mul_(-1), "Camera 2 of 4 .*: its rotation mirrors"),
+        (lambda w2c, K: w2c.copy_(w2c.T.clone()), "Camera 2 of 4 .*: the last row of its pose"),
+        (lambda w2c, K: K[1, 1].mul_(-1), "Camera 2 of 4 .*: its focal length is not positive"),
+        (lambda w2c, K: K.copy_(K.T.clone()), "Camera 2 of 4 .*: the last row of its intrinsics"),
+    ],
+)
 def test_impossible_cameras_are_named(change, message):
     with pytest.raises(ValueError, match=message):
         broken(change)()

@@ -29,8 +29,10 @@ def load(path, **options):
 def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     config = golden_weights(CASE)[1]
-    return {"fp8": save(cooked(CASE), folder / "fp8.safetensors", config),
-            "bf16": save(source(CASE), folder / "bf16.safetensors", config)}
+    return {
+        "fp8": save(cooked(CASE), folder / "fp8.safetensors", config),
+        "bf16": save(source(CASE), folder / "bf16.safetensors", config),
+    }
 
 
 def conditioning(seed: int, **changes):
@@ -42,11 +44,16 @@ def conditioning(seed: int, **changes):
         penultimate_hidden_states = inputs["encoder_hidden_states_image"]
 
     values = {
-        "concat_latent_image": torch.randn(1, 16, 3, 6, 8), "concat_mask": torch.ones(1, 1, 3, 6, 8),
-        "clip_vision_output": Vision, "render_latent": torch.randn(1, 16, 3, 6, 8),
-        "render_mask": inputs["render_mask"], "camera_embedding": inputs["camera_embedding"],
-        "reference_latent": torch.randn(1, 16, 2, 6, 8), "ref_index": inputs["ref_index"][None],
-        "camera_qt": inputs["camera_qt"], "camera_qt_ref": inputs["camera_qt_ref"],
+        "concat_latent_image": torch.randn(1, 16, 3, 6, 8),
+        "concat_mask": torch.ones(1, 1, 3, 6, 8),
+        "clip_vision_output": Vision,
+        "render_latent": torch.randn(1, 16, 3, 6, 8),
+        "render_mask": inputs["render_mask"],
+        "camera_embedding": inputs["camera_embedding"],
+        "reference_latent": torch.randn(1, 16, 2, 6, 8),
+        "ref_index": inputs["ref_index"][None],
+        "camera_qt": inputs["camera_qt"],
+        "camera_qt_ref": inputs["camera_qt_ref"],
     }
     values = {name: value for name, value in (values | changes).items() if value is not None}
     return [[torch.randn(1, 512, 48), values]]
@@ -56,15 +63,18 @@ def sample(patcher, positive, negative, cfg=1.0, batch=1, steps=4, **kwargs):
     latent = torch.zeros(batch, 16, 3, 6, 8)
     torch.manual_seed(7)
     noise = torch.randn(1, 16, 3, 6, 8).repeat(batch, 1, 1, 1, 1)
-    return comfy.sample.sample(patcher, noise, steps, cfg, "euler", "simple", positive, negative, latent, seed=7,
-                               disable_pbar=True, **kwargs)
+    return comfy.sample.sample(
+        patcher, noise, steps, cfg, "euler", "simple", positive, negative, latent, seed=7, disable_pbar=True, **kwargs
+    )
 
 
 def by_hand(patcher, positive):
     """Four Euler steps written out: x += (sigma_next − sigma)·v, from noise at sigma 1."""
     model = patcher.model
     cond = positive[0][1]
-    latents = {k: model.process_latent_in(cond[k]) for k in ("concat_latent_image", "render_latent", "reference_latent")}
+    latents = {
+        k: model.process_latent_in(cond[k]) for k in ("concat_latent_image", "render_latent", "reference_latent")
+    }
     torch.manual_seed(7)
     x = torch.randn(1, 16, 3, 6, 8)
     mask = (1 - cond["concat_mask"]).repeat(1, 4, 1, 1, 1)
@@ -72,14 +82,18 @@ def by_hand(patcher, positive):
     extra = {k: cond[k] for k in ("render_mask", "camera_embedding", "ref_index", "camera_qt", "camera_qt_ref")}
     sigmas = [1, 0.9375, 5 / 6, 0.625, 0]
     for sigma, following in zip(sigmas, sigmas[1:]):
-        v = run(patcher, extra | {
-            "hidden_states": torch.cat([x, mask, latents["concat_latent_image"]], dim=1),
-            "timestep": torch.tensor([1000.0 * sigma]),
-            "encoder_hidden_states": positive[0][0],
-            "encoder_hidden_states_image": cond["clip_vision_output"].penultimate_hidden_states,
-            "render_latent": latents["render_latent"],
-            "reference_latent": torch.cat([reference, torch.ones_like(reference[:, :4]), reference], dim=1),
-        })
+        v = run(
+            patcher,
+            extra
+            | {
+                "hidden_states": torch.cat([x, mask, latents["concat_latent_image"]], dim=1),
+                "timestep": torch.tensor([1000.0 * sigma]),
+                "encoder_hidden_states": positive[0][0],
+                "encoder_hidden_states_image": cond["clip_vision_output"].penultimate_hidden_states,
+                "render_latent": latents["render_latent"],
+                "reference_latent": torch.cat([reference, torch.ones_like(reference[:, :4]), reference], dim=1),
+            },
+        )
         x = x + (following - sigma) * v
     return model.process_latent_out(x)
 
@@ -105,8 +119,15 @@ def assert_cfg(patcher, positive, negative):
 def test_conditionings_of_different_kinds_go_together(files):
     """A negative without references and render is another shape of input; core runs it on its own."""
     patcher = load(files["fp8"])
-    bare = conditioning(1, reference_latent=None, ref_index=None, camera_qt_ref=None, render_latent=None,
-                        render_mask=None, camera_embedding=None)
+    bare = conditioning(
+        1,
+        reference_latent=None,
+        ref_index=None,
+        camera_qt_ref=None,
+        render_latent=None,
+        render_mask=None,
+        camera_embedding=None,
+    )
     assert_cfg(patcher, conditioning(0), bare)
 
 
@@ -170,20 +191,30 @@ class TestConstants:
             penultimate_hidden_states = torch.randn(1, 257, 32)
 
         patcher = load(files["fp8"])
-        outputs = [sample(patcher, conditioning(0, clip_vision_output=vision), conditioning(1))
-                   for vision in (conditioning(0)[0][1]["clip_vision_output"], Vision, None)]
+        outputs = [
+            sample(patcher, conditioning(0, clip_vision_output=vision), conditioning(1))
+            for vision in (conditioning(0)[0][1]["clip_vision_output"], Vision, None)
+        ]
         assert all(relative_error(a, b) > 1e-3 for a, b in zip(outputs, outputs[1:] + outputs[:1]))
 
     def test_a_lora_on_keys_and_values_comes_and_goes(self, files):
-        file, _ = lora("native", ("blocks.0.cross_attn.k", "blocks.1.cross_attn.v_img", "text_embedding.2",
-                                  "controlnet.controlnet_blocks.0.norm1.linear"))
+        file, _ = lora(
+            "native",
+            (
+                "blocks.0.cross_attn.k",
+                "blocks.1.cross_attn.v_img",
+                "text_embedding.2",
+                "controlnet.controlnet_blocks.0.norm1.linear",
+            ),
+        )
         outputs = {}
         for prompt_cache in (True, False):
             patcher = load(files["bf16"], prompt_cache=prompt_cache)
             patched, _ = comfy.sd.load_lora_for_models(patcher, None, file, 1.0, 1.0)
             stronger, _ = comfy.sd.load_lora_for_models(patcher, None, file, 2.0, 2.0)
-            outputs[prompt_cache] = [sample(p, conditioning(0), conditioning(1))
-                                     for p in (patcher, patched, stronger, patcher, patched)]
+            outputs[prompt_cache] = [
+                sample(p, conditioning(0), conditioning(1)) for p in (patcher, patched, stronger, patcher, patched)
+            ]
         for with_cache, without in zip(outputs[True], outputs[False]):
             assert relative_error(with_cache, without) < 1e-6
         plain, once, twice, *_ = outputs[True]
@@ -200,7 +231,13 @@ class TestConstants:
 
     def test_a_bypass_lora_comes_and_goes(self, files):
         """Core's bypass LoRAs change no weight: they stand in for the layers' `forward`."""
-        layers = ("blocks.0.self_attn.q", "blocks.1.ffn.2", "blocks.0.cross_attn.k", "text_embedding.2", "controlnet.proj_out.0")
+        layers = (
+            "blocks.0.self_attn.q",
+            "blocks.1.ffn.2",
+            "blocks.0.cross_attn.k",
+            "text_embedding.2",
+            "controlnet.proj_out.0",
+        )
         file, _ = lora("native", layers)
         patcher = load(files["bf16"])
         bypass, _ = comfy.sd.load_bypass_lora_for_models(patcher, None, file, 1.0, 1.0)
@@ -218,7 +255,9 @@ class TestConstants:
                 return super().forward(text).tanh()
 
         patched = patcher.clone()
-        patched.add_object_patch("diffusion_model.text_embedding", Squashed(*patcher.model.diffusion_model.text_embedding))
+        patched.add_object_patch(
+            "diffusion_model.text_embedding", Squashed(*patcher.model.diffusion_model.text_embedding)
+        )
         assert relative_error(sample(patched, conditioning(0), conditioning(1)), plain) > 1e-3
         assert torch.equal(sample(patcher, conditioning(0), conditioning(1)), plain)
 
@@ -296,7 +335,7 @@ def test_lora(naming, kind, files, tmp_path):
     patcher = load(files[kind])
     plain = sample(patcher, conditioning(0), conditioning(1))
     patched, _ = comfy.sd.load_lora_for_models(patcher, None, file, 1.0, 1.0)
-    assert {key for key in patched.patches} == {f"diffusion_model.{name}" for name in differences}
+    assert set(patched.patches) == {f"diffusion_model.{name}" for name in differences}
     out = sample(patched, conditioning(0), conditioning(1))
 
     merged = {name: value.float() for name, value in source(CASE).items()}
@@ -338,10 +377,16 @@ def test_where_not_all_fits_what_the_prompt_cache_replaces_stays_in_ram(files, m
     patcher.load(patcher.load_device, lowvram_model_memory=patcher.model_size() - 1)
     try:
         assert patcher.model.model_lowvram
-        offloaded = {name for name, module in patcher.model.named_modules()
-                     if hasattr(module, "prev_comfy_cast_weights") and module.weight is not None}
-        constant = {name for name, module in patcher.model.named_modules()
-                    if name.endswith(loaders.patcher.CACHED) and hasattr(module, "comfy_cast_weights")}
+        offloaded = {
+            name
+            for name, module in patcher.model.named_modules()
+            if hasattr(module, "prev_comfy_cast_weights") and module.weight is not None
+        }
+        constant = {
+            name
+            for name, module in patcher.model.named_modules()
+            if name.endswith(loaders.patcher.CACHED) and hasattr(module, "comfy_cast_weights")
+        }
         assert offloaded <= constant and len(offloaded) > 0.8 * len(constant)
         assert patcher.loaded_size() <= resident + 20_000
     finally:
@@ -468,11 +513,13 @@ def test_torch_compile_with_what_looks_at_the_blocks_number(kind, files, monkeyp
         changed.set_model_patch(lambda values: values["x"] * strength(values["transformer_options"]), "attn1_patch")
     else:
         changed.model_options["transformer_options"]["optimized_attention_override"] = (
-            lambda function, *args, **kwargs: function(*args, **kwargs) * strength(kwargs["transformer_options"]))
+            lambda function, *args, **kwargs: function(*args, **kwargs) * strength(kwargs["transformer_options"])
+        )
     torch._dynamo.reset()
     compiled, compiled_plain = (TorchCompileModel.execute(p, "eager").result[0] for p in (changed, patcher))
-    plain, eager, out_plain, out = (sample(p, conditioning(0), conditioning(1), steps=1)
-                                    for p in (patcher, changed, compiled_plain, compiled))
+    plain, eager, out_plain, out = (
+        sample(p, conditioning(0), conditioning(1), steps=1) for p in (patcher, changed, compiled_plain, compiled)
+    )
     assert relative_error(eager, plain) > 1e-2
     assert relative_error(out_plain, plain) < 1e-5 and relative_error(out, eager) < 1e-5
 

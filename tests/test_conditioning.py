@@ -43,12 +43,24 @@ def path(count, width=64, height=40):
 
 def inputs(count=5):
     torch.manual_seed(1)
-    return {"image": torch.rand(1, 40, 64, 3), "render": torch.rand(count, 40, 64, 3),
-            "mask": torch.rand(count, 40, 64).round(), "cameras": path(count)}
+    return {
+        "image": torch.rand(1, 40, 64, 3),
+        "render": torch.rand(count, 40, 64, 3),
+        "mask": torch.rand(count, 40, 64).round(),
+        "cameras": path(count),
+    }
 
 
-@pytest.mark.parametrize("height, width, size", [(480, 832, (480, 768)), (512, 768, (480, 768)), (768, 1024, (512, 720)),
-                                                 (1000, 1000, (608, 608)), (1920, 1080, (768, 480))])
+@pytest.mark.parametrize(
+    "height, width, size",
+    [
+        (480, 832, (480, 768)),
+        (512, 768, (480, 768)),
+        (768, 1024, (512, 720)),
+        (1000, 1000, (608, 608)),
+        (1920, 1080, (768, 480)),
+    ],
+)
 def test_the_size_is_the_table_entry_of_the_nearest_ratio(height, width, size):
     assert keyframe_size(WorldStereoConfig(), height, width) == size
 
@@ -101,7 +113,9 @@ def test_more_frames_than_keyframes_are_thinned(vae):
     values, latent = condition(CONFIG, vae, **given)
     assert latent.shape[2] == 5
     kept = [0, 20, 40, 60, 80]
-    thinned, _ = condition(CONFIG, vae, given["image"], given["render"][kept], given["mask"][kept], given["cameras"][kept])
+    thinned, _ = condition(
+        CONFIG, vae, given["image"], given["render"][kept], given["mask"][kept], given["cameras"][kept]
+    )
     assert values.keys() == thinned.keys()
     assert all(torch.equal(values[name], thinned[name]) for name in values)
 
@@ -129,27 +143,39 @@ def test_references(vae):
     assert References.of(None, None, "  ") is None
 
 
-@pytest.mark.parametrize("edit, message", [
-    ({"image": torch.rand(2, 40, 64, 3)}, "image holds 2 pictures"),
-    ({"image": torch.rand(1, 0, 64, 3)}, "image is empty"),
-    ({"mask": torch.rand(5, 0, 0)}, "render_mask is empty"),
-    ({"render": torch.rand(4, 40, 64, 3)}, "render_video 4, render_mask 5, cameras 5"),
-    ({"cameras": path(6)}, "render_video 5, render_mask 5, cameras 6"),
-    ({"references": References(torch.rand(2, 20, 20, 3), path(1), (0, 1))}, "reference_images 2, reference_cameras 1"),
-    ({"references": References(torch.rand(1, 20, 20, 3), path(1), (5,))}, "reference_index 5 is no keyframe.*0 to 4"),
-    ({"references": References(torch.rand(6, 20, 20, 3), path(6), tuple(range(6)))}, "6 views for 5 keyframes"),
-])
+@pytest.mark.parametrize(
+    "edit, message",
+    [
+        ({"image": torch.rand(2, 40, 64, 3)}, "image holds 2 pictures"),
+        ({"image": torch.rand(1, 0, 64, 3)}, "image is empty"),
+        ({"mask": torch.rand(5, 0, 0)}, "render_mask is empty"),
+        ({"render": torch.rand(4, 40, 64, 3)}, "render_video 4, render_mask 5, cameras 5"),
+        ({"cameras": path(6)}, "render_video 5, render_mask 5, cameras 6"),
+        (
+            {"references": References(torch.rand(2, 20, 20, 3), path(1), (0, 1))},
+            "reference_images 2, reference_cameras 1",
+        ),
+        (
+            {"references": References(torch.rand(1, 20, 20, 3), path(1), (5,))},
+            "reference_index 5 is no keyframe.*0 to 4",
+        ),
+        ({"references": References(torch.rand(6, 20, 20, 3), path(6), tuple(range(6)))}, "6 views for 5 keyframes"),
+    ],
+)
 def test_bad_inputs_are_named_before_anything_is_encoded(edit, message, vae, monkeypatch):
     monkeypatch.setattr(vae, "encode", lambda pixels: pytest.fail("encoded before the inputs were checked"))
     with pytest.raises(ValueError, match=message):
         condition(CONFIG, vae, **(inputs() | edit))
 
 
-@pytest.mark.parametrize("given, message", [
-    ((torch.rand(1, 8, 8, 3), None, "0"), "reference_cameras missing"),
-    ((torch.rand(1, 8, 8, 3), path(1), ""), "reference_index missing"),
-    ((torch.rand(1, 8, 8, 3), path(1), "0, x"), "whole numbers"),
-])
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ((torch.rand(1, 8, 8, 3), None, "0"), "reference_cameras missing"),
+        ((torch.rand(1, 8, 8, 3), path(1), ""), "reference_index missing"),
+        ((torch.rand(1, 8, 8, 3), path(1), "0, x"), "whole numbers"),
+    ],
+)
 def test_references_are_given_whole(given, message):
     with pytest.raises(ValueError, match=message):
         References.of(*given)
@@ -167,8 +193,11 @@ def test_another_vae_is_refused(vae):
 
         latent_channels, latent_dim, first_stage_model = 16, 3, torch.nn.Identity()
 
-    for use in (lambda other: condition(CONFIG, other, **inputs()), lambda other: encode_keyframes(other, torch.rand(1, 32, 48, 3)),
-                lambda other: decode_keyframes(other, torch.rand(1, 16, 1, 4, 6))):
+    for use in (
+        lambda other: condition(CONFIG, other, **inputs()),
+        lambda other: encode_keyframes(other, torch.rand(1, 32, 48, 3)),
+        lambda other: decode_keyframes(other, torch.rand(1, 16, 1, 4, 6)),
+    ):
         with pytest.raises(ValueError, match="vae is Identity.*needs the Wan 2.1 VAE"):
             use(HunyuanLike())
 

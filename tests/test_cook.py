@@ -35,7 +35,20 @@ from worldstereo_fp8.worldstereo.shapes import tensor_shapes
 
 ROOT = Path(command.__file__).parent
 CASE = "memory_dmd"
-WORDS = "norm,bias,time_in,time_,patch_embedding,img_emb,modulation,text_embedding,adapter,add,ref_conv,audio_proj".split(",")
+WORDS = [
+    "norm",
+    "bias",
+    "time_in",
+    "time_",
+    "patch_embedding",
+    "img_emb",
+    "modulation",
+    "text_embedding",
+    "adapter",
+    "add",
+    "ref_conv",
+    "audio_proj",
+]
 LINEAR = "blocks.0.attn1.to_q.weight"
 KILLS = 20
 
@@ -58,7 +71,9 @@ def assert_same(found: dict, expected: dict):
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         assert found[name].dtype == tensor.dtype and found[name].shape == tensor.shape, name
-        assert torch.equal(found[name].contiguous().view(-1).view(torch.uint8), tensor.contiguous().view(-1).view(torch.uint8)), name
+        assert torch.equal(
+            found[name].contiguous().view(-1).view(torch.uint8), tensor.contiguous().view(-1).view(torch.uint8)
+        ), name
 
 
 def sha256(path: Path) -> str:
@@ -105,7 +120,10 @@ def test_default_recipe_has_the_same_form_and_no_larger_error(sources, tmp_path,
     for error, published_error in zip(report.errors, report.published, strict=True):
         scale_name = error.name.replace(".weight", ".scale_weight")
         reference = weights[error.name].double()
-        errors = [(tensors[error.name].double() * tensors[scale_name].double() - reference).abs() for tensors in (found, other)]
+        errors = [
+            (tensors[error.name].double() * tensors[scale_name].double() - reference).abs()
+            for tensors in (found, other)
+        ]
         assert errors[0].max() <= errors[1].max() and errors[0].square().mean() <= errors[1].square().mean()
         for numbers, independent in zip((error, published_error), errors):
             assert numbers.max == independent.max()
@@ -150,8 +168,10 @@ def test_full_size_counts():
     assert round(size / 1e9, 2) == 20.35
 
     kept = [t for t in layout.values() if t.name in shapes and t.dtype == "BF16"]
+
     def group(test):
         return len([t for t in kept if test(t.name)]), round(sum(t.nbytes for t in kept if test(t.name)) / 1e9, 2)
+
     weight = lambda name: name.endswith(".weight")
     assert group(lambda n: weight(n) and "norm" in n) == (362, 1.26)
     assert group(lambda n: weight(n) and ".add_" in n) == (80, 4.19)
@@ -177,9 +197,15 @@ def test_provenance(sources, tmp_path):
     with safe_open(tmp_path / "a.safetensors", framework="pt") as file:
         metadata = file.metadata()
     assert json.loads(metadata.pop("config"))["model_type"] == "worldstereo-memory-dmd"
-    assert metadata == {"format": "pt", "format_version": "1", "recipe": "default", "convs": "bf16",
-                        "tool": "comfyui-worldstereo-fp8", "tool_version": engine.TOOL_VERSION,
-                        "source_sha256": sha256(sources / "bf16.safetensors")}
+    assert metadata == {
+        "format": "pt",
+        "format_version": "1",
+        "recipe": "default",
+        "convs": "bf16",
+        "tool": "comfyui-worldstereo-fp8",
+        "tool_version": engine.TOOL_VERSION,
+        "source_sha256": sha256(sources / "bf16.safetensors"),
+    }
     cook(sources / "model.safetensors.index.json", tmp_path / "c.safetensors")
     hashes = [sha256(shard) for shard in sorted(sources.glob("model-*.safetensors"))]
     assert open_files(tmp_path / "c.safetensors").metadata["source_sha256"] == " ".join(hashes)
@@ -232,24 +258,37 @@ def bad(tmp_path: Path, change) -> Path:
 def put(name: str, value: float):
     def change(tensors):
         tensors[name].view(-1)[7] = value
+
     return change
 
 
-@pytest.mark.parametrize("change, message", [
-    (put(LINEAR, torch.nan), f"{LINEAR} holds NaN or infinite"),
-    (put(LINEAR, torch.inf), f"{LINEAR} holds NaN or infinite"),
-    (put("blocks.0.norm2.weight", -torch.inf), "blocks.0.norm2.weight holds NaN or infinite"),
-    (lambda t: t.update({LINEAR: t[LINEAR].to(torch.float8_e4m3fn)}), "is FP8 already"),
-    (lambda t: t.update({"blocks.0.attn1.to_q.scale_weight": torch.ones(())}), "is FP8 already"),
-    (lambda t: t.clear(), "holds no tensors"),
-    (lambda t: t.update({LINEAR: torch.zeros(0, 4, dtype=torch.bfloat16)}), "no element"),
-    (lambda t: t.update({LINEAR: torch.zeros(4, 4, dtype=torch.int32)}), "is I32"),
-    (lambda t: (t.clear(), t.update({"blocks.0.attn1.to_q.lora_A.weight": torch.ones(4, 4)})), "belongs to no WorldStereo model"),
-    (lambda t: [t.pop(name) for name in list(t) if not name.endswith("bias")], "none of its"),
-    (lambda t: (renamed := native(t), t.clear(), t.update(renamed)), "is a native Wan name"),
-    (lambda t: (renamed := {f"model.diffusion_model.{n}": v for n, v in native(t).items()}, t.clear(), t.update(renamed)),
-     "is a native Wan name"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (put(LINEAR, torch.nan), f"{LINEAR} holds NaN or infinite"),
+        (put(LINEAR, torch.inf), f"{LINEAR} holds NaN or infinite"),
+        (put("blocks.0.norm2.weight", -torch.inf), "blocks.0.norm2.weight holds NaN or infinite"),
+        (lambda t: t.update({LINEAR: t[LINEAR].to(torch.float8_e4m3fn)}), "is FP8 already"),
+        (lambda t: t.update({"blocks.0.attn1.to_q.scale_weight": torch.ones(())}), "is FP8 already"),
+        (lambda t: t.clear(), "holds no tensors"),
+        (lambda t: t.update({LINEAR: torch.zeros(0, 4, dtype=torch.bfloat16)}), "no element"),
+        (lambda t: t.update({LINEAR: torch.zeros(4, 4, dtype=torch.int32)}), "is I32"),
+        (
+            lambda t: (t.clear(), t.update({"blocks.0.attn1.to_q.lora_A.weight": torch.ones(4, 4)})),
+            "belongs to no WorldStereo model",
+        ),
+        (lambda t: [t.pop(name) for name in list(t) if not name.endswith("bias")], "none of its"),
+        (lambda t: (renamed := native(t), t.clear(), t.update(renamed)), "is a native Wan name"),
+        (
+            lambda t: (
+                renamed := {f"model.diffusion_model.{n}": v for n, v in native(t).items()},
+                t.clear(),
+                t.update(renamed),
+            ),
+            "is a native Wan name",
+        ),
+    ],
+)
 def test_refused_sources(tmp_path, change, message):
     path = bad(tmp_path, change)
     with pytest.raises(ValueError, match=message):
@@ -265,13 +304,16 @@ def test_all_zero_weight_has_scale_one(tmp_path, convert):
     assert found["blocks.0.attn1.to_q.scale_weight"] == 1 and not found[LINEAR].float().any()
 
 
-@pytest.mark.parametrize("content, message", [
-    (b"PK\x03\x04" + bytes(64), "is a pickle"),
-    (b"\x80\x02}q\x00." + bytes(64), "is a pickle"),
-    (b"<html>" * 9, "is a web page"),
-    (b"", "not a safetensors file: its header length is 0"),
-    (bytes(64), "not a safetensors file: its header length is 0"),
-])
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"PK\x03\x04" + bytes(64), "is a pickle"),
+        (b"\x80\x02}q\x00." + bytes(64), "is a pickle"),
+        (b"<html>" * 9, "is a web page"),
+        (b"", "not a safetensors file: its header length is 0"),
+        (bytes(64), "not a safetensors file: its header length is 0"),
+    ],
+)
 def test_files_of_another_kind(tmp_path, content, message):
     (tmp_path / "bad.safetensors").write_bytes(content)
     with pytest.raises(ValueError, match=message):
@@ -289,7 +331,10 @@ def test_bad_shards(sources, tmp_path):
         shutil.copy(file, tmp_path)
     index, target = tmp_path / "model.safetensors.index.json", tmp_path / "out.safetensors"
     content = json.loads(index.read_text())
-    moved = content["weight_map"] | {LINEAR: "model-00001-of-00003.safetensors", "blocks.0.norm2.bias": "x/../y.safetensors"}
+    moved = content["weight_map"] | {
+        LINEAR: "model-00001-of-00003.safetensors",
+        "blocks.0.norm2.bias": "x/../y.safetensors",
+    }
     index.write_text(json.dumps({"weight_map": moved}))
     with pytest.raises(ValueError, match="outside its own folder"):
         cook(index, target)
@@ -305,7 +350,9 @@ def test_bad_shards(sources, tmp_path):
         cook(index, target)
     index.write_text(json.dumps(content))
     for path in (tmp_path, tmp_path / "model-00001-of-00003.safetensors"):
-        with pytest.raises(ValueError, match="Give the .safetensors file, or for a model in shards its .safetensors.index.json"):
+        with pytest.raises(
+            ValueError, match="Give the .safetensors file, or for a model in shards its .safetensors.index.json"
+        ):
             cook(path, target)
     (tmp_path / "model-00002-of-00003.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="model-00002-of-00003.safetensors is missing beside it"):
@@ -355,7 +402,9 @@ def test_progress(sources, tmp_path):
     seen = []
     cook(sources / "bf16.safetensors", tmp_path / "out.safetensors", on_progress=seen.append)
     nbytes = open_files(sources / "bf16.safetensors").nbytes
-    assert [p.nbytes for p in seen] == sorted({p.nbytes for p in seen}) and seen[-1].nbytes == nbytes == seen[0].total_nbytes
+    assert [p.nbytes for p in seen] == sorted({p.nbytes for p in seen}) and seen[-1].nbytes == nbytes == seen[
+        0
+    ].total_nbytes
     assert [p.tensors for p in seen] == list(range(1, len(source(CASE)) + 1))
     assert "151 of 151 tensors" in str(seen[-1]) and "MB/s" in str(seen[-1]) and "0:00 left" in str(seen[-1])
 
@@ -433,7 +482,9 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
             layout[f"blocks.{i}.attn1.to_q.weight"] = Tensor("", "BF16", (5000, 10_000), (i + 2) * 100_000_000)
         with open(src, "wb") as file:
             file.truncate(file.write(engine.header(layout, {})) + sum(tensor.nbytes for tensor in layout.values()))
-        done = subprocess.run([sys.executable, script, src, tmp_path / f"{count}.safetensors"], capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, script, src, tmp_path / f"{count}.safetensors"], capture_output=True, text=True
+        )
         grown.append(int(done.stdout or pytest.fail(done.stderr)))
     budget = (reading.BUFFERS * reading.SLICE >> 20) + 150
     assert grown[1] < min(grown[0] + 60, budget), grown
@@ -459,7 +510,9 @@ def test_kill_at_random_moments(tmp_path):
     """SIGKILL while the file is made: no file under its name, one temporary at most, the next run cleans it."""
     torch.manual_seed(0)
     weights = {f"blocks.{i}.attn1.to_q.weight": torch.randn(2048, 2048).to(torch.bfloat16) for i in range(8)}
-    save_file(weights | {"blocks.0.norm2.bias": torch.zeros(4096, dtype=torch.bfloat16)}, tmp_path / "source.safetensors")
+    save_file(
+        weights | {"blocks.0.norm2.bias": torch.zeros(4096, dtype=torch.bfloat16)}, tmp_path / "source.safetensors"
+    )
     before, folder = sha256(tmp_path / "source.safetensors"), tmp_path / "result"
     folder.mkdir()
     script = tmp_path / "fork.py"
@@ -524,8 +577,13 @@ def test_verify(sources, tmp_path):
     save_file(found, tmp_path / "changed.safetensors", metadata)
     differences = verify(tmp_path / "changed.safetensors", src)
     assert len(differences) == 5
-    for start in (f"{LINEAR}: 1 of 4096 values differ", "blocks.1.attn1.to_q.scale_weight: 1 of 1 values differ",
-                  "blocks.0.norm2.bias is missing", "more does not belong", "scale_shift_table is F32"):
+    for start in (
+        f"{LINEAR}: 1 of 4096 values differ",
+        "blocks.1.attn1.to_q.scale_weight: 1 of 1 values differ",
+        "blocks.0.norm2.bias is missing",
+        "more does not belong",
+        "scale_shift_table is F32",
+    ):
         assert any(line.startswith(start) for line in differences), start
 
 
@@ -533,8 +591,13 @@ def test_verify_a_file_without_metadata(sources, tmp_path):
     """As others made them: no metadata, the scale named after the weight or shaped [1]."""
     for convs in ("fp8", "bf16"):
         tensors = published(source(CASE), convs)
-        save_file({name.replace(".scale_weight", ".weight.scale_weight"): tensor.reshape(1) if tensor.ndim == 0 else tensor
-                   for name, tensor in tensors.items()}, tmp_path / "theirs.safetensors")
+        save_file(
+            {
+                name.replace(".scale_weight", ".weight.scale_weight"): tensor.reshape(1) if tensor.ndim == 0 else tensor
+                for name, tensor in tensors.items()
+            },
+            tmp_path / "theirs.safetensors",
+        )
         assert verify(tmp_path / "theirs.safetensors", sources / "bf16.safetensors") == []
     assert verify(tmp_path / "theirs.safetensors", sources / "bf16.safetensors", Options("default")) != []
 
@@ -553,23 +616,39 @@ def test_compare(sources, tmp_path):
     report = cook(sources / "bf16.safetensors", tmp_path / "published.safetensors", Options("published"))
     again = compare(sources / "bf16.safetensors", tmp_path / "published.safetensors")
     assert {e.name: (e.max, pytest.approx(e.rms), e.zeroed, e.saturated, e.scale) for e in report.errors} == {
-        e.name: (e.max, e.rms, e.zeroed, e.saturated, e.scale) for e in again.errors}
-    assert compare(tmp_path / "default.safetensors", tmp_path / "default.safetensors").total(
-        compare(tmp_path / "default.safetensors", tmp_path / "default.safetensors").errors).max == 0
+        e.name: (e.max, e.rms, e.zeroed, e.saturated, e.scale) for e in again.errors
+    }
+    assert (
+        compare(tmp_path / "default.safetensors", tmp_path / "default.safetensors")
+        .total(compare(tmp_path / "default.safetensors", tmp_path / "default.safetensors").errors)
+        .max
+        == 0
+    )
     between = compare(tmp_path / "default.safetensors", tmp_path / "published.safetensors")
     assert between.total(between.errors).max > 0 and between.notes == []
 
 
 def test_compare_files_of_other_tools(sources, tmp_path):
     """Native names, `scaled_fp8`, `scale_input`, `weight_scale`, a clipped weight, one that FP8 rounded to zero."""
-    tensors = native({"blocks.0.attn1.to_q.weight": torch.tensor([[1.0, -2.0], [0.5, 600.0]]),
-                      "blocks.0.attn1.to_k.weight": torch.tensor([[1e-9, 1.0]]), "blocks.0.attn1.to_q.bias": torch.ones(2)})
+    tensors = native(
+        {
+            "blocks.0.attn1.to_q.weight": torch.tensor([[1.0, -2.0], [0.5, 600.0]]),
+            "blocks.0.attn1.to_k.weight": torch.tensor([[1e-9, 1.0]]),
+            "blocks.0.attn1.to_q.bias": torch.ones(2),
+        }
+    )
     save_file(tensors, tmp_path / "a.safetensors")
     q, k = "blocks.0.self_attn.q", "blocks.0.self_attn.k"
-    theirs = {f"{q}.weight": tensors[f"{q}.weight"].clamp(-448, 448).to(torch.float8_e4m3fn), f"{q}.bias": torch.ones(2),
-              f"{q}.scale_weight": torch.ones(1), f"{q}.scale_input": torch.ones(1),
-              f"{k}.weight": (tensors[f"{k}.weight"] / 2).to(torch.float8_e4m3fn), f"{k}.weight_scale": torch.tensor(2.0),
-              "scaled_fp8": torch.zeros(2, dtype=torch.float8_e4m3fn), "blocks.0.modulation": torch.zeros(1)}
+    theirs = {
+        f"{q}.weight": tensors[f"{q}.weight"].clamp(-448, 448).to(torch.float8_e4m3fn),
+        f"{q}.bias": torch.ones(2),
+        f"{q}.scale_weight": torch.ones(1),
+        f"{q}.scale_input": torch.ones(1),
+        f"{k}.weight": (tensors[f"{k}.weight"] / 2).to(torch.float8_e4m3fn),
+        f"{k}.weight_scale": torch.tensor(2.0),
+        "scaled_fp8": torch.zeros(2, dtype=torch.float8_e4m3fn),
+        "blocks.0.modulation": torch.zeros(1),
+    }
     save_file(theirs, tmp_path / "b.safetensors")
     report = compare(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
     errors = {error.name: error for error in report.errors}
@@ -605,12 +684,19 @@ def test_report(sources, tmp_path):
 
 def test_command_line(sources, tmp_path):
     """As a script, from another folder, without ComfyUI."""
+
     def call(*arguments):
-        script = "import runpy, sys; sys.argv = sys.argv[1:]; path = sys.argv[0]\n" \
-                 "try: runpy.run_path(path, run_name='__main__')\n" \
-                 "finally: assert 'comfy' not in sys.modules and 'numpy.testing' not in sys.modules"
-        done = subprocess.run([sys.executable, "-c", script, ROOT / "cook_worldstereo_fp8.py", *arguments], cwd=tmp_path,
-                              capture_output=True, text=True)
+        script = (
+            "import runpy, sys; sys.argv = sys.argv[1:]; path = sys.argv[0]\n"
+            "try: runpy.run_path(path, run_name='__main__')\n"
+            "finally: assert 'comfy' not in sys.modules and 'numpy.testing' not in sys.modules"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", script, ROOT / "cook_worldstereo_fp8.py", *arguments],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+        )
         return done.returncode, done.stdout, done.stderr
 
     src = sources / "bf16.safetensors"
@@ -620,7 +706,12 @@ def test_command_line(sources, tmp_path):
     assert sorted(p.name for p in (tmp_path / "report").iterdir()) == ["report.json", "report.png", "report.txt"]
     assert json.loads((tmp_path / "report" / "report.json").read_text())["total"]["saturated_share"] == 0
     assert sorted(p.name for p in (tmp_path / "card").iterdir()) == [
-        "LICENSE", "LICENSE-Apache-2.0", "NOTICE", "README.md", "config.json"]
+        "LICENSE",
+        "LICENSE-Apache-2.0",
+        "NOTICE",
+        "README.md",
+        "config.json",
+    ]
     assert sha256(src) in (tmp_path / "card" / "NOTICE").read_text()
     assert "| `blocks.N.attn1.to_q` | 2." in (tmp_path / "card" / "README.md").read_text()
     assert call("--verify", "out.safetensors", src)[0] == 0

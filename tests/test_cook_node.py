@@ -65,9 +65,11 @@ def test_what_each_node_offers(comfyui):
 
 
 def load(name: str) -> dict:
-    return {"load": {"class_type": "LoadWorldStereoFP8", "inputs": {"model_name": name, "compute": "auto"}},
-            "sigmas": {"class_type": "WorldStereoDMDSigmas", "inputs": {"model": ["load", 0]}},
-            "show": {"class_type": "PreviewAny", "inputs": {"source": ["sigmas", 0]}}}
+    return {
+        "load": {"class_type": "LoadWorldStereoFP8", "inputs": {"model_name": name, "compute": "auto"}},
+        "sigmas": {"class_type": "WorldStereoDMDSigmas", "inputs": {"model": ["load", 0]}},
+        "show": {"class_type": "PreviewAny", "inputs": {"source": ["sigmas", 0]}},
+    }
 
 
 def test_cook_and_load(comfyui):
@@ -85,22 +87,33 @@ def test_cook_and_load(comfyui):
 def test_shards_by_their_index(comfyui):
     sources = comfyui.object_info()["CookFP8"]["input"]["required"]["source"][1]["options"]
     assert "sharded/model.safetensors.index.json" in sources and not any("-of-0000" in name for name in sources)
-    comfyui.run(workflow(comfyui, source="sharded/model.safetensors.index.json", result="cooked.safetensors", recipe="published"))
+    comfyui.run(
+        workflow(
+            comfyui, source="sharded/model.safetensors.index.json", result="cooked.safetensors", recipe="published"
+        )
+    )
     folder = comfyui.base / "models" / "diffusion_models" / "sharded"
     assert verify(folder / "cooked.safetensors", folder / "model.safetensors.index.json") == []
     shard = next(folder.glob("*-of-0000*"))
     os.utime(shard, (1, 1))  # another download of it: the index is the same
     with pytest.raises(server.ServerError, match="exists already"):
-        comfyui.run(workflow(comfyui, source="sharded/model.safetensors.index.json", result="cooked.safetensors", recipe="published"))
+        comfyui.run(
+            workflow(
+                comfyui, source="sharded/model.safetensors.index.json", result="cooked.safetensors", recipe="published"
+            )
+        )
 
 
-@pytest.mark.parametrize("changes, message", [
-    ({"result": "../escaped"}, "'../escaped' is no file name"),
-    ({"result": "/tmp/escaped"}, "is no file name"),
-    ({"result": "taken"}, "taken.safetensors exists already"),
-    ({"result": "model", "overwrite": True}, "is the source itself"),
-    ({"source": "../vae/model.safetensors"}, "not in list"),
-])
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"result": "../escaped"}, "'../escaped' is no file name"),
+        ({"result": "/tmp/escaped"}, "is no file name"),
+        ({"result": "taken"}, "taken.safetensors exists already"),
+        ({"result": "model", "overwrite": True}, "is the source itself"),
+        ({"source": "../vae/model.safetensors"}, "not in list"),
+    ],
+)
 def test_clear_errors(comfyui, changes, message):
     before = sorted(comfyui.base.rglob("*.safetensors*"))
     with pytest.raises(server.ServerError, match=f"(?s)CookFP8.*{message}"):

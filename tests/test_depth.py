@@ -69,11 +69,14 @@ def test_moge_depth_is_infinite_outside_its_mask():
     assert torch.equal(depth_of_moge(geometry), torch.tensor([[1.0, torch.inf, 3]]))
 
 
-@pytest.mark.parametrize("geometry, message", [
-    ({"intrinsics": torch.eye(3)[None]}, "holds no depth"),
-    ({"depth": torch.ones(1, 2, 4)}, "is of a panorama"),
-    ({"depth": torch.ones(3, 2, 4), "intrinsics": torch.eye(3).repeat(3, 1, 1)}, "holds 3 pictures"),
-])
+@pytest.mark.parametrize(
+    "geometry, message",
+    [
+        ({"intrinsics": torch.eye(3)[None]}, "holds no depth"),
+        ({"depth": torch.ones(1, 2, 4)}, "is of a panorama"),
+        ({"depth": torch.ones(3, 2, 4), "intrinsics": torch.eye(3).repeat(3, 1, 1)}, "holds 3 pictures"),
+    ],
+)
 def test_unusable_moge_geometry_is_named(geometry, message):
     with pytest.raises(ValueError, match=message):
         depth_of_moge(geometry)
@@ -86,12 +89,15 @@ def test_depth_pictures():
     torch.testing.assert_close(depth_of_picture(image, depth, 1.0, 4.0), torch.tensor([[1.0, 2.5, 4.0]]))
 
 
-@pytest.mark.parametrize("image, kind, near, far, message", [
-    (torch.rand(1, 4, 4, 3), DEPTH_PICTURES[0], 1.0, 2.0, "coloured"),
-    (torch.ones(2, 4, 4, 3), DEPTH_PICTURES[0], 1.0, 2.0, "batch of 2"),
-    (torch.ones(1, 4, 4, 3), DEPTH_PICTURES[1], 2.0, 1.0, "far must be the larger"),
-    (torch.ones(1, 4, 4, 3), DEPTH_PICTURES[0], 0.0, 1.0, "needs a near above 0"),
-])
+@pytest.mark.parametrize(
+    "image, kind, near, far, message",
+    [
+        (torch.rand(1, 4, 4, 3), DEPTH_PICTURES[0], 1.0, 2.0, "coloured"),
+        (torch.ones(2, 4, 4, 3), DEPTH_PICTURES[0], 1.0, 2.0, "batch of 2"),
+        (torch.ones(1, 4, 4, 3), DEPTH_PICTURES[1], 2.0, 1.0, "far must be the larger"),
+        (torch.ones(1, 4, 4, 3), DEPTH_PICTURES[0], 0.0, 1.0, "needs a near above 0"),
+    ],
+)
 def test_unusable_depth_pictures_are_named(image, kind, near, far, message):
     with pytest.raises(ValueError, match=message):
         depth_of_picture(image, kind, near, far)

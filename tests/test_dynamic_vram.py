@@ -27,8 +27,18 @@ FRAMES, HEIGHT, WIDTH = 3, 16, 24
 COMPUTE = ["bf16", "fp8"]
 LAYERS = ("blocks.0.self_attn.q", "blocks.1.ffn.2", "blocks.0.cross_attn.k", "controlnet.proj_out.0")
 # Core loads layers up to 16 KB at once, and rounds those in FP8 anew: here all are larger, as the real model's are.
-SIZES = WorldStereoConfig(dim=256, ffn_dim=512, num_heads=2, num_layers=2, camera_mlp_dim=2400, control_dim=128,
-                          control_ffn_dim=256, control_num_heads=2, control_num_layers=2, mask_channels=16)
+SIZES = WorldStereoConfig(
+    dim=256,
+    ffn_dim=512,
+    num_heads=2,
+    num_layers=2,
+    camera_mlp_dim=2400,
+    control_dim=128,
+    control_ffn_dim=256,
+    control_num_heads=2,
+    control_num_layers=2,
+    mask_channels=16,
+)
 CONFIG = {"model_type": SIZES.model_type, "num_attention_heads": 2, "controlnet_cfg": {"num_heads": 2}}
 
 
@@ -61,20 +71,31 @@ def conditioning():
     class Vision:
         penultimate_hidden_states = normal(1, 257, SIZES.image_dim)
 
-    return [[normal(1, 512, SIZES.text_dim), {
-        "clip_vision_output": Vision, "concat_latent_image": normal(1, 16, FRAMES, HEIGHT, WIDTH),
-        "concat_mask": torch.ones(1, 1, FRAMES, HEIGHT, WIDTH), "render_latent": normal(1, 16, FRAMES, HEIGHT, WIDTH),
-        "render_mask": torch.zeros(1, 1, FRAMES, 8 * HEIGHT, 8 * WIDTH),
-        "camera_embedding": normal(1, 6, FRAMES, 8 * HEIGHT, 8 * WIDTH), "camera_qt": normal(1, FRAMES, 7),
-        "reference_latent": normal(1, 16, 1, HEIGHT, WIDTH), "ref_index": torch.tensor([[0]]),
-        "camera_qt_ref": normal(1, 1, 7)}]]
+    return [
+        [
+            normal(1, 512, SIZES.text_dim),
+            {
+                "clip_vision_output": Vision,
+                "concat_latent_image": normal(1, 16, FRAMES, HEIGHT, WIDTH),
+                "concat_mask": torch.ones(1, 1, FRAMES, HEIGHT, WIDTH),
+                "render_latent": normal(1, 16, FRAMES, HEIGHT, WIDTH),
+                "render_mask": torch.zeros(1, 1, FRAMES, 8 * HEIGHT, 8 * WIDTH),
+                "camera_embedding": normal(1, 6, FRAMES, 8 * HEIGHT, 8 * WIDTH),
+                "camera_qt": normal(1, FRAMES, 7),
+                "reference_latent": normal(1, 16, 1, HEIGHT, WIDTH),
+                "ref_index": torch.tensor([[0]]),
+                "camera_qt_ref": normal(1, 1, 7),
+            },
+        ]
+    ]
 
 
 def sample(patcher, steps=2):
     noise = torch.randn(1, 16, FRAMES, HEIGHT, WIDTH, generator=torch.Generator().manual_seed(7))
     cond = conditioning()
-    return comfy.sample.sample(patcher, noise, steps, 1.0, "euler", "simple", cond, cond, torch.zeros_like(noise), seed=7,
-                               disable_pbar=True)
+    return comfy.sample.sample(
+        patcher, noise, steps, 1.0, "euler", "simple", cond, cond, torch.zeros_like(noise), seed=7, disable_pbar=True
+    )
 
 
 def streamed(patcher):
@@ -122,8 +143,11 @@ def test_layers_behind_the_prompt_cache_are_the_first_to_be_evicted(path):
     """Core evicts from the end of the model's address range."""
     patcher = load_worldstereo(path)
     comfy.model_management.load_models_gpu([patcher])
-    assert all(hasattr(module, "_v") for module in patcher.model.modules()
-               if isinstance(getattr(module, "weight", None), QuantizedTensor))
+    assert all(
+        hasattr(module, "_v")
+        for module in patcher.model.modules()
+        if isinstance(getattr(module, "weight", None), QuantizedTensor)
+    )
     places = {name: module._v[1] for name, module in patcher.model.named_modules() if hasattr(module, "_v")}
     cached = [place for name, place in places.items() if name.endswith(CACHED)]
     assert cached and min(cached) > max(place for name, place in places.items() if not name.endswith(CACHED))
@@ -137,7 +161,9 @@ def test_lora(compute, path, weights, tmp_path):
     plain = sample(patcher)
     expected = sample(load_worldstereo(save(merged, tmp_path / "merged.safetensors", CONFIG)))
     patched, _ = comfy.sd.load_lora_for_models(patcher, None, file, 1.0, 1.0)
-    without, _ = comfy.sd.load_lora_for_models(load_worldstereo(path, compute, disable_dynamic=True), None, file, 1.0, 1.0)
+    without, _ = comfy.sd.load_lora_for_models(
+        load_worldstereo(path, compute, disable_dynamic=True), None, file, 1.0, 1.0
+    )
     assert relative_error(plain, expected) > 0.2
     for out in (sample(patched), sample(streamed(patched)), sample(without)):
         assert relative_error(out, expected) < 0.08
@@ -150,8 +176,11 @@ def test_torch_compile(compute, path):
     compiled = patcher.clone(disable_dynamic=True)  # as core's TorchCompileModel does
     assert isinstance(compiled, WorldStereoPatcher)
     torch._dynamo.reset()
-    set_torch_compile_wrapper(compiled, "inductor", {
-        "guard_filter_fn": lambda guards: ["transformer_options" not in guard.name for guard in guards]})
+    set_torch_compile_wrapper(
+        compiled,
+        "inductor",
+        {"guard_filter_fn": lambda guards: ["transformer_options" not in guard.name for guard in guards]},
+    )
     # In FP8 a last bit of difference in one layer may round a token of the next to the neighbouring number.
     assert relative_error(sample(compiled), sample(patcher)) < (0.01 if compute == "bf16" else 0.05)
     for function in (blocks.Block.forward, control.add_control):  # one graph for all blocks

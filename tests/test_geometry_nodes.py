@@ -31,8 +31,11 @@ def comfyui(tmp_path_factory):
     base = tmp_path_factory.mktemp("comfyui")
     job.prepare(base)
     toy.save_model(base / "models" / "diffusion_models" / CAMERA_MODEL, toy.CAMERA_CONFIG)
-    for name in (*PLACEHOLDERS, "diffusion_models/WorldStereo-camera-fp8_e4m3fn_scaled.safetensors",
-                 "geometry_estimation/moge_2_vitl_normal_fp16.safetensors"):
+    for name in (
+        *PLACEHOLDERS,
+        "diffusion_models/WorldStereo-camera-fp8_e4m3fn_scaled.safetensors",
+        "geometry_estimation/moge_2_vitl_normal_fp16.safetensors",
+    ):
         (base / "models" / name).parent.mkdir(exist_ok=True)
         (base / "models" / name).touch()
     settings = base / "user" / "default" / "comfy.settings.json"
@@ -51,9 +54,13 @@ def comfyui(tmp_path_factory):
 
 def graph(**nodes):
     """A prompt of nodes by name, each (class type, inputs); a link is ("name", output)."""
-    return {name: {"class_type": kind, "inputs": {
-        key: list(value) if isinstance(value, tuple) else value for key, value in inputs.items()}}
-        for name, (kind, inputs) in nodes.items()}
+    return {
+        name: {
+            "class_type": kind,
+            "inputs": {key: list(value) if isinstance(value, tuple) else value for key, value in inputs.items()},
+        }
+        for name, (kind, inputs) in nodes.items()
+    }
 
 
 def defaults(comfyui, kind, **inputs):
@@ -71,21 +78,26 @@ def defaults(comfyui, kind, **inputs):
 
 def test_from_a_picture_to_the_files(comfyui):
     render = dict(image=("picture", 0), depth=("moge", 0), cameras=("path", 0), width=WIDTH, height=HEIGHT, radius=0.04)
-    outputs = comfyui.run(graph(
-        picture=("LoadImage", {"image": "picture.png"}),
-        moge=("WorldStereoDemoGeometry", {"image": ("picture", 0)}),
-        path=defaults(comfyui, "WorldStereoCameraPath", image=("picture", 0), scene=("moge", 0), keyframes=KEYFRAMES),
-        render=defaults(comfyui, "WorldStereoRender", **render),
-        mask=("MaskToImage", {"mask": ("render", 1)}),
-        frames=("SaveImage", {"images": ("render", 0), "filename_prefix": "render"}),
-        holes=("SaveImage", {"images": ("mask", 0), "filename_prefix": "holes"}),
-        camera=defaults(comfyui, "WorldStereoSaveCamera", cameras=("path", 0)),
-        cloud=defaults(comfyui, "WorldStereoSavePointCloud", points=("render", 2)),
-        viewer=("PreviewPointCloud", {"model_3d": ("cloud", 0), "viewport_state": {}, "width": 64, "height": 64}),
-        folder=defaults(comfyui, "WorldStereoSaveFrames", images=("render", 0), cameras=("path", 0)),
-        named=defaults(comfyui, "WorldStereoSaveFrames", images=("render", 0), cameras=("path", 0),
-                       filename_prefix="a/b"),
-    ))
+    outputs = comfyui.run(
+        graph(
+            picture=("LoadImage", {"image": "picture.png"}),
+            moge=("WorldStereoDemoGeometry", {"image": ("picture", 0)}),
+            path=defaults(
+                comfyui, "WorldStereoCameraPath", image=("picture", 0), scene=("moge", 0), keyframes=KEYFRAMES
+            ),
+            render=defaults(comfyui, "WorldStereoRender", **render),
+            mask=("MaskToImage", {"mask": ("render", 1)}),
+            frames=("SaveImage", {"images": ("render", 0), "filename_prefix": "render"}),
+            holes=("SaveImage", {"images": ("mask", 0), "filename_prefix": "holes"}),
+            camera=defaults(comfyui, "WorldStereoSaveCamera", cameras=("path", 0)),
+            cloud=defaults(comfyui, "WorldStereoSavePointCloud", points=("render", 2)),
+            viewer=("PreviewPointCloud", {"model_3d": ("cloud", 0), "viewport_state": {}, "width": 64, "height": 64}),
+            folder=defaults(comfyui, "WorldStereoSaveFrames", images=("render", 0), cameras=("path", 0)),
+            named=defaults(
+                comfyui, "WorldStereoSaveFrames", images=("render", 0), cameras=("path", 0), filename_prefix="a/b"
+            ),
+        )
+    )
     output = comfyui.base / "output"
     frames = [np.asarray(Image.open(output / saved["filename"])) for saved in outputs["frames"]["images"]]
     holes = [np.asarray(Image.open(output / saved["filename"])) for saved in outputs["holes"]["images"]]
@@ -115,35 +127,70 @@ def test_from_a_picture_to_the_files(comfyui):
 
 
 def test_a_panorama_starts_a_path(comfyui):
-    outputs = comfyui.run(graph(
-        picture=("LoadImage", {"image": "panorama.png"}),
-        moge=("WorldStereoDemoPanoramaGeometry", {"image": ("picture", 0)}),
-        start=defaults(comfyui, "WorldStereoPanorama", moge_geometry=("moge", 0), yaw=40.0, pitch=10.0, width=WIDTH,
-                       height=HEIGHT),
-        path=defaults(comfyui, "WorldStereoCameraPath", image=("start", 0), scene=("start", 1), start=("start", 2),
-                      preset="dolly in", keyframes=KEYFRAMES),
-        render=defaults(comfyui, "WorldStereoRender", image=("start", 0), depth=("start", 1), cameras=("path", 0),
-                        width=WIDTH, height=HEIGHT, radius=0.08),
-        frames=("SaveImage", {"images": ("render", 0), "filename_prefix": "panorama"}),
-    ))
-    frames = [np.asarray(Image.open(comfyui.base / "output" / saved["filename"]), np.float32)
-              for saved in outputs["frames"]["images"]]
+    outputs = comfyui.run(
+        graph(
+            picture=("LoadImage", {"image": "panorama.png"}),
+            moge=("WorldStereoDemoPanoramaGeometry", {"image": ("picture", 0)}),
+            start=defaults(
+                comfyui,
+                "WorldStereoPanorama",
+                moge_geometry=("moge", 0),
+                yaw=40.0,
+                pitch=10.0,
+                width=WIDTH,
+                height=HEIGHT,
+            ),
+            path=defaults(
+                comfyui,
+                "WorldStereoCameraPath",
+                image=("start", 0),
+                scene=("start", 1),
+                start=("start", 2),
+                preset="dolly in",
+                keyframes=KEYFRAMES,
+            ),
+            render=defaults(
+                comfyui,
+                "WorldStereoRender",
+                image=("start", 0),
+                depth=("start", 1),
+                cameras=("path", 0),
+                width=WIDTH,
+                height=HEIGHT,
+                radius=0.08,
+            ),
+            frames=("SaveImage", {"images": ("render", 0), "filename_prefix": "panorama"}),
+        )
+    )
+    frames = [
+        np.asarray(Image.open(comfyui.base / "output" / saved["filename"]), np.float32)
+        for saved in outputs["frames"]["images"]
+    ]
     assert len(frames) == KEYFRAMES
     assert abs(frames[1] - frames[0]).mean() < 25  # a short step: much the same picture, though one is a render
     assert frames[-1].mean() > 30
 
 
 def test_paths_are_chained_and_files_loaded(comfyui):
-    outputs = comfyui.run(graph(
-        picture=("LoadImage", {"image": "picture.png"}),
-        depth=("LoadImage", {"image": "depth.png"}),
-        file=("WorldStereoLoadCamera", {"camera": "images.txt"}),
-        path=defaults(comfyui, "WorldStereoCameraPath", image=("picture", 0), start=("file", 0), keyframes=4),
-        camera=defaults(comfyui, "WorldStereoSaveCamera", cameras=("path", 0), filename_prefix="chained"),
-        render=defaults(comfyui, "WorldStereoRender", image=("picture", 0), depth=("depth", 0), cameras=("path", 0),
-                        width=WIDTH, height=HEIGHT),
-        cloud=defaults(comfyui, "WorldStereoSavePointCloud", points=("render", 2), filename_prefix="chained"),
-    ))
+    outputs = comfyui.run(
+        graph(
+            picture=("LoadImage", {"image": "picture.png"}),
+            depth=("LoadImage", {"image": "depth.png"}),
+            file=("WorldStereoLoadCamera", {"camera": "images.txt"}),
+            path=defaults(comfyui, "WorldStereoCameraPath", image=("picture", 0), start=("file", 0), keyframes=4),
+            camera=defaults(comfyui, "WorldStereoSaveCamera", cameras=("path", 0), filename_prefix="chained"),
+            render=defaults(
+                comfyui,
+                "WorldStereoRender",
+                image=("picture", 0),
+                depth=("depth", 0),
+                cameras=("path", 0),
+                width=WIDTH,
+                height=HEIGHT,
+            ),
+            cloud=defaults(comfyui, "WorldStereoSavePointCloud", points=("render", 2), filename_prefix="chained"),
+        )
+    )
     cameras = read_cameras(comfyui.base / "output" / "chained_00001_.json")[0]
     assert len(cameras) == 2 + 4 - 1 and cameras.K[-1, 0, 0] == 80
     assert (comfyui.base / "output" / outputs["cloud"]["3d"][0]["filename"]).stat().st_size > 2000  # 15 bytes a point
@@ -151,15 +198,35 @@ def test_paths_are_chained_and_files_loaded(comfyui):
 
 def test_cores_camera_sets_the_first_pose(comfyui):
     """Core's axes have y up and look along -z; OpenCV's come out, and the path goes on from there."""
-    comfyui.run(graph(
-        picture=("LoadImage", {"image": "picture.png"}),
-        viewer=defaults(comfyui, "CreateCameraInfo", **{
-            "mode": "look_at", "mode.position_x": 1.0, "mode.position_y": 2.0, "mode.position_z": 4.0,
-            "target_x": 1.0, "target_y": 2.0, "target_z": 0.0, "fov": 90.0}),
-        path=defaults(comfyui, "WorldStereoCameraPath", image=("picture", 0), start=("viewer", 0), preset="dolly in",
-                      distance=0.5, keyframes=2),
-        camera=defaults(comfyui, "WorldStereoSaveCamera", cameras=("path", 0), filename_prefix="viewer"),
-    ))
+    comfyui.run(
+        graph(
+            picture=("LoadImage", {"image": "picture.png"}),
+            viewer=defaults(
+                comfyui,
+                "CreateCameraInfo",
+                **{
+                    "mode": "look_at",
+                    "mode.position_x": 1.0,
+                    "mode.position_y": 2.0,
+                    "mode.position_z": 4.0,
+                    "target_x": 1.0,
+                    "target_y": 2.0,
+                    "target_z": 0.0,
+                    "fov": 90.0,
+                },
+            ),
+            path=defaults(
+                comfyui,
+                "WorldStereoCameraPath",
+                image=("picture", 0),
+                start=("viewer", 0),
+                preset="dolly in",
+                distance=0.5,
+                keyframes=2,
+            ),
+            camera=defaults(comfyui, "WorldStereoSaveCamera", cameras=("path", 0), filename_prefix="viewer"),
+        )
+    )
     cameras = read_cameras(comfyui.base / "output" / "viewer_00001_.json")[0]
     torch.testing.assert_close(cameras.w2c[:, :3, :3], torch.eye(3).repeat(2, 1, 1))
     torch.testing.assert_close(centres(cameras.w2c), torch.tensor([[1.0, -2, -4], [1, -2, -2]]))  # half its 4 units
@@ -167,35 +234,69 @@ def test_cores_camera_sets_the_first_pose(comfyui):
 
 
 def test_frames_that_are_mostly_holes_are_named_in_the_log(comfyui):
-    comfyui.run(graph(
-        picture=("LoadImage", {"image": "picture.png"}),
-        moge=("WorldStereoDemoGeometry", {"image": ("picture", 0)}),
-        path=defaults(comfyui, "WorldStereoCameraPath", image=("picture", 0), preset="pan left", degrees=120.0,
-                      keyframes=4),
-        render=defaults(comfyui, "WorldStereoRender", image=("picture", 0), depth=("moge", 0), cameras=("path", 0),
-                        width=WIDTH, height=HEIGHT, radius=0.08),
-        frames=("PreviewImage", {"images": ("render", 0)}),
-    ))
+    comfyui.run(
+        graph(
+            picture=("LoadImage", {"image": "picture.png"}),
+            moge=("WorldStereoDemoGeometry", {"image": ("picture", 0)}),
+            path=defaults(
+                comfyui, "WorldStereoCameraPath", image=("picture", 0), preset="pan left", degrees=120.0, keyframes=4
+            ),
+            render=defaults(
+                comfyui,
+                "WorldStereoRender",
+                image=("picture", 0),
+                depth=("moge", 0),
+                cameras=("path", 0),
+                width=WIDTH,
+                height=HEIGHT,
+                radius=0.08,
+            ),
+            frames=("PreviewImage", {"images": ("render", 0)}),
+        )
+    )
     assert "more than half of these frames is holes: 1, 2, 3." in comfyui.log.read_text("utf-8")
 
 
-@pytest.mark.parametrize("kind, changes, message", [
-    ("WorldStereoSaveCamera", {"filename_prefix": "../camera"}, "outside the output folder"),
-    ("WorldStereoSavePointCloud", {"filename_prefix": "/tmp/points"}, "outside the output folder"),
-    ("WorldStereoSaveFrames", {"filename_prefix": "a/../../frames"}, "outside the output folder"),
-])
+@pytest.mark.parametrize(
+    "kind, changes, message",
+    [
+        ("WorldStereoSaveCamera", {"filename_prefix": "../camera"}, "outside the output folder"),
+        ("WorldStereoSavePointCloud", {"filename_prefix": "/tmp/points"}, "outside the output folder"),
+        ("WorldStereoSaveFrames", {"filename_prefix": "a/../../frames"}, "outside the output folder"),
+    ],
+)
 def test_nothing_is_written_outside_the_output_folder(comfyui, kind, changes, message):
     with pytest.raises(server.ServerError, match=f"(?s){kind}.*{message}"):
-        comfyui.run(graph(
-            picture=("LoadImage", {"image": "picture.png"}),
-            moge=("WorldStereoDemoGeometry", {"image": ("picture", 0)}),
-            path=defaults(comfyui, "WorldStereoCameraPath", image=("picture", 0), keyframes=2),
-            render=defaults(comfyui, "WorldStereoRender", image=("picture", 0), depth=("moge", 0), cameras=("path", 0),
-                            width=WIDTH, height=HEIGHT),
-            save=defaults(comfyui, kind, **{name: link for name, link in (
-                ("cameras", ("path", 0)), ("points", ("render", 2)), ("images", ("render", 0)),
-            ) if name in comfyui.object_info()[kind]["input"]["required"]}, **changes),
-        ))
+        comfyui.run(
+            graph(
+                picture=("LoadImage", {"image": "picture.png"}),
+                moge=("WorldStereoDemoGeometry", {"image": ("picture", 0)}),
+                path=defaults(comfyui, "WorldStereoCameraPath", image=("picture", 0), keyframes=2),
+                render=defaults(
+                    comfyui,
+                    "WorldStereoRender",
+                    image=("picture", 0),
+                    depth=("moge", 0),
+                    cameras=("path", 0),
+                    width=WIDTH,
+                    height=HEIGHT,
+                ),
+                save=defaults(
+                    comfyui,
+                    kind,
+                    **{
+                        name: link
+                        for name, link in (
+                            ("cameras", ("path", 0)),
+                            ("points", ("render", 2)),
+                            ("images", ("render", 0)),
+                        )
+                        if name in comfyui.object_info()[kind]["input"]["required"]
+                    },
+                    **changes,
+                ),
+            )
+        )
 
 
 def test_only_the_files_of_the_input_folder_are_read(monkeypatch, tmp_path):
@@ -218,8 +319,10 @@ def example(comfyui, name):
 @pytest.mark.parametrize("name", WORKFLOWS)
 def test_an_example_workflow_runs_at_toy_size(comfyui, name):
     """With the toy model, stand-ins for the encoders and MoGe, and a small render."""
-    stand_ins = job.STAND_INS | {"MoGeInference": "WorldStereoDemoGeometry",
-                                 "MoGePanoramaInference": "WorldStereoDemoPanoramaGeometry"}
+    stand_ins = job.STAND_INS | {
+        "MoGeInference": "WorldStereoDemoGeometry",
+        "MoGePanoramaInference": "WorldStereoDemoPanoramaGeometry",
+    }
     prompt = example(comfyui, name)
     for node in prompt.values():
         kind, inputs = node["class_type"], node["inputs"]
@@ -227,8 +330,11 @@ def test_an_example_workflow_runs_at_toy_size(comfyui, name):
             node["class_type"] = stand_ins[kind]
             node["inputs"] = {"image": inputs["image"]} if "image" in inputs else {}
         model = CAMERA_MODEL if "camera" in name else job.MODEL
-        for widget, value in {"LoadWorldStereoFP8": ("model_name", model), "VAELoader": ("vae_name", job.VAE),
-                              "KSampler": ("steps", 2)}.items():
+        for widget, value in {
+            "LoadWorldStereoFP8": ("model_name", model),
+            "VAELoader": ("vae_name", job.VAE),
+            "KSampler": ("steps", 2),
+        }.items():
             if kind == widget:
                 inputs[value[0]] = value[1]
         if kind == "WorldStereoRender":

@@ -21,11 +21,17 @@ def refusal(native: bool):
     return lambda device: None if native else "native FP8 matmul is off"
 
 
-def layer(in_features=64, out_features=48, bias=True, native=False, dtype=torch.bfloat16, quant=b'{"format": "float8_e4m3fn"}'):
+def layer(
+    in_features=64, out_features=48, bias=True, native=False, dtype=torch.bfloat16, quant=b'{"format": "float8_e4m3fn"}'
+):
     torch.manual_seed(0)
     weight, scale = quantise_weight(torch.randn(out_features, in_features))
     linear = operations(dtype, refusal(native)).Linear(in_features, out_features, bias=bias)
-    state = {"weight": weight, "weight_scale": scale.float(), "comfy_quant": torch.tensor(list(quant), dtype=torch.uint8)}
+    state = {
+        "weight": weight,
+        "weight_scale": scale.float(),
+        "comfy_quant": torch.tensor(list(quant), dtype=torch.uint8),
+    }
     if bias:
         state["bias"] = torch.randn(out_features).to(dtype)
     linear.load_state_dict(state)
@@ -66,7 +72,9 @@ def test_odd_sizes_upcast(sizes, reason):
     linear, weight, scale, b = layer(*sizes, native=True)
     assert reason in linear.upcast_reason(CPU)
     x = torch.randn(3, sizes[0])
-    assert torch.allclose(linear(x), torch.nn.functional.linear(x, weight.float() * scale.float(), b.float()), atol=1e-5)
+    assert torch.allclose(
+        linear(x), torch.nn.functional.linear(x, weight.float() * scale.float(), b.float()), atol=1e-5
+    )
 
 
 def test_which_layers_take_the_native_product():
@@ -204,8 +212,11 @@ def test_native_accuracy_on_a_gpu(monkeypatch, backend, magnitude):
     out = scaled_linear(x, weight, scale.float(), None)
     assert (out.cpu().float() - reference).norm() / reference.norm() < 0.06
     assert torch.equal(scaled_linear(quantise_tokens(x), weight, scale.float(), None), out)
-    assert torch.equal(scaled_linear(quantise_tokens(x.reshape(4, 64, 2048)), weight, scale.float(), None),
-                       out.reshape(4, 64, 1024))
+    assert torch.equal(
+        scaled_linear(quantise_tokens(x.reshape(4, 64, 2048)), weight, scale.float(), None), out.reshape(4, 64, 1024)
+    )
     # A part of the tokens, its scales anywhere in memory.
     part = scaled_linear(quantise_tokens(x).rows(3, 101), weight, scale.float(), None).float()
-    assert (part - out[3:101].float()).norm() / out[3:101].float().norm() < 2**-8  # BF16's, and another order of summation
+    assert (part - out[3:101].float()).norm() / out[
+        3:101
+    ].float().norm() < 2**-8  # BF16's, and another order of summation

@@ -19,8 +19,11 @@ LINEAR = "blocks.0.attn1.to_q.weight"
 
 
 def with_orphan_scales(tensors: dict) -> dict:
-    return tensors | {scale_name(name): torch.tensor(0.5, dtype=torch.bfloat16)
-                      for name, value in tensors.items() if value.ndim == 5 and "mask_embedding" in name}
+    return tensors | {
+        scale_name(name): torch.tensor(0.5, dtype=torch.bfloat16)
+        for name, value in tensors.items()
+        if value.ndim == 5 and "mask_embedding" in name
+    }
 
 
 def renamed_scales(tensors: dict) -> dict:
@@ -100,10 +103,21 @@ def test_sizes_and_settings_from_the_file_the_config_and_the_defaults(tmp_path, 
     assert defaults.model.diffusion_model.config.model_type == "worldstereo-memory-dmd"
 
 
-@pytest.mark.parametrize("bad", [{"nframe": 0}, {"scale_map": [[480]]}, {"scale_map": [[100, 768]]}, {"gen_shift": "x"},
-                                 {"latent_cond_mode": "other"}, {"model_type": "worldstereo-camera"},
-                                 {"controlnet_cfg": {"num_heads": 5}}, {"controlnet_cfg": {"dim": 99}}, {"attention_head_dim": 0},
-                                 {"attention_head_dim": "32"}])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"nframe": 0},
+        {"scale_map": [[480]]},
+        {"scale_map": [[100, 768]]},
+        {"gen_shift": "x"},
+        {"latent_cond_mode": "other"},
+        {"model_type": "worldstereo-camera"},
+        {"controlnet_cfg": {"num_heads": 5}},
+        {"controlnet_cfg": {"dim": 99}},
+        {"attention_head_dim": 0},
+        {"attention_head_dim": "32"},
+    ],
+)
 def test_a_config_that_does_not_fit(bad, tmp_path):
     tensors, config = golden_weights(CASE)
     key = list(bad.get("controlnet_cfg", bad))[0]
@@ -127,13 +141,16 @@ class TestOverlay:
     def split(self):
         tensors, config = golden_weights(CASE)
         config.pop("model_type")
-        overlay = {k: v for k, v in tensors.items()
-                   if k.startswith(("controlnet.", "camera_embedding.")) or k.startswith("blocks.1.attn1.")}
+        overlay = {
+            k: v for k, v in tensors.items() if k.startswith(("controlnet.", "camera_embedding.", "blocks.1.attn1."))
+        }
         return tensors, overlay, config
 
     def test_needs_its_base(self, tmp_path):
         _, overlay, config = self.split()
-        with pytest.raises(ValueError, match=r"o\.safetensors is an overlay: it lacks backbone tensors \(patch_embedding.*base_model"):
+        with pytest.raises(
+            ValueError, match=r"o\.safetensors is an overlay: it lacks backbone tensors \(patch_embedding.*base_model"
+        ):
             load_worldstereo(save(overlay, tmp_path / "o.safetensors", config))
 
     def test_a_few_missing_backbone_tensors_are_an_overlay_too(self, tmp_path):
@@ -149,8 +166,9 @@ class TestOverlay:
         name = naming({"blocks.1.attn1.to_q.weight": None}).popitem()[0]
         base[name] = torch.zeros_like(base[name])  # the overlay's own wins
         inputs, reference = golden_inputs(CASE)
-        patcher = load_worldstereo(save(overlay, tmp_path / "o.safetensors", config),
-                                   base=save(base, tmp_path / "b.safetensors"))
+        patcher = load_worldstereo(
+            save(overlay, tmp_path / "o.safetensors", config), base=save(base, tmp_path / "b.safetensors")
+        )
         assert relative_error(run(patcher, inputs), reference) < 1e-5
 
     def test_the_base_is_a_plain_wan(self, tmp_path):
@@ -159,8 +177,13 @@ class TestOverlay:
         with pytest.raises(ValueError, match="base_model whole.safetensors is a WorldStereo checkpoint"):
             load_worldstereo(path, base=save(tensors, tmp_path / "whole.safetensors"))
         with pytest.raises(ValueError, match=r"base_model b\.safetensors lacks time_embedding"):
-            load_worldstereo(path, base=save({k: v for k, v in tensors.items() if k.startswith(("blocks.", "patch_"))},
-                                             tmp_path / "b.safetensors"))
+            load_worldstereo(
+                path,
+                base=save(
+                    {k: v for k, v in tensors.items() if k.startswith(("blocks.", "patch_"))},
+                    tmp_path / "b.safetensors",
+                ),
+            )
 
 
 def change(name, value):
@@ -174,32 +197,40 @@ def drop(name):
 SCALE = scale_name(LINEAR)
 
 
-@pytest.mark.parametrize("edit, message", [
-    (change(SCALE, torch.tensor(float("nan"), dtype=torch.bfloat16)), rf"{SCALE} is nan"),
-    (change(SCALE, torch.tensor(0.0, dtype=torch.bfloat16)), rf"{SCALE} is 0\.0"),
-    (change(SCALE, torch.tensor(-1.0, dtype=torch.bfloat16)), rf"{SCALE} is -1\.0"),
-    (change(SCALE, torch.ones(64, dtype=torch.bfloat16)), rf"{SCALE} is BF16 \[64\]"),
-    (drop(SCALE), rf"{LINEAR} is FP8 but has no scale"),
-    (change("blocks.0.attn1.to_q.weight.scale_weight", torch.tensor(1.0)), "two scales for blocks.0.self_attn.q"),
-    (change("blocks.0.self_attn.q.weight", torch.ones(64, 64)), "blocks.0.self_attn.q.weight twice"),
-    (drop("blocks.1.norm2.weight"), r"lacks backbone tensors \(blocks\.1\.norm3\.weight\)"),
-    (drop("controlnet.proj_out.1.bias"), r"lacks 1 tensors: controlnet\.proj_out\.1\.bias"),
-    (change("blocks.0.extra.weight", torch.ones(2)), "belong to no WorldStereo model: blocks.0.extra.weight"),
-    (change("blocks.1.norm2.weight", torch.ones(63)), r"blocks\.1\.norm2\.weight is \[63\], expected \[64\]"),
-    (change("blocks.1.norm2.weight", torch.ones(64, dtype=torch.int32)), r"blocks\.1\.norm2\.weight is I32"),
-    (change("blocks.1.norm2.weight", quantise_weight(torch.ones(64))[0]), r"blocks\.1\.norm2\.weight is F8_E4M3"),
-    (change(LINEAR, torch.ones(64, 64).to(torch.float8_e5m2)), rf"{LINEAR} is F8_E5M2"),
-    (change(LINEAR, torch.ones(64, 64)), rf"{SCALE} scales {LINEAR}, which is F32"),
-    (change("blocks.0.attn1.to_q.scale_bias", torch.ones(1)), "belong to no WorldStereo model"),
-    (change("blocks.999999999.norm2.weight", torch.ones(64)), r"there is a tensor of blocks\.999999999, but the file has"),
-])
+@pytest.mark.parametrize(
+    "edit, message",
+    [
+        (change(SCALE, torch.tensor(float("nan"), dtype=torch.bfloat16)), rf"{SCALE} is nan"),
+        (change(SCALE, torch.tensor(0.0, dtype=torch.bfloat16)), rf"{SCALE} is 0\.0"),
+        (change(SCALE, torch.tensor(-1.0, dtype=torch.bfloat16)), rf"{SCALE} is -1\.0"),
+        (change(SCALE, torch.ones(64, dtype=torch.bfloat16)), rf"{SCALE} is BF16 \[64\]"),
+        (drop(SCALE), rf"{LINEAR} is FP8 but has no scale"),
+        (change("blocks.0.attn1.to_q.weight.scale_weight", torch.tensor(1.0)), "two scales for blocks.0.self_attn.q"),
+        (change("blocks.0.self_attn.q.weight", torch.ones(64, 64)), "blocks.0.self_attn.q.weight twice"),
+        (drop("blocks.1.norm2.weight"), r"lacks backbone tensors \(blocks\.1\.norm3\.weight\)"),
+        (drop("controlnet.proj_out.1.bias"), r"lacks 1 tensors: controlnet\.proj_out\.1\.bias"),
+        (change("blocks.0.extra.weight", torch.ones(2)), "belong to no WorldStereo model: blocks.0.extra.weight"),
+        (change("blocks.1.norm2.weight", torch.ones(63)), r"blocks\.1\.norm2\.weight is \[63\], expected \[64\]"),
+        (change("blocks.1.norm2.weight", torch.ones(64, dtype=torch.int32)), r"blocks\.1\.norm2\.weight is I32"),
+        (change("blocks.1.norm2.weight", quantise_weight(torch.ones(64))[0]), r"blocks\.1\.norm2\.weight is F8_E4M3"),
+        (change(LINEAR, torch.ones(64, 64).to(torch.float8_e5m2)), rf"{LINEAR} is F8_E5M2"),
+        (change(LINEAR, torch.ones(64, 64)), rf"{SCALE} scales {LINEAR}, which is F32"),
+        (change("blocks.0.attn1.to_q.scale_bias", torch.ones(1)), "belong to no WorldStereo model"),
+        (
+            change("blocks.999999999.norm2.weight", torch.ones(64)),
+            r"there is a tensor of blocks\.999999999, but the file has",
+        ),
+    ],
+)
 def test_a_damaged_checkpoint(edit, message, tmp_path):
     path = save(edit(cooked(CASE)), tmp_path / "broken.safetensors", golden_weights(CASE)[1])
     with pytest.raises(ValueError, match=rf"broken\.safetensors.*{message}"):
         load_worldstereo(path)
 
 
-@pytest.mark.parametrize("quant, message", [(b"{", "is not a description"), (b'{"format": "nvfp4"}', "format is nvfp4")])
+@pytest.mark.parametrize(
+    "quant, message", [(b"{", "is not a description"), (b'{"format": "nvfp4"}', "format is nvfp4")]
+)
 def test_other_quantised_formats(quant, message, tmp_path):
     tensors = comfy_style(cooked(CASE, convs="bf16"))
     tensors["blocks.0.self_attn.q.comfy_quant"] = torch.tensor(list(quant), dtype=torch.uint8)
@@ -207,17 +238,20 @@ def test_other_quantised_formats(quant, message, tmp_path):
         load_worldstereo(save(tensors, tmp_path / "m.safetensors", golden_weights(CASE)[1]))
 
 
-@pytest.mark.parametrize("names, message", [
-    (["blocks.0.self_attn.q.lora_A.weight"], "a LoRA"),
-    (["decoder.middle.0.residual.0.gamma"], "a Wan VAE"),
-    (["encoder.block.0.layer.0.SelfAttention.q.weight"], "a T5 text encoder"),
-    (["vision_model.encoder.layers.0.mlp.fc1.weight"], "a CLIP vision model"),
-    (["double_blocks.0.img_attn.qkv.weight"], "a Flux"),
-    (["something.else"], "an unknown kind of file"),
-    (["blocks.0.self_attn.q.weight", "img_emb.proj.1.weight"], "no WorldStereo control branch"),
-    (["blocks.0.self_attn.q.weight"], "no WorldStereo control branch"),
-    ([], "not a WorldStereo checkpoint"),
-])
+@pytest.mark.parametrize(
+    "names, message",
+    [
+        (["blocks.0.self_attn.q.lora_A.weight"], "a LoRA"),
+        (["decoder.middle.0.residual.0.gamma"], "a Wan VAE"),
+        (["encoder.block.0.layer.0.SelfAttention.q.weight"], "a T5 text encoder"),
+        (["vision_model.encoder.layers.0.mlp.fc1.weight"], "a CLIP vision model"),
+        (["double_blocks.0.img_attn.qkv.weight"], "a Flux"),
+        (["something.else"], "an unknown kind of file"),
+        (["blocks.0.self_attn.q.weight", "img_emb.proj.1.weight"], "no WorldStereo control branch"),
+        (["blocks.0.self_attn.q.weight"], "no WorldStereo control branch"),
+        ([], "not a WorldStereo checkpoint"),
+    ],
+)
 def test_another_model(names, message, tmp_path):
     path = save({name: torch.ones(1) for name in names}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match=rf"other\.safetensors.*{message}"):
@@ -233,8 +267,10 @@ class TestNotSafetensors:
     def whole(self):
         return (GOLDEN / f"{CASE}.weights.safetensors").read_bytes()
 
-    @pytest.mark.parametrize("length, message", [(0, "header length"), (5, "header length"), (4000, "cut short"),
-                                                 (-1, "cut short"), (-100_000, "cut short")])
+    @pytest.mark.parametrize(
+        "length, message",
+        [(0, "header length"), (5, "header length"), (4000, "cut short"), (-1, "cut short"), (-100_000, "cut short")],
+    )
     def test_truncated(self, length, message, tmp_path):
         with pytest.raises(ValueError, match=rf"file\.safetensors.*{message}"):
             load_worldstereo(self.write(tmp_path, self.whole()[:length]))
@@ -248,17 +284,23 @@ class TestNotSafetensors:
         with pytest.raises(ValueError, match="is a pickle"):
             load_worldstereo(tmp_path / "file.safetensors")
 
-    @pytest.mark.parametrize("header, message", [
-        (b"not json at all", "not JSON"), (b'{"\xff": 1}', "not text"), (b"[1, 2]", "broken safetensors header"),
-        (b'{"a": {"dtype": "F32"}}', "broken safetensors header"), (b'{"a": 1, "a": 2}', "holds a twice"),
-        (b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0]}}', "broken safetensors header"),
-        (b'{"__metadata__": {"config": 1}}', "broken safetensors header"),
-        (b'{"a": {"dtype": "F32", "shape": ["x"], "data_offsets": [0, 0]}}', "broken safetensors header"),
-        (b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 0]}}', "the bytes of a are not as many"),
-        (b'{"a": {"dtype": "BF16", "shape": [-1, 0], "data_offsets": [0, 0]}}', "the bytes of a are not as many"),
-        (b'{"a": {"dtype": ["F32"], "shape": [1], "data_offsets": [0, 0]}}', "not a WorldStereo checkpoint"),
-        (b'{"a": {"dtype": "F4", "shape": [0], "data_offsets": [-4, 0]}}', "the bytes of a are not as many"),
-    ])
+    @pytest.mark.parametrize(
+        "header, message",
+        [
+            (b"not json at all", "not JSON"),
+            (b'{"\xff": 1}', "not text"),
+            (b"[1, 2]", "broken safetensors header"),
+            (b'{"a": {"dtype": "F32"}}', "broken safetensors header"),
+            (b'{"a": 1, "a": 2}', "holds a twice"),
+            (b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0]}}', "broken safetensors header"),
+            (b'{"__metadata__": {"config": 1}}', "broken safetensors header"),
+            (b'{"a": {"dtype": "F32", "shape": ["x"], "data_offsets": [0, 0]}}', "broken safetensors header"),
+            (b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 0]}}', "the bytes of a are not as many"),
+            (b'{"a": {"dtype": "BF16", "shape": [-1, 0], "data_offsets": [0, 0]}}', "the bytes of a are not as many"),
+            (b'{"a": {"dtype": ["F32"], "shape": [1], "data_offsets": [0, 0]}}', "not a WorldStereo checkpoint"),
+            (b'{"a": {"dtype": "F4", "shape": [0], "data_offsets": [-4, 0]}}', "the bytes of a are not as many"),
+        ],
+    )
     def test_broken_header(self, header, message, tmp_path):
         with pytest.raises(ValueError, match=rf"file\.safetensors.*{message}"):
             load_worldstereo(self.write(tmp_path, struct.pack("<Q", len(header)) + header))

@@ -48,8 +48,11 @@ def test_a_cooked_model_equals_its_dequantised_weights(case, tmp_path):
     inputs, reference = golden_inputs(case)
     _, config = golden_weights(case)
     fp8 = cooked(case)
-    plain = {name: dequantise(value, fp8[scale_name(name)], torch.float32) if scale_name(name) in fp8 else value
-             for name, value in fp8.items() if not name.endswith("scale_weight") and name != "scaled_fp8"}
+    plain = {
+        name: dequantise(value, fp8[scale_name(name)], torch.float32) if scale_name(name) in fp8 else value
+        for name, value in fp8.items()
+        if not name.endswith("scale_weight") and name != "scaled_fp8"
+    }
     paths = save(fp8, tmp_path / "cooked.safetensors", config), save(plain, tmp_path / "plain.safetensors", config)
     outputs = [run(load_worldstereo(path, compute="bf16", dtype=torch.float32), inputs) for path in paths]
     assert relative_error(*outputs) <= 1e-5
@@ -68,14 +71,16 @@ CONTROL = ("render_latent", "render_mask", "camera_embedding")
 def test_a_batch_gives_what_each_alone_gives(memory):
     first, _ = golden_inputs("memory_dmd")
     torch.manual_seed(0)
-    second = {k: v + 0.3 * torch.randn_like(v) if v.is_floating_point() and k not in ("timestep", "render_mask") else v
-              for k, v in first.items()}
+    second = {
+        k: v + 0.3 * torch.randn_like(v) if v.is_floating_point() and k not in ("timestep", "render_mask") else v
+        for k, v in first.items()
+    }
     second["timestep"] = torch.tensor([625.0])
     second["ref_index"] = torch.tensor([2, 0])
     both = {k: torch.stack([v, second[k]]) if k == "ref_index" else torch.cat([v, second[k]]) for k, v in first.items()}
     out = run(memory, both)
     for i, alone in enumerate((first, second)):
-        assert relative_error(out[i:i + 1], run(memory, alone)) < 1e-5
+        assert relative_error(out[i : i + 1], run(memory, alone)) < 1e-5
 
 
 def test_without_references_it_is_the_camera_model(memory, tmp_path):
@@ -123,18 +128,21 @@ def test_without_clip_vision_only_the_text_is_attended_to(memory):
             parameter.data.copy_(value)
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"render_mask": None}, "render_mask missing"),
-    ({"ref_index": None}, "ref_index missing"),
-    ({"camera_qt_ref": None}, "camera_qt and camera_qt_ref"),
-    ({"render_latent": lambda v: v[:, :, :2]}, "render_latent is"),
-    ({"render_mask": lambda v: v[..., :0]}, "render_mask is"),
-    ({"ref_index": lambda v: v[:1]}, "2 references but 1 in ref_index"),
-    ({"reference_latent": lambda v: v.repeat(1, 1, 2, 1, 1)}, "4 references for 3 frames"),
-    ({"hidden_states": lambda v: v[..., :7]}, "both must be even"),
-    ({"camera_qt_ref": lambda v: v[:, :1]}, "camera_qt_ref is"),
-    ({"reference_latent": lambda v: v[..., :4]}, "reference_latent is"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"render_mask": None}, "render_mask missing"),
+        ({"ref_index": None}, "ref_index missing"),
+        ({"camera_qt_ref": None}, "camera_qt and camera_qt_ref"),
+        ({"render_latent": lambda v: v[:, :, :2]}, "render_latent is"),
+        ({"render_mask": lambda v: v[..., :0]}, "render_mask is"),
+        ({"ref_index": lambda v: v[:1]}, "2 references but 1 in ref_index"),
+        ({"reference_latent": lambda v: v.repeat(1, 1, 2, 1, 1)}, "4 references for 3 frames"),
+        ({"hidden_states": lambda v: v[..., :7]}, "both must be even"),
+        ({"camera_qt_ref": lambda v: v[:, :1]}, "camera_qt_ref is"),
+        ({"reference_latent": lambda v: v[..., :4]}, "reference_latent is"),
+    ],
+)
 def test_inputs_that_do_not_fit(memory, change, message):
     inputs, _ = golden_inputs("memory_dmd")
     for name, value in change.items():
@@ -157,8 +165,10 @@ def larger(inputs: dict) -> dict:
     """The golden inputs at 16×24 latents: 96 tokens a frame."""
     torch.manual_seed(0)
     sizes = {"hidden_states": 1, "render_latent": 1, "reference_latent": 1, "render_mask": 8, "camera_embedding": 8}
-    return {name: torch.randn(*value.shape[:-2], 16 * sizes[name], 24 * sizes[name]) if name in sizes else value
-            for name, value in inputs.items()}
+    return {
+        name: torch.randn(*value.shape[:-2], 16 * sizes[name], 24 * sizes[name]) if name in sizes else value
+        for name, value in inputs.items()
+    }
 
 
 @pytest.fixture

@@ -38,10 +38,16 @@ def test_masked_pixels_leave_no_points():
         points_of_panorama(geometry(intrinsics=torch.eye(3)[None]))
 
 
-@pytest.mark.parametrize("yaw, pitch, forward", [
-    (0, 0, (0, 0, 1)), (90, 0, (1, 0, 0)), (180, 0, (0, 0, -1)),
-    (0, 60, (0, -0.866, 0.5)), (-90, -30, (-0.866, 0.5, 0)),
-])
+@pytest.mark.parametrize(
+    "yaw, pitch, forward",
+    [
+        (0, 0, (0, 0, 1)),
+        (90, 0, (1, 0, 0)),
+        (180, 0, (0, 0, -1)),
+        (0, 60, (0, -0.866, 0.5)),
+        (-90, -30, (-0.866, 0.5, 0)),
+    ],
+)
 def test_a_view_shows_what_lies_in_its_direction(yaw, pitch, forward):
     camera = pinhole(48, 32, focal_length(LENSES[1], 60.0, 48), yaw, pitch)
     view = view_of_panorama(geometry()["image"], camera)

@@ -40,9 +40,17 @@ def test_which_tensors():
     assert ", ".join(recipe.EXCLUDED) == WORDS
     assert recipe.is_quantised("blocks.0.attn1.to_q.weight", (8, 8))
     assert recipe.is_quantised("controlnet.controlnet_mask_embedding.mask_zero_proj.weight", (8, 8, 1, 2, 2))
-    assert not recipe.is_quantised("controlnet.controlnet_mask_embedding.mask_zero_proj.weight", (8, 8, 1, 2, 2), "bf16")
-    for name in ("blocks.0.attn1.to_q.bias", "blocks.0.attn2.add_k_proj.weight", "blocks.0.scale_shift_table",
-                 "condition_embedder.time_proj.weight", "controlnet.blocks.0.norm1.linear.weight", "patch_embedding.weight"):
+    assert not recipe.is_quantised(
+        "controlnet.controlnet_mask_embedding.mask_zero_proj.weight", (8, 8, 1, 2, 2), "bf16"
+    )
+    for name in (
+        "blocks.0.attn1.to_q.bias",
+        "blocks.0.attn2.add_k_proj.weight",
+        "blocks.0.scale_shift_table",
+        "condition_embedder.time_proj.weight",
+        "controlnet.blocks.0.norm1.linear.weight",
+        "patch_embedding.weight",
+    ):
         assert not recipe.is_quantised(name, (8, 8)), name
     assert not recipe.is_quantised("controlnet.controlnet_mask_embedding.mask_proj.1.weight", (8,))
 
@@ -71,14 +79,20 @@ def test_rounding_up_alone_would_lose():
     weight = torch.full((8, 8), 0.3)
     up = torch.nextafter(published(weight)[1], torch.tensor(torch.inf, dtype=torch.bfloat16))
     rounded_up = (weight / up.float()).to(torch.float8_e4m3fn), up
-    assert errors(weight, *rounded_up) > errors(weight, *published(weight)) >= errors(weight, *recipe.quantise_weight(weight))
+    assert (
+        errors(weight, *rounded_up)
+        > errors(weight, *published(weight))
+        >= errors(weight, *recipe.quantise_weight(weight))
+    )
 
 
 def test_counted_values_choose_as_the_weight_does():
     for weight in hard_weights():
         values, counts = weight.float().unique(return_counts=True)
         by_counts = recipe.find_scale(weight.float().abs().max(), [(values, counts)], "default")
-        by_halves = recipe.find_scale(weight.float().abs().max(), [(half.float(), 1) for half in weight.chunk(2)], "default")
+        by_halves = recipe.find_scale(
+            weight.float().abs().max(), [(half.float(), 1) for half in weight.chunk(2)], "default"
+        )
         assert by_counts == by_halves == (recipe.quantise_weight(weight)[1].float(), recipe.quantise_weight(weight)[1])
 
 

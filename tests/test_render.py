@@ -26,7 +26,7 @@ def cloud_of(count=1500, seed=1):
     """Points all around, also behind the cameras, with some at equal depth."""
     generator = torch.Generator().manual_seed(seed)
     points = torch.rand(count, 3, generator=generator) * 6 - torch.tensor([3.0, 3.0, 1.5])
-    points[count // 2:] = points[: count - count // 2] + 0.01
+    points[count // 2 :] = points[: count - count // 2] + 0.01
     return PointCloud(points, torch.rand(count, 3, generator=generator))
 
 
@@ -54,12 +54,15 @@ def brute_force(cloud, cameras, radius, points_per_pixel, background):
     return pictures.float(), holes
 
 
-@pytest.mark.parametrize("radius, points_per_pixel, tile, chunk", [
-    (0.15, 20, 1 << 16, 1 << 22),
-    (0.15, 3, 1 << 16, 1 << 22),  # more points than a pixel takes
-    (0.3, 4, 90, 4096),  # several tiles, several chunks each, full pixels from one chunk to the next
-    (0.02, 20, 1 << 16, 1 << 22),  # smaller than a pixel
-])
+@pytest.mark.parametrize(
+    "radius, points_per_pixel, tile, chunk",
+    [
+        (0.15, 20, 1 << 16, 1 << 22),
+        (0.15, 3, 1 << 16, 1 << 22),  # more points than a pixel takes
+        (0.3, 4, 90, 4096),  # several tiles, several chunks each, full pixels from one chunk to the next
+        (0.02, 20, 1 << 16, 1 << 22),  # smaller than a pixel
+    ],
+)
 def test_equals_the_brute_force_reference(monkeypatch, radius, points_per_pixel, tile, chunk):
     monkeypatch.setattr(render_module, "TILE_PIXELS", tile)
     monkeypatch.setattr(render_module, "CHUNK_CELLS", chunk)
@@ -145,8 +148,17 @@ def test_the_first_camera_sees_its_own_picture():
 
 def start_of(image, scene, cameras, progress=lambda frames: None, **changes):
     """`render_start` with the node's defaults."""
-    options = {"depth_picture": DEPTH_PICTURES[1], "near": 1.0, "far": 3.0, "width": 64, "height": 48, "radius": 0.01,
-               "points_per_pixel": 20, "background": (0.0, 0.0, 0.0), "device": "cpu"} | changes
+    options = {
+        "depth_picture": DEPTH_PICTURES[1],
+        "near": 1.0,
+        "far": 3.0,
+        "width": 64,
+        "height": 48,
+        "radius": 0.01,
+        "points_per_pixel": 20,
+        "background": (0.0, 0.0, 0.0),
+        "device": "cpu",
+    } | changes
     return render_start(image, scene, cameras, progress=progress, **options)
 
 
@@ -177,9 +189,9 @@ def test_frames_that_are_mostly_holes_are_named():
     assert mostly_holes(holes) == [1, 3]
 
 
-@pytest.mark.parametrize("count, shape, message", [
-    (2, (48, 64), "image holds 2 pictures"), (1, (48, 48), "depth is 48x48 and image 64x48"),
-])
+@pytest.mark.parametrize(
+    "count, shape, message", [(2, (48, 64), "image holds 2 pictures"), (1, (48, 48), "depth is 48x48 and image 64x48")]
+)
 def test_a_picture_and_its_depth_must_belong_together(count, shape, message):
     with pytest.raises(ValueError, match=message):
         start_of(torch.zeros(count, 48, 64, 3), torch.zeros(1, *shape, 3), cameras_of(1))

@@ -137,7 +137,9 @@ def upload_cameras(comfyui, files, ending):
         chooser.value.set_files(files)
         chosen = page.wait_for_function(
             """ending => window.app.graph.nodes.flatMap(node => node.widgets ?? [])
-                .map(widget => String(widget.value)).find(value => value.endsWith(ending))""", arg=ending).json_value()
+                .map(widget => String(widget.value)).find(value => value.endsWith(ending))""",
+            arg=ending,
+        ).json_value()
     assert errors == []
     return chosen
 

@@ -60,8 +60,11 @@ def comfy_style(tensors: dict) -> dict:
 
 
 def save(tensors: dict, path: Path, config: dict | None = None) -> Path:
-    save_file({k: v.contiguous() for k, v in tensors.items()}, path,
-              None if config is None else {"config": json.dumps(config)})
+    save_file(
+        {k: v.contiguous() for k, v in tensors.items()},
+        path,
+        None if config is None else {"config": json.dumps(config)},
+    )
     return path
 
 
@@ -77,8 +80,17 @@ def forward(patcher, inputs: dict, dtype=torch.float32) -> torch.Tensor:
     inputs = {k: v.to(patcher.load_device) for k, v in inputs.items()}
     image = inputs.pop("encoder_hidden_states_image", None)
     with torch.no_grad():
-        return patcher.model.diffusion_model(inputs.pop("hidden_states"), inputs.pop("timestep"),
-                                             inputs.pop("encoder_hidden_states"), clip_fea=image, **inputs).float().cpu()
+        return (
+            patcher.model.diffusion_model(
+                inputs.pop("hidden_states"),
+                inputs.pop("timestep"),
+                inputs.pop("encoder_hidden_states"),
+                clip_fea=image,
+                **inputs,
+            )
+            .float()
+            .cpu()
+        )
 
 
 def relative_error(out, reference) -> float:

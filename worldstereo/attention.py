@@ -19,7 +19,9 @@ def prefer_cudnn(function, q, k, v, heads, *args, **kwargs):
     Only PyTorch's own attention is replaced, so the attention a user chose (sage, flash, xformers) stays.
     """
     plain = function is attention_pytorch.__wrapped__ and not args and kwargs.get("mask") is None
-    if not plain or any(kwargs.get(option) for option in ("skip_reshape", "skip_output_reshape", "enable_gqa", "scale")):
+    if not plain or any(
+        kwargs.get(option) for option in ("skip_reshape", "skip_output_reshape", "enable_gqa", "scale")
+    ):
         return function(q, k, v, heads, *args, **kwargs)
     q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v))
     with sdpa_kernel(PRIORITY, set_priority=True):

@@ -15,11 +15,7 @@ import comfy.supported_models
 import torch
 from comfy.ldm.flux.layers import EmbedND
 from comfy.ldm.modules.attention import optimized_attention
-from comfy.ldm.wan.model import (
-    WanAttentionBlock,
-    WanI2VCrossAttention,
-    WanSelfAttention,
-)
+from comfy.ldm.wan.model import WanAttentionBlock, WanI2VCrossAttention, WanSelfAttention
 from comfy.model_management import cast_to
 from torch import nn
 
@@ -110,8 +106,14 @@ class SelfAttention(WanSelfAttention):
                 q = rms_rope(product(part), norm_q, freqs[:, span], self.num_heads, self.eps)
                 y = optimized_attention(q, k, v, heads=self.num_heads, transformer_options=transformer_options)
                 for patch in patches:
-                    y = patch({"x": y, "q": q.unflatten(-1, (self.num_heads, -1)),
-                               "k": k.unflatten(-1, (self.num_heads, -1)), "transformer_options": transformer_options})
+                    y = patch(
+                        {
+                            "x": y,
+                            "q": q.unflatten(-1, (self.num_heads, -1)),
+                            "k": k.unflatten(-1, (self.num_heads, -1)),
+                            "transformer_options": transformer_options,
+                        }
+                    )
                 del q
                 attended.append(as_input(y, self.o, done=part))
                 del y
@@ -144,8 +146,9 @@ class CrossAttention(WanI2VCrossAttention):
                 q = nn.functional.rms_norm(product(h), norm_q.shape, norm_q, self.eps)
                 y = optimized_attention(q, kv.k, kv.v, heads=self.num_heads, transformer_options=transformer_options)
                 if kv.k_img is not None:
-                    y = y + optimized_attention(q, kv.k_img, kv.v_img, heads=self.num_heads,
-                                                transformer_options=transformer_options)
+                    y = y + optimized_attention(
+                        q, kv.k_img, kv.v_img, heads=self.num_heads, transformer_options=transformer_options
+                    )
                 attended.append(as_input(y, self.o))
         del h, q, y
         with self.o.fetched(x.device, x.dtype) as product:
@@ -162,7 +165,9 @@ def add_feed_forward(ffn: nn.Sequential, x, shift, scale, gate, eps: float):
         for span in parts:
             h = product(normed(x[:, span], shift, scale, eps, first))
             # In place where it stays as wide: all spans' hidden tokens are there at once.
-            hidden.append(gelu_quantise(h) if second.takes_fp8(h.device) else torch.ops.aten.gelu_(h, approximate="tanh"))
+            hidden.append(
+                gelu_quantise(h) if second.takes_fp8(h.device) else torch.ops.aten.gelu_(h, approximate="tanh")
+            )
             del h
     with second.fetched(x.device, x.dtype) as product:
         for span, h in zip(parts, hidden):
@@ -172,10 +177,29 @@ def add_feed_forward(ffn: nn.Sequential, x, shift, scale, gate, eps: float):
 class Block(WanAttentionBlock):
     """A backbone block over reference and target tokens; only the targets look at text and picture."""
 
-    def __init__(self, cross_attn_type, dim, ffn_dim, num_heads, window_size, qk_norm, cross_attn_norm, eps,
-                 operation_settings={}):
-        super().__init__(cross_attn_type, dim, ffn_dim, num_heads, window_size, qk_norm, cross_attn_norm, eps,
-                         operation_settings=operation_settings)
+    def __init__(
+        self,
+        cross_attn_type,
+        dim,
+        ffn_dim,
+        num_heads,
+        window_size,
+        qk_norm,
+        cross_attn_norm,
+        eps,
+        operation_settings={},
+    ):
+        super().__init__(
+            cross_attn_type,
+            dim,
+            ffn_dim,
+            num_heads,
+            window_size,
+            qk_norm,
+            cross_attn_norm,
+            eps,
+            operation_settings=operation_settings,
+        )
         self.self_attn = SelfAttention(dim, num_heads, eps=eps, operation_settings=operation_settings)
         self.cross_attn = CrossAttention(dim, num_heads, eps=eps, operation_settings=operation_settings)
 
@@ -193,10 +217,12 @@ class Block(WanAttentionBlock):
         for sample in samples:
             part = x[sample]
             h = normed(part, shift[sample], scale[sample], self.eps, self.self_attn.q)
-            self.self_attn.add_to(part, h, gate[sample], freqs if len(freqs) == 1 else freqs[sample], transformer_options)
+            self.self_attn.add_to(
+                part, h, gate[sample], freqs if len(freqs) == 1 else freqs[sample], transformer_options
+            )
             del h
         for b in range(len(x)):
-            self.cross_attn.add_to(x[b:b + 1, ref_len:], self.norm3, kv[b], transformer_options)
+            self.cross_attn.add_to(x[b : b + 1, ref_len:], self.norm3, kv[b], transformer_options)
         for patch in patches.get("attn2_patch", []):
             x = patch({"x": x, "transformer_options": transformer_options}).clone()
         for b in range(len(x)):

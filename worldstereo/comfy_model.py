@@ -38,8 +38,9 @@ class WorldStereo(comfy.model_base.WAN21):
     """
 
     def __init__(self, model_config, device=None):
-        super(comfy.model_base.WAN21, self).__init__(model_config, comfy.model_base.ModelType.FLOW, device=device,
-                                                     unet_model=WorldStereoModel)
+        super(comfy.model_base.WAN21, self).__init__(
+            model_config, comfy.model_base.ModelType.FLOW, device=device, unet_model=WorldStereoModel
+        )
         self.image_to_video = True
         self.use_prompt_cache = True  # see prompt_cache.py
         self._moved = WeakTensorKeyDictionary()
@@ -50,7 +51,10 @@ class WorldStereo(comfy.model_base.WAN21):
         if self.use_prompt_cache and self.current_patcher is not None and not _changes_the_model(self.current_patcher):
             sigmas = transformer_options.get("sample_sigmas", t)
             coming = self.model_sampling.timestep(sigmas[sigmas > 0]).float().tolist()
-            transformer_options = transformer_options | {WEIGHTS: self.current_weight_patches_uuid, COMING_TIMESTEPS: coming}
+            transformer_options = transformer_options | {
+                WEIGHTS: self.current_weight_patches_uuid,
+                COMING_TIMESTEPS: coming,
+            }
         return super()._apply_model(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
 
     def extra_conds(self, **kwargs):
@@ -61,15 +65,22 @@ class WorldStereo(comfy.model_base.WAN21):
         latents = {name: self.process_latent_in(kwargs[name]) for name in CONDITION_LATENTS if name in kwargs}
         for name, latent in latents.items():
             if latent.shape[-2:] != noise.shape[-2:] or (name == "render_latent" and latent.shape[2] != noise.shape[2]):
-                raise ValueError(f"The latent to sample is {tuple(noise.shape[2:])} (frames, height, width), but the "
-                                 f"conditioning was made for {tuple(latent.shape[2:])}: use the latent that "
-                                 "WorldStereo Conditioning returns")
+                raise ValueError(
+                    f"The latent to sample is {tuple(noise.shape[2:])} (frames, height, width), but the "
+                    f"conditioning was made for {tuple(latent.shape[2:])}: use the latent that "
+                    "WorldStereo Conditioning returns"
+                )
         if "reference_latent" in latents:
             latent = latents["reference_latent"]
             latents["reference_latent"] = torch.cat([latent, torch.ones_like(latent[:, :4]), latent], dim=1)
-        rest = {name: kwargs[name] for name in ("render_mask", "camera_embedding", "ref_index", "camera_qt",
-                                                "camera_qt_ref") if name in kwargs}
-        return out | {name: OnDevice(self._on_device(value, kwargs["device"])) for name, value in (latents | rest).items()}
+        rest = {
+            name: kwargs[name]
+            for name in ("render_mask", "camera_embedding", "ref_index", "camera_qt", "camera_qt_ref")
+            if name in kwargs
+        }
+        return out | {
+            name: OnDevice(self._on_device(value, kwargs["device"])) for name, value in (latents | rest).items()
+        }
 
     def _on_device(self, value: torch.Tensor, device: torch.device) -> torch.Tensor:
         """value in the inference dtype on the device; what positive and negative share is there once."""
@@ -92,7 +103,9 @@ class WorldStereo(comfy.model_base.WAN21):
         ones too; half as much in FP8), a span's queries and result, an upcast weight. What was measured stands in the
         README.
         """
-        if not (comfy.model_management.xformers_enabled() or comfy.model_management.pytorch_attention_flash_attention()):
+        if not (
+            comfy.model_management.xformers_enabled() or comfy.model_management.pytorch_attention_flash_attention()
+        ):
             return super().memory_required(input_shape, cond_shapes)
         config, (batch, _, frames, height, width) = self.diffusion_model.config, input_shape
         size = comfy.model_management.dtype_size(self.get_dtype_inference())

@@ -33,8 +33,11 @@ class References:
 
         Raises ValueError where only some of the three are given, and for an index that is no whole number.
         """
-        given = {"reference_images": images is not None, "reference_cameras": cameras is not None,
-                 "reference_index": bool(index.strip())}
+        given = {
+            "reference_images": images is not None,
+            "reference_cameras": cameras is not None,
+            "reference_index": bool(index.strip()),
+        }
         if not any(given.values()):
             return None
         if not all(given.values()):
@@ -43,8 +46,9 @@ class References:
         try:
             indices = tuple(int(number) for number in index.split(","))
         except ValueError as e:
-            raise ValueError(f"reference_index is {index!r}: give whole numbers separated by commas, such as 0, 5, 12."
-                             ) from e
+            raise ValueError(
+                f"reference_index is {index!r}: give whole numbers separated by commas, such as 0, 5, 12."
+            ) from e
         return cls(images, cameras, indices)
 
 
@@ -56,11 +60,15 @@ def keyframe_size(config: WorldStereoConfig, height: int, width: int) -> tuple[i
 def check_vae(vae):
     """Raises ValueError for any VAE but Wan 2.1's and its tiny stand-ins: others may take the same shapes."""
     if getattr(vae.first_stage_model, "latent_format", None) is HunyuanVideo:
-        raise ValueError("vae is a tiny VAE in FP16, which ComfyUI takes for HunyuanVideo's. WorldStereo needs the Wan 2.1 "
-                         "VAE: choose wan_2.1_vae.safetensors in Load VAE, or lighttaew2_1.")
+        raise ValueError(
+            "vae is a tiny VAE in FP16, which ComfyUI takes for HunyuanVideo's. WorldStereo needs the Wan 2.1 "
+            "VAE: choose wan_2.1_vae.safetensors in Load VAE, or lighttaew2_1."
+        )
     if vae.latent_channels != LATENT_CHANNELS or not isinstance(vae.first_stage_model, WanVAE | TAEHV):
-        raise ValueError(f"vae is {type(vae.first_stage_model).__name__} with {vae.latent_channels} latent channels; "
-                         "WorldStereo needs the Wan 2.1 VAE. Choose wan_2.1_vae.safetensors in Load VAE.")
+        raise ValueError(
+            f"vae is {type(vae.first_stage_model).__name__} with {vae.latent_channels} latent channels; "
+            "WorldStereo needs the Wan 2.1 VAE. Choose wan_2.1_vae.safetensors in Load VAE."
+        )
 
 
 def encode_keyframes(vae, pictures: torch.Tensor, progress: comfy.utils.ProgressBar | None = None) -> torch.Tensor:
@@ -82,8 +90,10 @@ def decode_keyframes(vae, latent: torch.Tensor) -> torch.Tensor:
     """
     check_vae(vae)
     if latent.ndim != 5 or latent.shape[1] != LATENT_CHANNELS:
-        raise ValueError(f"The latent is {tuple(latent.shape)}; keyframes are (batch, {LATENT_CHANNELS}, frames, "
-                         "height, width), as the sampler returns them for the latent of WorldStereo Conditioning.")
+        raise ValueError(
+            f"The latent is {tuple(latent.shape)}; keyframes are (batch, {LATENT_CHANNELS}, frames, "
+            "height, width), as the sampler returns them for the latent of WorldStereo Conditioning."
+        )
     frames = latent.movedim(2, 1).flatten(0, 1).unsqueeze(2)
     progress = comfy.utils.ProgressBar(len(frames))
     pictures = []
@@ -123,8 +133,9 @@ def _check(config: WorldStereoConfig, vae, image, render, mask, cameras, referen
         if value.numel() == 0:
             raise ValueError(f"{name} is empty ({'×'.join(map(str, value.shape))}).")
     if len(image) != 1:
-        raise ValueError(f"image holds {len(image)} pictures; WorldStereo starts from one. Other views go to "
-                         "reference_images.")
+        raise ValueError(
+            f"image holds {len(image)} pictures; WorldStereo starts from one. Other views go to reference_images."
+        )
     counts = {"render_video": len(render), "render_mask": len(mask), "cameras": len(cameras)}
     if len(set(counts.values())) > 1:
         listed = ", ".join(f"{name} {count}" for name, count in counts.items())
@@ -132,24 +143,38 @@ def _check(config: WorldStereoConfig, vae, image, render, mask, cameras, referen
     if references is None:
         return
     if not config.has_memory:
-        raise ValueError(f"reference_images: {config.model_type} takes no reference views. Disconnect them, or load a "
-                         "memory variant.")
-    counts = {"reference_images": len(references.images), "reference_cameras": len(references.cameras),
-              "reference_index": len(references.indices)}
+        raise ValueError(
+            f"reference_images: {config.model_type} takes no reference views. Disconnect them, or load a "
+            "memory variant."
+        )
+    counts = {
+        "reference_images": len(references.images),
+        "reference_cameras": len(references.cameras),
+        "reference_index": len(references.indices),
+    }
     if len(set(counts.values())) > 1:
         listed = ", ".join(f"{name} {count}" for name, count in counts.items())
         raise ValueError(f"The reference counts differ: {listed}. Each reference has one picture, camera and index.")
     frames = len(_frames(config, len(render))[0])
     if len(references.indices) > frames:
-        raise ValueError(f"reference_images holds {len(references.indices)} views for {frames} keyframes; give at "
-                         "most one a keyframe.")
+        raise ValueError(
+            f"reference_images holds {len(references.indices)} views for {frames} keyframes; give at "
+            "most one a keyframe."
+        )
     outside = [i for i in references.indices if not 0 <= i < frames]
     if outside:
         raise ValueError(f"reference_index {outside[0]} is no keyframe: they are numbered 0 to {frames - 1}.")
 
 
-def condition(config: WorldStereoConfig, vae, image: torch.Tensor, render: torch.Tensor, mask: torch.Tensor,
-              cameras: Cameras, references: References | None = None) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+def condition(
+    config: WorldStereoConfig,
+    vae,
+    image: torch.Tensor,
+    render: torch.Tensor,
+    mask: torch.Tensor,
+    cameras: Cameras,
+    references: References | None = None,
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """What to put into the conditioning, and the empty latent to sample.
 
     image: [1,H,W,3] in 0..1. render: [N,Hr,Wr,3] in 0..1. mask: [N,Hm,Wm], 1 where nothing was rendered. cameras: N.
@@ -184,10 +209,15 @@ def condition(config: WorldStereoConfig, vae, image: torch.Tensor, render: torch
             reference_w2c, indices = references.cameras.w2c, references.indices
         poses = normalise(torch.cat([targets, reference_w2c]), targets=frames)
         camera_qt = quaternions_and_translations(poses)[None]
-        values |= {"camera_qt": camera_qt[:, :frames], "camera_qt_ref": camera_qt[:, frames:],
-                   "ref_index": torch.tensor([indices])}
+        values |= {
+            "camera_qt": camera_qt[:, :frames],
+            "camera_qt_ref": camera_qt[:, frames:],
+            "ref_index": torch.tensor([indices]),
+        }
 
-    first = TEMPORAL_DOWNSCALE * (frames - 1) + 1 if config.latent_cond_mode == "full_vae" else min(frames, 2)  # pictures
+    first = (
+        TEMPORAL_DOWNSCALE * (frames - 1) + 1 if config.latent_cond_mode == "full_vae" else min(frames, 2)
+    )  # pictures
     progress = comfy.utils.ProgressBar(first + frames + (0 if reference_images is None else len(reference_images)))
     values["concat_latent_image"] = _condition_latent(config, vae, image, frames)
     progress.update(first)

@@ -120,9 +120,14 @@ def _setting(config: dict, key: str, default, valid, wanted: str):
 
 
 def _is_scale_map(value) -> bool:
-    return (isinstance(value, list | tuple) and len(value) > 0 and all(
-        isinstance(size, list | tuple) and len(size) == 2 and all(_positive_int(s) and s % 16 == 0 for s in size)
-        for size in value))
+    return (
+        isinstance(value, list | tuple)
+        and len(value) > 0
+        and all(
+            isinstance(size, list | tuple) and len(size) == 2 and all(_positive_int(s) and s % 16 == 0 for s in size)
+            for size in value
+        )
+    )
 
 
 def read_config(shapes: dict[str, tuple[int, ...]], config: dict) -> WorldStereoConfig:
@@ -137,9 +142,11 @@ def read_config(shapes: dict[str, tuple[int, ...]], config: dict) -> WorldStereo
     """
 
     def count(prefix: str) -> int:
-        last = max((int(n[len(prefix):].split(".")[0]) for n in shapes if n.startswith(prefix)), default=-1)
+        last = max((int(n[len(prefix) :].split(".")[0]) for n in shapes if n.startswith(prefix)), default=-1)
         if last >= len(shapes):
-            raise ConfigMismatch(f"config: there is a tensor of {prefix}{last}, but the file has {len(shapes)} tensors in all")
+            raise ConfigMismatch(
+                f"config: there is a tensor of {prefix}{last}, but the file has {len(shapes)} tensors in all"
+            )
         return 1 + last
 
     control = _setting(config, "controlnet_cfg", {}, lambda v: isinstance(v, dict), "an object")
@@ -163,16 +170,24 @@ def read_config(shapes: dict[str, tuple[int, ...]], config: dict) -> WorldStereo
     default_type = MEMORY_DMD if has_camera_mlp else CAMERA
     model_type = _setting(config, "model_type", default_type, MODEL_TYPES.__contains__, " or ".join(MODEL_TYPES))
     if (model_type == CAMERA) == has_camera_mlp:
-        raise ConfigMismatch(f"config: model_type is {model_type}, but the checkpoint has "
-                             f"{'a' if has_camera_mlp else 'no'} camera MLP (camera_embedding.*)")
+        raise ConfigMismatch(
+            f"config: model_type is {model_type}, but the checkpoint has "
+            f"{'a' if has_camera_mlp else 'no'} camera MLP (camera_embedding.*)"
+        )
 
     head_dim = _setting(config, "attention_head_dim", 128, _positive_int, "a positive integer")
-    heads = _setting(config, "num_attention_heads", dim // head_dim or 1,
-                     lambda v: _positive_int(v) and dim % v == 0, f"a divisor of {dim}")
-    control_heads = _setting(control, "num_heads", 16,
-                             lambda v: _positive_int(v) and control_dim % v == 0, f"a divisor of {control_dim}")
+    heads = _setting(
+        config,
+        "num_attention_heads",
+        dim // head_dim or 1,
+        lambda v: _positive_int(v) and dim % v == 0,
+        f"a divisor of {dim}",
+    )
+    control_heads = _setting(
+        control, "num_heads", 16, lambda v: _positive_int(v) and control_dim % v == 0, f"a divisor of {control_dim}"
+    )
     number = "a positive number"
-    is_number = lambda v: isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) and v > 0  # noqa: E731
+    is_number = lambda v: isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) and v > 0
     return WorldStereoConfig(
         model_type=model_type,
         dim=dim,
@@ -192,13 +207,29 @@ def read_config(shapes: dict[str, tuple[int, ...]], config: dict) -> WorldStereo
         mask_downsample=sizes["mask_downsample"],
         update_ref=_setting(control, "update_ref", True, lambda v: isinstance(v, bool), "true or false"),
         nframe=_setting(config, "nframe", WorldStereoConfig.nframe, _positive_int, "a positive integer"),
-        scale_map=tuple(tuple(s) for s in _setting(config, "scale_map", SCALE_MAP, _is_scale_map,
-                                                   "a list of [height, width] in multiples of 16")),
-        latent_cond_mode=_setting(config, "latent_cond_mode", LATENT_COND_MODES[0], LATENT_COND_MODES.__contains__,
-                                  " or ".join(LATENT_COND_MODES)),
+        scale_map=tuple(
+            tuple(s)
+            for s in _setting(
+                config, "scale_map", SCALE_MAP, _is_scale_map, "a list of [height, width] in multiples of 16"
+            )
+        ),
+        latent_cond_mode=_setting(
+            config,
+            "latent_cond_mode",
+            LATENT_COND_MODES[0],
+            LATENT_COND_MODES.__contains__,
+            " or ".join(LATENT_COND_MODES),
+        ),
         negative_prompt=_setting(config, "negative_prompt", "", lambda v: isinstance(v, str), "a text"),
-        gen_shift=float(_setting(config, "gen_shift", WorldStereoConfig.gen_shift if model_type == MEMORY_DMD
-                                 else WAN_480P_SHIFT, is_number, number)),
+        gen_shift=float(
+            _setting(
+                config,
+                "gen_shift",
+                WorldStereoConfig.gen_shift if model_type == MEMORY_DMD else WAN_480P_SHIFT,
+                is_number,
+                number,
+            )
+        ),
         dmd_steps=_setting(config, "dmd_steps", WorldStereoConfig.dmd_steps, _positive_int, "a positive integer"),
         dmd_start_steps=_setting(config, "dmd_start_steps", WorldStereoConfig.dmd_start_steps, is_number, number),
         dmd_end_steps=_setting(config, "dmd_end_steps", WorldStereoConfig.dmd_end_steps, is_number, number),

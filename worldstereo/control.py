@@ -1,6 +1,5 @@
 """The control branch: what looks at the render beside the backbone. Letters as in `blocks`."""
 
-
 import torch
 from torch import nn
 
@@ -37,10 +36,15 @@ class ControlBlock(nn.Module):
         ops, factory = operation_settings["operations"], {k: operation_settings[k] for k in ("device", "dtype")}
         dim = config.control_dim
         self.norm1 = AdaptiveNorm(dim, config.dim, operation_settings)
-        self.self_attn = SelfAttention(dim, config.control_num_heads, eps=CONTROL_QK_EPS, operation_settings=operation_settings)
+        self.self_attn = SelfAttention(
+            dim, config.control_num_heads, eps=CONTROL_QK_EPS, operation_settings=operation_settings
+        )
         self.norm2 = AdaptiveNorm(dim, config.dim, operation_settings)
-        self.ffn = nn.Sequential(ops.Linear(dim, config.control_ffn_dim, **factory), nn.GELU(approximate="tanh"),
-                                 ops.Linear(config.control_ffn_dim, dim, **factory))
+        self.ffn = nn.Sequential(
+            ops.Linear(dim, config.control_ffn_dim, **factory),
+            nn.GELU(approximate="tanh"),
+            ops.Linear(config.control_ffn_dim, dim, **factory),
+        )
 
     def modulation(self, temb) -> tuple[torch.Tensor, ...]:
         """Shift, scale and gate of the attention, then of the FFN: [S,1,D] each."""
@@ -86,13 +90,17 @@ class ControlBranch(nn.Module):
     def __init__(self, config: WorldStereoConfig, operation_settings):
         super().__init__()
         ops, factory = operation_settings["operations"], {k: operation_settings[k] for k in ("device", "dtype")}
-        self.controlnet_patch_embedding = ops.Conv3d(IN_CHANNELS, config.dim, kernel_size=PATCH, stride=PATCH, **factory)
+        self.controlnet_patch_embedding = ops.Conv3d(
+            IN_CHANNELS, config.dim, kernel_size=PATCH, stride=PATCH, **factory
+        )
         self.controlnet_mask_embedding = MaskCamEmbedding(config, operation_settings)
         self.proj_in = ops.Linear(config.dim, config.control_dim, **factory)
         self.controlnet_blocks = nn.ModuleList(
-            ControlBlock(config, operation_settings) for _ in range(config.control_num_layers))
+            ControlBlock(config, operation_settings) for _ in range(config.control_num_layers)
+        )
         self.proj_out = nn.ModuleList(
-            ops.Linear(config.control_dim, config.dim, **factory) for _ in range(config.control_num_layers))
+            ops.Linear(config.control_dim, config.dim, **factory) for _ in range(config.control_num_layers)
+        )
         self.rope_embedder = rope_embedder(config.control_dim // config.control_num_heads)
 
     def embed(self, x, render_latent, render_mask, camera_embedding):
@@ -105,7 +113,7 @@ def add_control(block: ControlBlock, proj_out: nn.Linear, x, modulations, freqs,
     """Runs a block of the control branch on its tokens x [B, F·n, D], in place, and adds its residual to the backbone's
     target tokens [B, F·n, C], in place. modulations: of each sample."""
     for b, modulation in enumerate(modulations):
-        block(x[b:b + 1], modulation, freqs, transformer_options)
+        block(x[b : b + 1], modulation, freqs, transformer_options)
     with proj_out.fetched(x.device, x.dtype) as product:
         for span in spans(x.shape[1], CHUNK):
             target[:, span] += product(x[:, span])

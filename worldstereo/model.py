@@ -6,11 +6,7 @@ Source: WorldStereo (CVPR 2026) on Wan2.1-I2V-14B. Wan's own modules are ComfyUI
 import functools
 
 import torch
-from comfy.ldm.wan.model import (
-    MLPProj,
-    WanModel,
-    sinusoidal_embedding_1d,
-)
+from comfy.ldm.wan.model import MLPProj, WanModel, sinusoidal_embedding_1d
 from torch import nn
 
 from .attention import prefer_cudnn
@@ -45,19 +41,34 @@ class WorldStereoModel(WanModel):
 
     def __init__(self, config: WorldStereoConfig, image_model=None, device=None, dtype=None, operations=None):
         super().__init__(
-            model_type="i2v", patch_size=PATCH, in_dim=IN_CHANNELS, dim=config.dim, ffn_dim=config.ffn_dim,
-            freq_dim=config.freq_dim, text_dim=config.text_dim, out_dim=LATENT_CHANNELS, num_heads=config.num_heads,
-            num_layers=config.num_layers, eps=config.eps, wan_attn_block_class=Block, device=device, dtype=dtype,
-            operations=operations)
+            model_type="i2v",
+            patch_size=PATCH,
+            in_dim=IN_CHANNELS,
+            dim=config.dim,
+            ffn_dim=config.ffn_dim,
+            freq_dim=config.freq_dim,
+            text_dim=config.text_dim,
+            out_dim=LATENT_CHANNELS,
+            num_heads=config.num_heads,
+            num_layers=config.num_layers,
+            eps=config.eps,
+            wan_attn_block_class=Block,
+            device=device,
+            dtype=dtype,
+            operations=operations,
+        )
         self.config = config
         settings = {"operations": operations, "device": device, "dtype": dtype}
         self.img_emb = MLPProj(config.image_dim, config.dim, operation_settings=settings)
         if config.has_memory:
             factory = {"device": device, "dtype": dtype}
             self.camera_embedding = nn.Sequential(
-                operations.Linear(CAMERA_QT, config.camera_mlp_dim, **factory), nn.SiLU(),
-                operations.Linear(config.camera_mlp_dim, config.dim, **factory), nn.SiLU(),
-                operations.Linear(config.dim, config.dim, **factory))
+                operations.Linear(CAMERA_QT, config.camera_mlp_dim, **factory),
+                nn.SiLU(),
+                operations.Linear(config.camera_mlp_dim, config.dim, **factory),
+                nn.SiLU(),
+                operations.Linear(config.dim, config.dim, **factory),
+            )
         self.controlnet = ControlBranch(config, settings)
         self.prompt_cache = PromptCache()
 
@@ -66,8 +77,9 @@ class WorldStereoModel(WanModel):
         rows = torch.arange(height, device=times.device, dtype=times.dtype)
         columns = torch.arange(width, device=times.device, dtype=times.dtype) + first_column
         shape = (*times.shape, height, width)
-        return torch.stack([times[:, :, None, None].expand(shape), rows[:, None].expand(shape),
-                            columns.expand(shape)], dim=-1).flatten(1, 3)
+        return torch.stack(
+            [times[:, :, None, None].expand(shape), rows[:, None].expand(shape), columns.expand(shape)], dim=-1
+        ).flatten(1, 3)
 
     def _embed_frames(self, x, camera_qt):
         """Latent frames [B,36,F,h,w] and their cameras [B,F,7] (or None) to tokens [B, F·n, C]."""
@@ -77,17 +89,22 @@ class WorldStereoModel(WanModel):
         camera = self.camera_embedding(camera_qt)
         return tokens + camera.repeat_interleave(tokens.shape[1] // camera.shape[1], dim=1)
 
-    def _check(self, x, render_latent, render_mask, camera_embedding, reference_latent, ref_index, camera_qt,
-               camera_qt_ref):
+    def _check(
+        self, x, render_latent, render_mask, camera_embedding, reference_latent, ref_index, camera_qt, camera_qt_ref
+    ):
         b, _, frames, height, width = x.shape
         if height % PATCH[1] or width % PATCH[2]:
-            raise ValueError(f"WorldStereo: the latent is {width}×{height}; both must be even "
-                             "(pictures whose sides are multiples of 16)")
+            raise ValueError(
+                f"WorldStereo: the latent is {width}×{height}; both must be even "
+                "(pictures whose sides are multiples of 16)"
+            )
         control = {"render_latent": render_latent, "render_mask": render_mask, "camera_embedding": camera_embedding}
         missing = [name for name, value in control.items() if value is None]
         if missing and len(missing) < len(control):
-            raise ValueError(f"WorldStereo: {', '.join(missing)} missing: render_latent, render_mask and "
-                             "camera_embedding are given together, or none of them for no control branch")
+            raise ValueError(
+                f"WorldStereo: {', '.join(missing)} missing: render_latent, render_mask and "
+                "camera_embedding are given together, or none of them for no control branch"
+            )
         references = {"reference_latent": reference_latent, "ref_index": ref_index}
         missing = [name for name, value in references.items() if value is None]
         if len(missing) == 1:
@@ -114,13 +131,28 @@ class WorldStereoModel(WanModel):
             ("camera_qt_ref", camera_qt_ref, (b, count, CAMERA_QT)),
         ):
             if value is not None and tuple(value.shape) != shape:
-                raise ValueError(f"WorldStereo: {name} is {tuple(value.shape)}, expected {shape} for a latent of "
-                                 f"{tuple(x.shape)}")
+                raise ValueError(
+                    f"WorldStereo: {name} is {tuple(value.shape)}, expected {shape} for a latent of {tuple(x.shape)}"
+                )
 
     @torch.compiler.disable(recursive=False)  # torch.compile takes a block, once for all of them, not their loop
-    def _forward(self, x, timestep, context, clip_fea=None, time_dim_concat=None, transformer_options={},
-                 render_latent=None, render_mask=None, camera_embedding=None, reference_latent=None, ref_index=None,
-                 camera_qt=None, camera_qt_ref=None, **kwargs):
+    def _forward(
+        self,
+        x,
+        timestep,
+        context,
+        clip_fea=None,
+        time_dim_concat=None,
+        transformer_options={},
+        render_latent=None,
+        render_mask=None,
+        camera_embedding=None,
+        reference_latent=None,
+        ref_index=None,
+        camera_qt=None,
+        camera_qt_ref=None,
+        **kwargs,
+    ):
         """The forward pass.
 
         x: [B,36,F,h,w] noisy latent, mask, condition latent. timestep: [B], sigma·1000. context: [B,512,text_dim].
@@ -131,22 +163,26 @@ class WorldStereoModel(WanModel):
         variants' alone; without references the targets attend to themselves only.
         Returns the velocity, [B,16,F,h,w]. Raises ValueError on inputs that don't fit together.
         """
-        self._check(x, render_latent, render_mask, camera_embedding, reference_latent, ref_index, camera_qt,
-                    camera_qt_ref)
+        self._check(
+            x, render_latent, render_mask, camera_embedding, reference_latent, ref_index, camera_qt, camera_qt_ref
+        )
         frames, rows, columns = x.shape[2], x.shape[3] // PATCH[1], x.shape[4] // PATCH[2]
         grid = transformer_options["grid_sizes"] = (frames, rows, columns)
 
-        freqs = self.rope_encode(*x.shape[2:], device=x.device, dtype=torch.float32,
-                                 transformer_options=transformer_options)
+        freqs = self.rope_encode(
+            *x.shape[2:], device=x.device, dtype=torch.float32, transformer_options=transformer_options
+        )
         cache = self._cache(transformer_options)
         times = self._times(cache, timestep.flatten().expand(len(x)), x.dtype, x.device, transformer_options)
-        prompts = cache.prompts_of([(context[b:b + 1], None if clip_fea is None else clip_fea[b:b + 1])
-                                        for b in range(len(x))], self._prompt)
+        prompts = cache.prompts_of(
+            [(context[b : b + 1], None if clip_fea is None else clip_fea[b : b + 1]) for b in range(len(x))],
+            self._prompt,
+        )
         e, temb = (torch.cat([getattr(time, name) for time in times]) for name in ("e", "temb"))
 
         control = None
         if render_latent is not None:
-            control = self.controlnet.embed(x[:, :LATENT_CHANNELS + 4], render_latent, render_mask, camera_embedding)
+            control = self.controlnet.embed(x[:, : LATENT_CHANNELS + 4], render_latent, render_mask, camera_embedding)
             frame_times = torch.arange(frames, device=x.device, dtype=torch.float32)[None]
             control_freqs = self.controlnet.rope_embedder(self._positions(frame_times, rows, columns)).movedim(1, 2)
 
@@ -157,7 +193,9 @@ class WorldStereoModel(WanModel):
             references = self._embed_frames(reference_latent, camera_qt_ref)
             ref_len = references.shape[1]
             ref_times = torch.atleast_2d(ref_index).to(device=x.device, dtype=torch.float32) + 1
-            ref_freqs = self.rope_embedder(self._positions(ref_times, rows, columns, first_column=columns)).movedim(1, 2)
+            ref_freqs = self.rope_embedder(self._positions(ref_times, rows, columns, first_column=columns)).movedim(
+                1, 2
+            )
             freqs = torch.cat([ref_freqs, freqs.expand(len(ref_freqs), *freqs.shape[1:])], dim=1)
             x = torch.cat([references, x], dim=1)
             if self.config.update_ref:
@@ -180,24 +218,53 @@ class WorldStereoModel(WanModel):
             if ("double_block", i) in blocks_replace:
                 txt = torch.cat([prompt.context for prompt in prompts])
 
-                def run(args):
+                def run(args, block=block, run_block=run_block):
                     kv = self._keys_values(block, args["txt"], clip_fea)
-                    return {"img": run_block(args["img"].clone(), args["vec"], args["pe"], kv, ref_len=ref_len,
-                                             transformer_options=args["transformer_options"])}
+                    return {
+                        "img": run_block(
+                            args["img"].clone(),
+                            args["vec"],
+                            args["pe"],
+                            kv,
+                            ref_len=ref_len,
+                            transformer_options=args["transformer_options"],
+                        )
+                    }
 
                 args = {"img": x, "txt": txt, "vec": e, "pe": freqs, "transformer_options": transformer_options}
                 x = blocks_replace[("double_block", i)](args, {"original_block": run})["img"].clone()
             else:
-                x = run_block(x, e, freqs, [prompt.blocks[i] for prompt in prompts], ref_len=ref_len,
-                              transformer_options=transformer_options)
+                x = run_block(
+                    x,
+                    e,
+                    freqs,
+                    [prompt.blocks[i] for prompt in prompts],
+                    ref_len=ref_len,
+                    transformer_options=transformer_options,
+                )
 
             if control is not None and i < len(self.controlnet.controlnet_blocks):
-                run_control(self.controlnet.controlnet_blocks[i], self.controlnet.proj_out[i], control,
-                            [time.control[i] for time in times], control_freqs, control_options, x[:, ref_len:])
+                run_control(
+                    self.controlnet.controlnet_blocks[i],
+                    self.controlnet.proj_out[i],
+                    control,
+                    [time.control[i] for time in times],
+                    control_freqs,
+                    control_options,
+                    x[:, ref_len:],
+                )
 
             for patch in patches.get("double_block", []):
-                x = patch({"img": x, "x": model_input, "vec": temb, "block_index": i, "img_offset": ref_len,
-                           "transformer_options": transformer_options})["img"].clone()
+                x = patch(
+                    {
+                        "img": x,
+                        "x": model_input,
+                        "vec": temb,
+                        "block_index": i,
+                        "img_offset": ref_len,
+                        "transformer_options": transformer_options,
+                    }
+                )["img"].clone()
 
         return self.unpatchify(self.head(x[:, ref_len:], temb), grid)
 
@@ -219,10 +286,14 @@ class WorldStereoModel(WanModel):
             e = self.time_projection(temb).unflatten(2, (6, self.dim))
             activated = nn.functional.silu(temb)
             control = [block.modulation(activated) for block in self.controlnet.controlnet_blocks]
-            return [Time(temb[s:s + 1], e[s:s + 1], [tuple(m[s:s + 1] for m in block) for block in control])
-                    for s in range(len(timesteps))]
+            return [
+                Time(temb[s : s + 1], e[s : s + 1], [tuple(m[s : s + 1] for m in block) for block in control])
+                for s in range(len(timesteps))
+            ]
 
-        return cache.timesteps(timestep.float().tolist(), transformer_options.get(COMING_TIMESTEPS, []), (dtype, device), compute)
+        return cache.timesteps(
+            timestep.float().tolist(), transformer_options.get(COMING_TIMESTEPS, []), (dtype, device), compute
+        )
 
     def _prompt(self, context, clip_fea) -> Prompt:
         """What follows from one sample's text [1,512,text_dim] and picture [1,257,image_dim] or None."""
@@ -234,5 +305,7 @@ class WorldStereoModel(WanModel):
     def _keys_values(self, block: Block, context, clip_fea) -> list[KeysValues]:
         """Of a patched, embedded context [B, I+T, C], for each sample."""
         image_len = 0 if clip_fea is None else clip_fea.shape[1]
-        return [block.cross_attn.keys_values(sample[:, image_len:], sample[:, :image_len] if image_len else None)
-                for sample in context.split(1)]
+        return [
+            block.cross_attn.keys_values(sample[:, image_len:], sample[:, :image_len] if image_len else None)
+            for sample in context.split(1)
+        ]

@@ -17,9 +17,21 @@ WEIGHTS = "worldstereo_weights"  # which LoRAs the weights carry
 COMING_TIMESTEPS = "worldstereo_timesteps"  # the timesteps this run will come by
 
 # Layers whose weights are used for nothing else, by the ends of their native names.
-LAYERS = ("cross_attn.k", "cross_attn.v", "cross_attn.k_img", "cross_attn.v_img", "text_embedding.0",
-          "text_embedding.2", "img_emb.proj.1", "img_emb.proj.3", "time_embedding.0", "time_embedding.2",
-          "time_projection.1", "norm1.linear", "norm2.linear")
+LAYERS = (
+    "cross_attn.k",
+    "cross_attn.v",
+    "cross_attn.k_img",
+    "cross_attn.v_img",
+    "text_embedding.0",
+    "text_embedding.2",
+    "img_emb.proj.1",
+    "img_emb.proj.3",
+    "time_embedding.0",
+    "time_embedding.2",
+    "time_projection.1",
+    "norm1.linear",
+    "norm2.linear",
+)
 
 
 @dataclass(frozen=True)
@@ -41,8 +53,10 @@ class Prompt:
 
     def to(self, device: torch.device) -> "Prompt":
         """The same on another device."""
-        blocks = [KeysValues(*(None if t is None else t.to(device) for t in (kv.k, kv.v, kv.k_img, kv.v_img)))
-                  for kv in self.blocks]
+        blocks = [
+            KeysValues(*(None if t is None else t.to(device) for t in (kv.k, kv.v, kv.k_img, kv.v_img)))
+            for kv in self.blocks
+        ]
         return Prompt(self.context.to(device), blocks)
 
 
@@ -129,8 +143,9 @@ class PromptCache:
                 return kept
         return None
 
-    def timesteps(self, wanted: list[float], coming: list[float], key: tuple,
-                  compute: Callable[[list[float]], list[Time]]) -> list[Time]:
+    def timesteps(
+        self, wanted: list[float], coming: list[float], key: tuple, compute: Callable[[list[float]], list[Time]]
+    ) -> list[Time]:
         """What follows from the wanted timesteps. If one is not kept, those of the coming ones are computed with it, where
         there is room for all.
         key: what else they depend on (dtype, device)."""

@@ -44,8 +44,14 @@ class StandInPanoramaGeometry(io.ComfyNode):
     def execute(cls, image) -> io.NodeOutput:
         directions = torch.from_numpy(spherical_uv_to_directions(_uv_grid(*image.shape[1:3])))
         distance = 1 / (directions.abs() / torch.tensor([2.0, 1.0, 1.0])).amax(-1)
-        return io.NodeOutput({"image": image, "depth": distance[None], "points": (directions * distance[..., None])[None],
-                              "mask": torch.ones_like(distance[None], dtype=torch.bool)})
+        return io.NodeOutput(
+            {
+                "image": image,
+                "depth": distance[None],
+                "points": (directions * distance[..., None])[None],
+                "mask": torch.ones_like(distance[None], dtype=torch.bool),
+            }
+        )
 
 
 class DemoGeometryExtension(ComfyExtension):
