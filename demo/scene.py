@@ -1,7 +1,4 @@
-"""The demo's inputs, drawn by ray casting: a picture, a camera path, and what a point cloud of the picture would show.
-
-World axes are OpenCV's (x right, y down, z forward) with the first camera at the origin. Lengths are in metres.
-"""
+"""The demo's inputs: a picture of the sample scene, a camera path, and what a point cloud of the picture would show."""
 
 import json
 from fractions import Fraction
@@ -9,46 +6,21 @@ from pathlib import Path
 
 import av
 import numpy as np
+import torch
 from PIL import Image
+
+from ..scene import sample
 
 WIDTH, HEIGHT, FOCAL = 384, 256, 340.0  # pixels
 FRAMES = 41  # more than the model's 21, which are taken from them
 FPS = 16
-FLOOR_Y, WALL_Z = 1.0, 7.0
 LOOK_AT = np.array([0.0, 0.2, 4.0])
-SPHERES = (  # centre, radius, colour
-    ((-0.9, 0.35, 3.6), 0.65, (0.85, 0.25, 0.2)),
-    ((0.7, 0.6, 2.9), 0.4, (0.95, 0.75, 0.15)),
-    ((0.9, 0.0, 4.8), 1.0, (0.2, 0.45, 0.85)),
-)
-LIGHT = np.array([-0.4, -0.8, -0.45])
 
 
 def cast(origin, rays):
     """Distance [N], in lengths of `rays` [N, 3], to what each ray from `origin` hits first, and its colour [N, 3]."""
-    with np.errstate(divide="ignore", invalid="ignore"):
-        planes = [(FLOOR_Y - origin[1]) / rays[:, 1], (WALL_Z - origin[2]) / rays[:, 2]]
-        distances = [np.where(distance > 0, distance, np.inf) for distance in planes]
-        for centre, radius, _ in SPHERES:
-            a = (rays * rays).sum(1)
-            b = rays @ (origin - centre)
-            c = ((origin - centre) ** 2).sum() - radius**2
-            distances.append(np.nan_to_num((-b - np.sqrt(b * b - a * c)) / a, nan=np.inf))
-    hit = np.argmin(distances, axis=0)
-    distance = np.min(distances, axis=0)
-    point = origin + rays * distance[:, None]
-
-    checks = (np.floor(point[:, 0] * 1.5) + np.floor(point[:, 2] * 1.5)) % 2
-    stripes = 0.5 + 0.5 * np.sin(point[:, 0] * 3)
-    colour = np.where(
-        hit[:, None] == 0,
-        0.35 + 0.4 * checks[:, None] * np.array([1.0, 0.9, 0.8]),
-        np.stack([0.35 + 0.1 * stripes, 0.55 + 0.2 * stripes, 0.6 - 0.05 * point[:, 1]], axis=1),
-    )
-    for index, (centre, radius, paint) in enumerate(SPHERES, start=2):
-        shade = 0.35 + 0.65 * np.clip((point - centre) / radius @ LIGHT, 0, 1)
-        colour = np.where(hit[:, None] == index, shade[:, None] * np.array(paint), colour)
-    return distance, np.clip(colour, 0, 1)
+    distance, _, colour = sample.cast(torch.from_numpy(origin), torch.from_numpy(rays))
+    return distance.numpy(), colour.numpy()
 
 
 def camera_path():

@@ -1,0 +1,76 @@
+"""Drawn scenes to try the workflows with: no file, no depth model."""
+
+import torch
+from comfy_api.latest import io, ui
+
+from ..scene import sample
+from .common import CATEGORY, Cameras, MoGeGeometry, Points
+
+PANORAMA_HEIGHT = 960
+
+
+class WorldStereoSampleScene(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="WorldStereoSampleScene",
+            display_name="WorldStereo Sample Scene",
+            category=CATEGORY,
+            description="A drawn room with exact depth, to try a workflow without a picture, a depth model or a camera "
+            f"file: {sample.WIDTH}x{sample.HEIGHT}, in metres.",
+            search_aliases=["example", "demo", "test picture", "worldstereo sample", "3d photo"],
+            outputs=[
+                io.Image.Output(display_name="image"),
+                MoGeGeometry.Output(
+                    display_name="moge_geometry",
+                    tooltip="Its exact geometry, as MoGe would give it: for depth of Render and scene of Camera Path.",
+                ),
+                io.Image.Output(
+                    display_name="depth",
+                    tooltip=f"Disparity in grey: white is {sample.NEAR:g} m, black {sample.FAR:g} m, the defaults of "
+                    "WorldStereo Render.",
+                ),
+                Points.Output(display_name="points"),
+                Cameras.Output(
+                    display_name="cameras",
+                    tooltip=f"{sample.MOVE.keyframes} cameras: an orbit of {sample.MOVE.degrees:g} degrees to the left.",
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(cls) -> io.NodeOutput:
+        image, geometry, depth, points, cameras = sample.sample()
+        return io.NodeOutput(image, geometry, depth, points, cameras, ui=ui.PreviewImage(image, cls=cls))
+
+
+class WorldStereoSamplePanorama(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="WorldStereoSamplePanorama",
+            display_name="WorldStereo Sample Panorama",
+            category=CATEGORY,
+            description="The room of WorldStereo Sample Scene all around its camera, with exact distances: a panorama to "
+            "try a workflow with, without a file or a depth model.",
+            search_aliases=["example", "demo", "360", "equirectangular"],
+            outputs=[
+                io.Image.Output(display_name="image", tooltip="Equirectangular."),
+                MoGeGeometry.Output(
+                    display_name="moge_geometry", tooltip="As core's Run MoGe Panorama Inference gives it."
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(cls) -> io.NodeOutput:
+        picture, distance = sample.panorama(PANORAMA_HEIGHT)
+        geometry = {
+            "image": picture[None],
+            "depth": distance[None],
+            "mask": torch.ones_like(distance[None], dtype=torch.bool),
+        }
+        return io.NodeOutput(picture[None], geometry, ui=ui.PreviewImage(picture[None], cls=cls))
+
+
+NODES = [WorldStereoSampleScene, WorldStereoSamplePanorama]
