@@ -1,0 +1,55 @@
+"""JSON of strangers: bounded in size, depth and digits before Python's parser sees it."""
+
+import json
+import os
+import re
+from pathlib import Path
+
+from .regular import read_regular
+from .text import shown
+
+CONFIG_LIMIT = 1 << 20  # bytes of a config.json or an index of shards
+CAMERA_LIMIT = 64 << 20  # bytes of a camera file
+MAX_DEPTH = 64  # nested objects and lists
+MAX_DIGITS = 64  # of an integer; the largest of 64 bits has 20
+
+# Strings are skipped whole, so that brackets in them do not count.
+_STRUCTURE = re.compile(rb'"(?:[^"\\]|\\.)*"?|[\[{]|[\]}]', re.S)
+
+
+def parse(content: str | bytes, where: str, *, limit: int = CONFIG_LIMIT, object_pairs_hook=None):
+    """The value of a JSON text; a byte order mark is read over.
+
+    where: what to call it in a message. object_pairs_hook: as of `json.loads`.
+    Raises ValueError, naming `where`, for what is larger than `limit` bytes, nested deeper than MAX_DEPTH, holds an
+    integer of more than MAX_DIGITS digits, is no UTF-8, or no JSON.
+    """
+    raw = content.encode("utf-8", "surrogatepass") if isinstance(content, str) else content
+    if len(raw) > limit:
+        raise ValueError(f"{where} has {len(raw)} bytes; more than {limit} are not read.")
+    depth = 0
+    for match in _STRUCTURE.finditer(raw):
+        token = match[0]
+        if token in (b"[", b"{"):
+            depth += 1
+            if depth > MAX_DEPTH:
+                raise ValueError(f"{where} is nested more than {MAX_DEPTH} deep.")
+        elif token in (b"]", b"}"):
+            depth -= 1
+
+    def parse_int(digits: str) -> int:
+        if len(digits) > MAX_DIGITS:
+            raise ValueError(f"an integer of {len(digits)} digits")
+        return int(digits)
+
+    try:
+        text = content.removeprefix("\ufeff") if isinstance(content, str) else raw.decode("utf-8-sig")
+        return json.loads(text, parse_int=parse_int, object_pairs_hook=object_pairs_hook)
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"{where} is not JSON that can be read: {shown(e)}") from e
+
+
+def read(path: str | os.PathLike, *, limit: int = CONFIG_LIMIT):
+    """The value of a JSON file; see `parse`. Raises ValueError that names the file, FileNotFoundError where it is not."""
+    path = Path(path)
+    return parse(read_regular(path, limit), shown(path.name), limit=limit)

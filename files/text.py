@@ -1,0 +1,30 @@
+"""Foreign text in messages: names and values out of files, links and workflows."""
+
+LIMIT = 100  # characters shown
+
+
+def shown(value: object, limit: int = LIMIT) -> str:
+    """A value as one printable line of at most `limit` characters.
+
+    What is not printable (control characters, newlines, lone surrogates, which no log can encode) is escaped as Python
+    writes it; what is longer is cut, and its length is told.
+    """
+    if isinstance(value, int):
+        try:
+            text = str(value)
+        except ValueError:  # more digits than Python converts
+            return f"an integer of {value.bit_length()} bits"
+    else:
+        text = str(value)
+    length = len(text)
+    printable = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text[: limit + 1])
+    if length <= limit and len(printable) <= limit:
+        return printable
+    return f"{printable[:limit]}… ({length} characters)"
+
+
+def first_few(names, limit: int = 4) -> str:
+    """The first few of some names, printable, and how many more there are."""
+    names = list(names)
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(shown(name) for name in names[:limit]) + more
