@@ -7,6 +7,7 @@ CATEGORY = "WorldStereo"
 
 Cameras = io.Custom("WORLDSTEREO_CAMERAS")  # scene.cameras.Cameras
 Points = io.Custom("WORLDSTEREO_POINTS")  # scene.pointcloud.PointCloud
+Scene = io.Custom("WORLDSTEREO_SCENE")  # scene.scene.Scene
 MoGeGeometry = io.Custom("MOGE_GEOMETRY")  # core's dict of comfy_extras/nodes_moge.py
 
 
