@@ -1,0 +1,157 @@
+"""What a scene's memory gives to a new path, against what WorldStereo chose on its published panorama scene.
+
+`golden/retrieval.safetensors`: the cameras of the 27 views of the panorama and of 17 paths in order (w2c without its
+last row, K without its own), for the path with more than eight views the picture features of the candidates in order
+of their numbers, and in its metadata the views that each path was given as references.
+"""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from worldstereo_fp8.scene import memory
+from worldstereo_fp8.scene.cameras import rigid_inverse
+from worldstereo_fp8.scene.memory import asked_views, choose_references, frames_to_remember, picture_quality
+
+GOLDEN = Path(__file__).parent / "golden" / "retrieval.safetensors"
+WIDTH, HEIGHT = 832, 480
+TENSORS = load_file(GOLDEN)
+with safe_open(GOLDEN, framework="pt") as file:
+    PATHS = json.loads(file.metadata()["paths"])
+BEFORE = {"view": {"traj0": "traj2", "traj1": "traj2"}, "target": {"traj1": "traj0"}}  # what a path asks for
+
+
+def poses(name):
+    w2c = TENSORS[f"{name}.w2c"]
+    return torch.cat([w2c, w2c.new_tensor([0, 0, 0, 1]).expand(len(w2c), 1, 4)], dim=1)
+
+
+def intrinsics(name, count):
+    K = TENSORS[f"{name}.K"].expand(count, 2, 3)
+    return torch.cat([K, K.new_tensor([0, 0, 1]).expand(count, 1, 3)], dim=1)
+
+
+def bank_before(number):
+    """The memory before a path: the panorama's views, then eight of each earlier path; and where each path's begin."""
+    w2c, K, firsts = [poses("bank")], [intrinsics("bank", 27)], {}
+    for path in PATHS[:number]:
+        firsts[path["path"]] = sum(map(len, w2c))
+        frames = frames_to_remember(21)
+        w2c.append(poses(path["path"])[frames])
+        K.append(intrinsics(path["path"], len(frames)))
+    return torch.cat(w2c), torch.cat(K), firsts
+
+
+@pytest.mark.parametrize("number", range(len(PATHS)), ids=[path["path"] for path in PATHS])
+def test_the_references_are_those_of_the_original(number):
+    expected = PATHS[number]
+    w2c, K, firsts = bank_before(number)
+    place, move = expected["path"].split("/")
+    kind = place.removesuffix(place.lstrip("abcdefghijklmnopqrstuvwxyz")).removesuffix("_")
+    ask = None
+    if earlier := BEFORE[kind].get(move):
+        first = firsts[f"{place}/{earlier}"]
+        mirrored = kind == "view" and move == "traj1"
+        ask = asked_views(list(range(first, first + 8)), 21, mirrored, sparsely=kind == "view")
+    features = quality = None
+    if selection := expected.get("selection"):
+        features, quality = torch.full((len(w2c), 192), torch.nan), torch.full((len(w2c),), torch.nan)
+        features[sorted(set(selection["candidates"]))] = TENSORS[f"{expected['path']}.features"].float()
+        quality[selection["candidates"]] = torch.tensor(selection["quality"])
+    views, ref_index = choose_references(
+        w2c,
+        K,
+        WIDTH,
+        HEIGHT,
+        poses(expected["path"]),
+        intrinsics(expected["path"], 21),
+        features=features,
+        quality=quality,
+        ask=ask,
+    )
+    assert (views, ref_index) == (expected["views"], expected["ref_index"])
+
+
+def test_more_than_eight_are_spread_out_as_in_the_original():
+    number = next(i for i, path in enumerate(PATHS) if "selection" in path)
+    selection = PATHS[number]["selection"]
+    candidates = torch.tensor(selection["candidates"])
+    features = TENSORS[f"{PATHS[number]['path']}.features"][torch.searchsorted(candidates.unique(), candidates)]
+    picked = memory.spread_out(
+        bank_before(number)[0][candidates], features, torch.tensor(selection["quality"], dtype=torch.float64), 8
+    )
+    assert picked == selection["selected"]
+
+
+def test_the_limit_holds_and_without_features_the_cameras_decide():
+    generator = torch.Generator().manual_seed(0)
+    w2c, K = poses("view0/traj0"), intrinsics("view0/traj0", 21)
+    moved = w2c.clone()
+    moved[:, :3, 3] += 0.01 * torch.randn(21, 3, generator=generator)
+    assert len(choose_references(moved, K, WIDTH, HEIGHT, w2c, K, limit=20)[0]) > 8
+    for limit in (8, 3, 1):
+        views, ref_index = choose_references(moved, K, WIDTH, HEIGHT, w2c, K, limit=limit)
+        assert 1 <= len(views) <= limit and len(set(views)) == len(views) == len(ref_index)
+        assert ref_index == sorted(ref_index) and ref_index[0] == 0 and max(ref_index) <= 19
+
+
+def test_a_path_of_one_frame_takes_no_references_and_wrong_inputs_are_named():
+    w2c, K = poses("bank"), intrinsics("bank", 27)
+    assert choose_references(w2c, K, WIDTH, HEIGHT, w2c[:1], K[:1]) == ([], [])
+    with pytest.raises(ValueError, match=r"w2c has the shape \[0, 4, 4\]"):
+        choose_references(w2c[:0], K[:0], WIDTH, HEIGHT, w2c, K)
+    with pytest.raises(ValueError, match="targets_K"):
+        choose_references(w2c, K, WIDTH, HEIGHT, w2c, K[:3])
+    with pytest.raises(ValueError, match="features holds 3 entries for 27 views"):
+        choose_references(w2c, K, WIDTH, HEIGHT, w2c, K, features=torch.zeros(3, 2))
+    with pytest.raises(ValueError, match="target 1 asks for view 27"):
+        choose_references(w2c, K, WIDTH, HEIGHT, w2c, K, ask={1: 27})
+    with pytest.raises(ValueError, match="limit is 0"):
+        choose_references(w2c, K, WIDTH, HEIGHT, w2c, K, limit=0)
+
+
+def test_remembered_frames():
+    assert frames_to_remember(21) == [3, 6, 9, 12, 14, 16, 18, 20]
+    assert frames_to_remember(5) == [1, 2, 3, 4]
+    for frames in range(2, 100):
+        remembered = frames_to_remember(frames)
+        gaps = [b - a for a, b in zip([0, *remembered], remembered)]
+        assert remembered[-1] == frames - 1 and len(remembered) == min(8, frames - 1)
+        assert gaps == sorted(gaps, reverse=True) and gaps[-1] >= 1
+    with pytest.raises(ValueError, match="needs 2 frames"):
+        frames_to_remember(1)
+
+
+def test_asked_views():
+    views = list(range(27, 35))
+    assert asked_views(views, 21) == {1: 30, 2: 30, 3: 30, 5: 30, 7: 32, 9: 32, 13: 32, 17: 34}
+    assert set(asked_views(views, 21, mirrored=True).values()) == {30}
+    assert sorted(asked_views(views, 21, sparsely=False)) == [i for i in range(1, 21) if i not in (4, 8, 12, 16)]
+    assert set(asked_views([7], 21).values()) == {7}
+
+
+def test_the_quality_of_a_picture():
+    flat = torch.full((16, 16, 3), 77, dtype=torch.uint8)
+    assert picture_quality(flat) == 0
+    checks = (torch.arange(16)[:, None] + torch.arange(16)).remainder(2)[..., None].expand(-1, -1, 3).byte() * 255
+    # Laplacian ±1020 everywhere, one bit of entropy, deviation 127.5
+    expected = 0.4 * torch.log1p(torch.tensor(1020.0**2)) + 0.3 + 0.3 * 127.5 / 128
+    assert picture_quality(checks) == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_retrieval_from_a_thousand_views_is_quick():
+    generator = torch.Generator().manual_seed(0)
+    c2w = poses("bank")[torch.randint(27, (1000,), generator=generator)]
+    c2w[:, :3, 3] = torch.randn(1000, 3, generator=generator, dtype=torch.float64)
+    w2c, K = rigid_inverse(c2w), intrinsics("bank", 27)[:1].expand(1000, 3, 3)
+    features, quality = torch.randn(1000, 1024, generator=generator), torch.rand(1000, generator=generator)
+    seconds = []
+    for _ in range(5):
+        begin = time.perf_counter()
+        choose_references(w2c, K, WIDTH, HEIGHT, w2c[::48], K[::48], features=features, quality=quality)
+        seconds.append(time.perf_counter() - begin)
+    assert min(seconds) < 0.2
