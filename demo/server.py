@@ -15,6 +15,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 START_SECONDS = 180
+PREVIEW_IMAGE = bytes([0, 0, 0, 1])  # core's kind of a binary message
 # Inputs of these types, and combos, are widgets; all others are sockets.
 WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COMFY_DYNAMICCOMBO_V3", "COLOR")
 
@@ -81,24 +82,30 @@ class Server:
         """The declarations of all nodes, as the web page gets them."""
         return requests.get(f"http://{self.address}/object_info", timeout=60).json()
 
-    def run(self, prompt: dict, progress=lambda title, value, maximum: None) -> dict:
+    def run(
+        self, prompt: dict, progress=lambda title, value, maximum: None, preview=lambda jpeg: None, **extra_data
+    ) -> dict:
         """Run a workflow in API form to its end and return its outputs by node id.
 
-        `progress` is called with the title of a node when it starts, and with its steps as it advances. Raises
-        ServerError with ComfyUI's own words if the workflow is refused or fails.
+        `progress` is called with the title of a node when it starts, and with its steps as it advances; `preview` with
+        the JPEG file of each preview picture; `extra_data` goes to ComfyUI with the prompt. Raises ServerError with
+        ComfyUI's own words if the workflow is refused or fails.
         """
-        return asyncio.run(self._run(prompt, progress))
+        return asyncio.run(self._run(prompt, progress, preview, extra_data))
 
-    async def _run(self, prompt: dict, progress) -> dict:
+    async def _run(self, prompt: dict, progress, preview, extra_data: dict) -> dict:
         client = uuid.uuid4().hex
         outputs = {}
+        order = {"prompt": prompt, "client_id": client, "extra_data": extra_data}
         async with aiohttp.ClientSession(f"http://{self.address}") as session:
             async with session.ws_connect(f"/ws?clientId={client}", max_msg_size=0) as socket:
-                async with session.post("/prompt", json={"prompt": prompt, "client_id": client}) as response:
+                async with session.post("/prompt", json=order) as response:
                     answer = await response.json()
                     if response.status != 200:
                         raise ServerError(refusal(answer, prompt))
                 async for message in socket:
+                    if message.type == aiohttp.WSMsgType.BINARY and message.data[:4] == PREVIEW_IMAGE:
+                        preview(message.data[8:])  # after 4 bytes that say JPEG
                     if message.type != aiohttp.WSMsgType.TEXT:
                         continue
                     event = json.loads(message.data)

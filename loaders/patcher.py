@@ -1,8 +1,9 @@
 """ComfyUI's ModelPatcher, told which weights can do without VRAM."""
 
 import comfy.model_patcher
-from comfy.patcher_extension import CallbacksMP
+from comfy.patcher_extension import CallbacksMP, WrappersMP
 
+from ..worldstereo.preview import show_keyframes
 from ..worldstereo.prompt_cache import LAYERS as CACHED_LAYERS
 
 CACHED = tuple(f".{name}" for name in CACHED_LAYERS)
@@ -59,6 +60,7 @@ def make_patcher(model, load_device, offload_device, disable_dynamic: bool):
         CallbacksMP.ON_CLEANUP, lambda p: p.model.diffusion_model.prompt_cache.end_run(p.offload_device)
     )
     patcher.add_callback(CallbacksMP.ON_DETACH, _forget_cache)
+    patcher.add_wrapper(WrappersMP.OUTER_SAMPLE, show_keyframes)
     return patcher
 
 

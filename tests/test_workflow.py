@@ -1,5 +1,6 @@
 """The example workflow on a real ComfyUI server and in its real web page, with toy models of the published formats."""
 
+import io
 import json
 import os
 import shutil
@@ -91,6 +92,31 @@ def test_demo_paints_the_render(comfyui, prompt):
     job.contact_sheet(comfyui.base / "input" / "render.mp4", comfyui.base / "input" / "render_mask.mp4", video, sheet)
     height, width = scene.read_video(video)[0].shape[:2]
     assert Image.open(sheet).size == (7 * width, 3 * height)
+
+
+@pytest.mark.parametrize("method", ["none", "latent2rgb"])
+def test_every_keyframe_is_previewed(comfyui, prompt, method):
+    """Whether core's previews are off (its default) or on: after the last step each tile is like its own keyframe."""
+    previews = []
+    inputs_of(prompt, "SamplerCustom")["noise_seed"] = ("none", "latent2rgb").index(method) + 1  # not cached
+    video = job.saved_video(comfyui.base, comfyui.run(prompt, preview=previews.append, preview_method=method))
+    assert len(previews) == 4
+    sheet = Image.open(io.BytesIO(previews[-1]))
+    if folder := os.environ.get("SCREENSHOTS"):
+        sheet.save(Path(folder) / f"preview_{method}.png")
+    keyframes = scene.read_video(video)
+    rows, columns = 6, 4
+    width, height = sheet.width / columns, sheet.height / rows
+    tiles = [
+        np.asarray(sheet.crop((column * width, row * height, (column + 1) * width, (row + 1) * height)))
+        for row in range(rows)
+        for column in range(columns)
+    ]
+    shown, wanted = thumbnails(tiles[:21]), thumbnails(keyframes)
+    shown, wanted = shown - shown.mean(axis=0), wanted - wanted.mean(axis=0)
+    likeness = (shown @ wanted.T) / np.linalg.norm(wanted, axis=1)
+    assert abs(likeness.argmax(axis=1) - np.arange(21)).max() <= 1
+    assert tiles[-1].std(axis=(0, 1)).max() < 5  # left over
 
 
 def thumbnails(frames):

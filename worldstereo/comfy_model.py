@@ -14,6 +14,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from .blocks import CHUNK, UPCAST_QUERIES
 from .config import MASK_CAM_CHANNELS, PATCH, SPATIAL_DOWNSCALE, WorldStereoConfig
 from .model import WorldStereoModel
+from .preview import KeyframeLatents
 from .prompt_cache import COMING_TIMESTEPS, WEIGHTS
 
 TEXT_TOKENS, IMAGE_TOKENS = 512, 257
@@ -138,6 +139,7 @@ def config_of(patcher) -> WorldStereoConfig:
 class WorldStereoModelConfig(comfy.supported_models.WAN21_I2V):
     """ComfyUI's model configuration: which class, which noise schedule, how much memory."""
 
+    latent_format = KeyframeLatents
     supported_inference_dtypes = [torch.bfloat16, torch.float16, torch.float32]
 
     def __init__(self, config: WorldStereoConfig):

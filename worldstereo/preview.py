@@ -1,0 +1,54 @@
+"""What is shown while sampling: every keyframe, side by side.
+
+Core previews the first latent frame of a video, which here is the picture that one already has. Its preview takes the
+latent format's `latent_rgb_factors_reshape`, so a format of our own lays out the keyframes there. Where core's previews
+are off, as they are by default, `show_keyframes` sends the same picture itself.
+"""
+
+import math
+
+import comfy.latent_formats
+import comfy.utils
+import latent_preview
+import torch
+from comfy.cli_args import LatentPreviewMethod, args
+
+
+def tiled(x0: torch.Tensor) -> torch.Tensor:
+    """The frames of [B, C, F, h, w] in reading order on one sheet, [B, C, 1, rows h, columns w], as near to a square as
+    whole tiles allow. Tiles left over are 0."""
+    batch, channels, frames, height, width = x0.shape
+    columns = min(range(1, frames + 1), key=lambda n: max(n * width, math.ceil(frames / n) * height))
+    rows = math.ceil(frames / columns)
+    sheet = x0.new_zeros(batch, channels, rows * columns, height, width)
+    sheet[:, :, :frames] = x0
+    sheet = sheet.view(batch, channels, rows, columns, height, width).transpose(3, 4)
+    return sheet.reshape(batch, channels, 1, rows * height, columns * width)
+
+
+class KeyframeLatents(comfy.latent_formats.Wan21):
+    """Wan 2.1's latents, previewed as a sheet of all frames."""
+
+    latent_rgb_factors_reshape = staticmethod(tiled)
+
+    def __init__(self):
+        super().__init__()
+        self.taesd_decoder_name = None  # core decodes the first frame alone with it
+
+
+def show_keyframes(executor, noise, latent_image, sampler, sigmas, denoise_mask=None, callback=None, *rest, **named):
+    """A wrapper of core's OUTER_SAMPLE: shows the keyframes at every step, unless core's own preview does."""
+    if args.preview_method != LatentPreviewMethod.NoPreviews:
+        return executor(noise, latent_image, sampler, sigmas, denoise_mask, callback, *rest, **named)
+    latents = KeyframeLatents
+    previewer = latent_preview.Latent2RGBPreviewer(
+        latents.latent_rgb_factors, latents.latent_rgb_factors_bias, latents.latent_rgb_factors_reshape
+    )
+    bar = comfy.utils.ProgressBar(len(sigmas) - 1)
+
+    def show(step, x0, x, total_steps):
+        if callback is not None:
+            callback(step, x0, x, total_steps)
+        bar.update_absolute(step + 1, total_steps, previewer.decode_latent_to_preview_image("JPEG", x0))
+
+    return executor(noise, latent_image, sampler, sigmas, denoise_mask, show, *rest, **named)
