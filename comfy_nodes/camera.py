@@ -3,7 +3,6 @@
 import comfy.model_management
 import comfy.utils
 from comfy_api.latest import io, ui
-from PIL import ImageColor
 
 from ..scene.camera_files import files_of, read_cameras
 from ..scene.camera_path import (
@@ -24,7 +23,7 @@ from ..scene.panorama import points_of_panorama, view_of_panorama
 from ..scene.render import POINTS_PER_PIXEL, RADIUS, render_start, summary
 from ..worldstereo.conditioning import keyframe_size
 from ..worldstereo.config import WorldStereoConfig
-from .common import CATEGORY, Cameras, MoGeGeometry, Points, show_on_node
+from .common import CATEGORY, Cameras, MoGeGeometry, Points, color_of, show_on_node
 from .files import camera_file, camera_files
 
 
@@ -276,11 +275,10 @@ class WorldStereoRender(io.ComfyNode):
                 ),
                 io.Color.Input(
                     "background",
-                    default="#000000",
+                    default="#808080",
                     advanced=True,
-                    tooltip="Colour of the holes, behind the points. Black is the default; the published "
-                    "example renders have mid-grey (#808080) holes. The choice is yours: the mask "
-                    "tells the model where they are.",
+                    tooltip="Colour behind the points: of the holes, and what thin splats fade to. The model was "
+                    "trained with mid-grey (#808080).",
                 ),
             ],
             outputs=[
@@ -309,7 +307,7 @@ class WorldStereoRender(io.ComfyNode):
             height,
             radius,
             points_per_pixel,
-            tuple(channel / 255 for channel in ImageColor.getrgb(background)[:3]),
+            color_of(background),
             comfy.model_management.get_torch_device(),
             progress.update,
         )

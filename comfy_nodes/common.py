@@ -1,6 +1,7 @@
 """What the nodes share: their category, the types of their links, and what they show on themselves."""
 
 from comfy_api.latest import io
+from PIL import ImageColor
 from server import PromptServer
 
 CATEGORY = "WorldStereo"
@@ -15,3 +16,8 @@ def show_on_node(node: type[io.ComfyNode], text: str):
     """Shows a text on the node that runs."""
     if node.hidden.unique_id:
         PromptServer.instance.send_progress_text(text, node.hidden.unique_id)
+
+
+def color_of(text: str) -> tuple[float, float, float]:
+    """The value of a colour input (#rrggbb) in 0..1. 128 is mid-grey, 0.5, which no byte is exactly."""
+    return tuple(0.5 if channel == 128 else channel / 255 for channel in ImageColor.getrgb(text)[:3])

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from .pointcloud import PointCloud
 
 FAR_MEDIANS = 8.0  # depths beyond this many medians are drawn in
+NO_DEPTH_DISPARITY = 1e7  # what the edge test sees where there is no depth
 EDGE_STEEPNESS, EDGE_KEEP = 10.0, 0.35
 DEPTH_PICTURES = ("disparity: near is white", "depth: near is black")
 GREY_TOLERANCE = 0.02
@@ -50,15 +51,30 @@ def depth_of_picture(image: torch.Tensor, kind: str, near: float, far: float) ->
     return 1 / (1 / far + value * (1 / near - 1 / far))
 
 
-def valid_depths(depth: torch.Tensor) -> torch.Tensor:
-    """Where a depth map holds a depth: finite and in front of the camera."""
-    return depth.isfinite() & (depth > 0)
-
-
 def draw_in(depth: torch.Tensor) -> torch.Tensor:
-    """Valid depths, those d beyond m = 8 medians drawn in to 2m - m²/d, which stays below 2m."""
-    m = FAR_MEDIANS * depth.median()
+    """Depths, those d beyond m = 8 medians (of the positive ones) drawn in to 2m - m²/d, which stays below 2m."""
+    m = FAR_MEDIANS * depth[depth > 0].median()
     return torch.where(depth > m, 2 * m - m * m / depth, depth)
+
+
+def points_kept(depth: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which pixels of a depth map [H, W] become points [H, W], and their depths [K] with the far ones drawn in.
+
+    Pixels without a depth (NaN, infinite or 0) and those on depth edges are dropped. A negative depth is kept: it lies
+    behind the camera, where others may see it. As in WorldStereo's own renders, a pixel without a depth enters the edge
+    test as a disparity of 1e7, beside which all other edges are flat: with sky in the picture only the points beside
+    the sky are dropped. Raises ValueError where no depth is positive.
+    """
+    valid = depth.isfinite() & (depth != 0)
+    if not (valid & (depth > 0)).any():
+        raise ValueError(
+            "The depth map has no valid depth: all of it is NaN, infinite or not positive. Check the mask "
+            "of the depth model, or its near and far."
+        )
+    depth = depth.clone()
+    depth[valid] = draw_in(depth[valid])
+    keep = valid & ~on_edge((1 / depth).masked_fill(~valid, NO_DEPTH_DISPARITY))
+    return keep, depth[keep]
 
 
 def on_edge(disparity: torch.Tensor) -> torch.Tensor:
@@ -76,23 +92,14 @@ def on_edge(disparity: torch.Tensor) -> torch.Tensor:
 def points_from_depth(picture: torch.Tensor, depth: torch.Tensor, w2c: torch.Tensor, K: torch.Tensor) -> PointCloud:
     """The points that the camera (w2c [4, 4], K [3, 3] in pixels of the picture) sees, one for each valid pixel centre.
 
-    picture [H, W, 3] in 0..1; depth [h, w], NaN, infinite or <= 0 where there is none, is brought to the picture's size
-    by its nearest values. Far depths are drawn in and the points on depth edges dropped. Raises ValueError where no
-    depth is valid.
+    picture [H, W, 3] in 0..1; depth [h, w], NaN, infinite or 0 where there is none, is brought to the picture's size by
+    its nearest values. `points_kept` says which become points. Raises ValueError where no depth is positive.
     """
     height, width = picture.shape[:2]
     depth = F.interpolate(depth[None, None].float(), (height, width), mode="nearest-exact")[0, 0]
-    valid = valid_depths(depth)
-    if not valid.any():
-        raise ValueError(
-            "The depth map has no valid depth: all of it is NaN, infinite or not positive. Check the mask "
-            "of the depth model, or its near and far."
-        )
-    depth = depth.where(valid, depth.new_tensor(torch.inf))  # as far as can be: its neighbours lie on an edge
-    depth[valid] = draw_in(depth[valid])
-    keep = valid & ~on_edge(1 / depth)
+    keep, depth = points_kept(depth)
     y, x = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")
     pixels = torch.stack([x[keep], y[keep], torch.ones_like(x[keep])])
-    camera = (torch.linalg.inv(K.double()) @ pixels.double()) * depth[keep].double()
+    camera = (torch.linalg.inv(K.double()) @ pixels.double()) * depth.double()
     world = w2c[:3, :3].double().T @ (camera - w2c[:3, 3:].double())
     return PointCloud(world.T.float().contiguous(), picture[keep].float().cpu())

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from .cameras import Cameras
-from .depth import draw_in, on_edge, valid_depths
+from .depth import points_kept
 from .pointcloud import PointCloud
 
 
@@ -31,13 +31,8 @@ def points_of_panorama(geometry: dict) -> PointCloud:
             "Panorama Inference on the panorama."
         )
     distance, picture = geometry["depth"][0].float().cpu(), geometry["image"][0].float().cpu()
-    valid = valid_depths(distance) & geometry["mask"][0].cpu()
-    if not valid.any():
-        raise ValueError("The panorama's geometry has no valid depth: MoGe masked all of it.")
-    distance = distance.where(valid, distance.new_tensor(torch.inf))
-    distance[valid] = draw_in(distance[valid])
-    keep = valid & ~on_edge(1 / distance)
-    points = directions(*distance.shape)[keep] * distance[keep][:, None]
+    keep, kept = points_kept(distance.where(geometry["mask"][0].cpu(), torch.inf))
+    points = directions(*distance.shape)[keep] * kept[:, None]
     return PointCloud(points, picture[keep])
 
 

@@ -19,6 +19,7 @@ from .pointcloud import PointCloud
 
 RADIUS = 0.008  # of a splat, in units in which the shorter side of the picture spans 2
 POINTS_PER_PIXEL = 20
+BACKGROUND = (0.5, 0.5, 0.5)  # the original composites colours in -1..1 over 0
 TILE_PIXELS = 1 << 16  # pixels composited at a time
 CHUNK_CELLS = 1 << 22  # pixels that points may cover, looked at at a time; with the tile, this bounds the memory
 
@@ -86,7 +87,7 @@ def render(
     cameras: Cameras,
     radius: float = RADIUS,
     points_per_pixel: int = POINTS_PER_PIXEL,
-    background: tuple[float, float, float] = (0.0, 0.0, 0.0),
+    background: tuple[float, float, float] = BACKGROUND,
     device: str | torch.device = "cpu",
     progress: Callable[[int], None] = lambda frames: None,
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -33,17 +33,26 @@ def test_edges_are_where_the_disparity_falls_steeply():
     assert not on_edge(torch.ones(4, 4)).any()
 
 
-def test_invalid_depths_and_edges_leave_no_points():
+def test_edges_and_pixels_without_depth_leave_no_points():
     picture = torch.zeros(8, 16, 3)
     depth = torch.full((8, 16), 2.0)
     depth[:, 8:] = 1.0  # an edge between columns 7 and 8
-    depth[0, 0], depth[0, 2], depth[0, 4], depth[2, 0] = float("nan"), float("inf"), -1.0, 0.0
     picture[:, 7:9] = 1.0
     cloud = points_from_depth(picture, depth, W2C, K)
-    assert 0 < len(cloud) < 8 * 14
+    assert len(cloud) == 8 * 14
     assert not cloud.colors.any()  # no point of the columns beside the edge
+
+    depth[:2, 2] = float("nan")  # beside what has no depth the edge is flat
+    depth[6, 0], depth[7, 0] = float("inf"), 0.0
+    picture[:] = 0.0
+    picture[:3, 1:4] = picture[5:, :2] = 1.0
+    cloud = points_from_depth(picture, depth, W2C, K)
+    assert len(cloud) == 8 * 16 - 9 - 6
+    assert not cloud.colors.any()
     with pytest.raises(ValueError, match="no valid depth"):
         points_from_depth(picture, torch.full((8, 16), float("nan")), W2C, K)
+    with pytest.raises(ValueError, match="no valid depth"):
+        points_from_depth(picture, -depth, W2C, K)
 
 
 def test_a_depth_map_of_another_size_is_resized():

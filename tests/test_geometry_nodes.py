@@ -103,7 +103,7 @@ def test_from_a_picture_to_the_files(comfyui):
     holes = [np.asarray(Image.open(output / saved["filename"])) for saved in outputs["holes"]["images"]]
     assert len(frames) == len(holes) == KEYFRAMES
     assert (frames[0] == np.asarray(Image.open(comfyui.base / "input" / "picture.png"))).all() and not holes[0].any()
-    assert 0 < (holes[-1] > 127).mean() < 0.5 and not frames[-1][holes[-1][..., 0] > 127].any()
+    assert 0 < (holes[-1] > 127).mean() < 0.5 and set(frames[-1][holes[-1][..., 0] > 127].ravel()) <= {127, 128}
     assert outputs["path"]["images"][0]["type"] == "temp"  # the drawing, on the node
 
     cameras = read_cameras(output / "worldstereo" / "camera_00001_.json")[0]

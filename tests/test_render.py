@@ -1,8 +1,10 @@
-"""The splat renderer against a reference that looks at every point for every pixel."""
+"""The splat renderer against WorldStereo's own renders and a reference that looks at every point for every pixel."""
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
+from toy import GOLDEN
 from worldstereo_fp8.scene import render as render_module
 from worldstereo_fp8.scene.cameras import Cameras, quaternion_to_rotation
 from worldstereo_fp8.scene.depth import DEPTH_PICTURES, points_from_depth
@@ -74,6 +76,20 @@ def test_equals_the_brute_force_reference(monkeypatch, radius, points_per_pixel,
     assert 0 < holes.mean() < 1
 
 
+@pytest.mark.parametrize("case", ["valid", "sky"])
+def test_equals_the_originals_points_and_renders(case):
+    """Its splats and points of one picture: with every depth valid, and with sky."""
+    golden = load_file(GOLDEN / "render.safetensors")
+    depth = golden["depth"].where(golden[f"{case}.invalid"] == 0, torch.inf)
+    cloud = points_from_depth(golden["picture"], depth, golden["w2c"][0], golden["K"][0])
+    torch.testing.assert_close(cloud.points, golden[f"{case}.points"], atol=1e-5, rtol=0)
+    torch.testing.assert_close(cloud.colors, golden[f"{case}.colors"], atol=1e-5, rtol=0)
+    height, width = depth.shape
+    pictures, holes = render(cloud, Cameras(golden["w2c"], golden["K"], width, height), radius=0.032)
+    assert torch.equal(holes, golden[f"{case}.mask"])
+    torch.testing.assert_close(pictures, golden[f"{case}.render"], atol=1e-4, rtol=0)
+
+
 class LargestTensor(TorchDispatchMode):
     """Notes the elements of the largest tensor that any operation makes."""
 
@@ -113,7 +129,7 @@ def test_cuda_draws_the_same_picture():
 def test_one_point_is_a_disc_of_falling_opacity():
     cameras = Cameras(torch.eye(4)[None], torch.tensor([[[10.0, 0, 10], [0, 10, 10], [0, 0, 1]]]), 20, 20)
     cloud = PointCloud(torch.tensor([[0.05, 0.05, 1.0]]), torch.ones(1, 3))  # at the centre of pixel (10, 10)
-    pictures, holes = render(cloud, cameras, radius=0.21)  # 2.1 pixels
+    pictures, holes = render(cloud, cameras, radius=0.21, background=(0.0, 0.0, 0.0))  # 2.1 pixels
     row = pictures[0, 10, :, 0]
     expected = torch.tensor([1 - 4 / 2.1**2, 1 - 1 / 2.1**2, 1, 1 - 1 / 2.1**2, 1 - 4 / 2.1**2])
     torch.testing.assert_close(row[8:13], expected, atol=1e-5, rtol=0)
