@@ -1,6 +1,6 @@
-"""Makes the scaled-FP8 file of a WorldStereo model, and checks such files. Needs torch only.
+"""Makes the FP8 or INT8 file of a WorldStereo model, and checks such files. Needs torch only.
 
-    python cook_worldstereo_fp8.py SRC DST [--recipe default|published] [--convs fp8|bf16]
+    python cook_worldstereo_fp8.py SRC DST [--recipe default|published|int8] [--convs fp8|bf16]
     python cook_worldstereo_fp8.py --verify FILE SRC    does FILE come out of SRC, byte for byte?
     python cook_worldstereo_fp8.py --compare A B        the error of B's weights against A's
 
@@ -33,6 +33,7 @@ from .fp8.cook import FORMAT_VERSION, TOOL_VERSION, Options, cook, verify
 from .fp8.files import Progress, open_files
 from .fp8.recipe import CONVS, EXCLUDED, RECIPES
 from .fp8.report import Report, compare
+from .fp8.rotation import GROUP
 from .worldstereo.config import CONFIG_FILE, config_to_embed
 
 SOURCE_PAGE = "https://huggingface.co/hanshanxue/WorldStereo"
@@ -53,6 +54,21 @@ def write_report(report: Report, folder: Path):
     print(f"The report is in {folder}.")
 
 
+# What a card calls the file, how it describes its weights, and what NOTICE says was done to them: FP8, INT8.
+FORMATS = (
+    (
+        "FP8",
+        "FP8 (`float8_e4m3fn`, one BF16 `scale_weight` for each)",
+        "converted to float8_e4m3fn with one scale each",
+    ),
+    (
+        "INT8",
+        f"INT8 (ComfyUI's `int8_tensorwise`, rotated in groups of {GROUP} channels, one FP32 `weight_scale` a row)",
+        f"rotated in groups of {GROUP} channels and converted to int8 with one scale a row",
+    ),
+)
+
+
 def write_card(report: Report, folder: Path, options: Options, config: str | None):
     """What a model repository owes beside the file: README.md, config.json, LICENSE, the Apache License, NOTICE."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -65,18 +81,19 @@ def write_card(report: Report, folder: Path, options: Options, config: str | Non
         f"| `{error.name}` | {error.relative:.3%} | {error.rms:.3e} | {error.max:.3e} | {error.scale:.4g} |"
         for error in report.worst()
     ]
+    kind, form, converted = FORMATS[options.recipe == "int8"]
     total = report.total(report.errors)
     readme = f"""---
 license: apache-2.0
 base_model: hanshanxue/WorldStereo
 base_model_relation: quantized
 pipeline_tag: image-to-video
-tags: [worldstereo, wan, fp8, comfyui]
+tags: [worldstereo, wan, {kind.lower()}, comfyui]
 ---
 
-# WorldStereo, scaled FP8
+# WorldStereo, scaled {kind}
 
-A [WorldStereo]({SOURCE_PAGE}) checkpoint with its large weights in FP8 (`float8_e4m3fn`, one BF16 `scale_weight` for each),
+A [WorldStereo]({SOURCE_PAGE}) checkpoint with its large weights in {form},
 for the node Load WorldStereo FP8 in ComfyUI.
 
 | | |
@@ -85,9 +102,9 @@ for the node Load WorldStereo FP8 in ComfyUI.
 
 ## What it cost
 
-Against the source's weights, over all FP8 weights: relative RMS error {total.relative:.3%}, SQNR {total.sqnr or 0:.2f} dB,
+Against the source's weights, over all {kind} weights: relative RMS error {total.relative:.3%}, SQNR {total.sqnr or 0:.2f} dB,
 {total.zeroed / total.count:.4%} of the values became zero, {total.saturated / total.count:.4%} saturated.
-{report.gain() if report.published else ""}
+{report.gain() if report.published else ""}{" ".join(report.notes)}
 
 | kind of weight | relative RMS error | RMS error | largest error | became zero |
 |---|---|---|---|---|
@@ -110,7 +127,7 @@ contain any of: {", ".join(EXCLUDED)}.
 The base model Wan2.1-I2V-14B is under the Apache License 2.0 ({APACHE_LICENSE}); NOTICE says what was changed. What this
 repository adds to it is under the MIT License (LICENSE). The terms of the source are on [its own page]({SOURCE_PAGE}).
 """
-    notice = f"""WorldStereo, scaled FP8
+    notice = f"""WorldStereo, scaled {kind}
 
 This product includes weights of Wan2.1-I2V-14B ({BASE_PAGE}), Copyright (c) Alibaba Wan Team, licensed under
 the Apache License, Version 2.0; see {APACHE_LICENSE}.
@@ -118,7 +135,7 @@ the Apache License, Version 2.0; see {APACHE_LICENSE}.
 It is made from WorldStereo ({SOURCE_PAGE}),
 source SHA-256: {facts["source SHA-256"]}
 
-Statement of changes: {len(report.errors)} weights were converted to float8_e4m3fn with one scale each, by the recipe
+Statement of changes: {len(report.errors)} weights were {converted}, by the recipe
 "{options.recipe}" with convolutions in {options.convs}. All other tensors are the source's, in BF16.
 """
     files = {"README.md": readme, "NOTICE": notice}
@@ -146,19 +163,22 @@ class _Line:
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("first", metavar="SRC", help="the source (with --verify: the FP8 file)")
+    parser.add_argument("first", metavar="SRC", help="the source (with --verify: the cooked file)")
     parser.add_argument("second", metavar="DST", help="the result (with --verify: the source)")
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--verify", action="store_true", help="check an FP8 file against its source, writing nothing")
-    what.add_argument("--compare", action="store_true", help="compare two files, BF16 or FP8, of the same names")
+    what.add_argument("--verify", action="store_true", help="check a cooked file against its source, writing nothing")
+    what.add_argument("--compare", action="store_true", help="compare two files, BF16, FP8 or INT8, of the same names")
     parser.add_argument(
         "--recipe",
         choices=RECIPES,
-        help="default: smaller error, the same format; published: bit for "
-        "bit as the published files. With --verify: what the file says, else published",
+        help="default: FP8 with a smaller error, in the published format; published: bit for bit as the published files; "
+        "int8: INT8 with rotation (SRC may be FP8, at a cost that is told). With --verify: what the file says, else "
+        "published",
     )
     parser.add_argument(
-        "--convs", choices=sorted(set(CONVS.values())), help="convolution weights; default recipe: bf16, published: fp8"
+        "--convs",
+        choices=sorted(set(CONVS.values())),
+        help="convolution weights; published recipe: fp8, the others: bf16",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing DST, report and card")
     parser.add_argument(

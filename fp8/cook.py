@@ -1,4 +1,4 @@
-"""Makes a scaled-FP8 file from a BF16 one: read once, in slices, and never left half written."""
+"""Makes an FP8 or INT8 file from a BF16 one: read once, in slices, and never left half written."""
 
 import bisect
 import collections
@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import itertools
 import json
+import logging
 import os
 import re
 import shutil
@@ -18,9 +19,23 @@ from pathlib import Path
 
 import torch
 
+from . import int8
 from .files import DTYPES, OnProgress, Progress, Reader, Slice, Tensor, TensorFiles, open_files
-from .recipe import CONVS, FP8, MARKER, SCALE_SUFFIX, SCALE_SUFFIXES, encode, find_scale, is_quantised, scale_name
+from .recipe import (
+    COMFY_QUANT,
+    CONVS,
+    FP8,
+    MARKER,
+    SCALE_SUFFIX,
+    SCALE_SUFFIXES,
+    encode,
+    find_scale,
+    is_quantised,
+    is_side_tensor,
+    scale_name,
+)
 from .report import Report, WeightError, saturation
+from .rotation import GROUP
 
 try:
     import fcntl
@@ -36,12 +51,20 @@ AHEAD = 2 * WORKERS  # slices in work
 SECONDS_BETWEEN_SYNCS = 0.2
 
 
+FROM_FP8 = (
+    "The source is FP8. A Linear of the result is off by about 3.0e-2, where one made from the BF16 model is off by "
+    "1.4e-2: take the BF16 model if you can."
+)
+
+
 @dataclass(frozen=True)
 class Options:
-    """recipe: "default" or "published". convs: "fp8", "bf16", or None for what the recipe does."""
+    """recipe: "default", "published" or "int8". convs: "fp8", "bf16", or None for what the recipe does. group: the
+    channels that INT8 weights are rotated in."""
 
     recipe: str = "default"
     convs: str | None = None
+    group: int = GROUP
 
     def __post_init__(self):
         if self.recipe not in CONVS:
@@ -50,28 +73,42 @@ class Options:
             object.__setattr__(self, "convs", CONVS[self.recipe])
         if self.convs not in CONVS.values():
             raise ValueError(f"convs is {self.convs!r}, expected fp8 or bf16")
+        if self.recipe == "int8" and self.convs != "bf16":
+            raise ValueError("The recipe int8 leaves convolutions in BF16. Leave convs as the recipe has it.")
+
+    def quantises(self, name: str, shape: tuple[int, ...]) -> bool:
+        """Whether the tensor of this diffusers name and shape is quantised."""
+        if self.recipe == "int8":
+            return int8.is_int8(name, shape, self.group)
+        return is_quantised(name, shape, self.convs)
 
 
 # The layout of the result
 
 
-def plan(tensors: Iterable[Tensor], convs: str) -> dict[str, Tensor]:
+def plan(tensors: Iterable[Tensor], options: Options) -> dict[str, Tensor]:
     """The tensors of the cooked file, `begin` counted from the end of its header.
 
-    BF16 comes before FP8, so that every tensor is aligned to its dtype without gaps, which the format does not allow;
+    Wider dtypes come first, so that every tensor is aligned to its dtype without gaps, which the format does not allow;
     within each the source's order is kept.
     """
-    bf16 = [(MARKER, ())]
-    fp8 = []
+    entries = {"F32": [], "BF16": [], "F8_E4M3": [], "I8": [], "U8": []}
+    if options.recipe != "int8":
+        entries["BF16"].append((MARKER, ()))
     for tensor in tensors:
-        if is_quantised(tensor.name, tensor.shape, convs):
-            fp8.append((tensor.name, tensor.shape))
-            bf16.append((scale_name(tensor.name), ()))
+        if not options.quantises(tensor.name, tensor.shape):
+            entries["BF16"].append((tensor.name, tensor.shape))
+        elif options.recipe == "int8":
+            layer = tensor.name.removesuffix("weight")
+            entries["I8"].append((tensor.name, tensor.shape))
+            entries["F32"].append((layer + int8.SCALE_SUFFIX, (tensor.shape[0], 1)))
+            entries["U8"].append((layer + COMFY_QUANT, (len(int8.description(options.group)),)))
         else:
-            bf16.append((tensor.name, tensor.shape))
+            entries["F8_E4M3"].append((tensor.name, tensor.shape))
+            entries["BF16"].append((scale_name(tensor.name), ()))
     layout, begin = {}, 0
-    for dtype, entries in (("BF16", bf16), ("F8_E4M3", fp8)):
-        for name, shape in entries:
+    for dtype, of_dtype in entries.items():
+        for name, shape in of_dtype:
             layout[name] = Tensor(name, dtype, tuple(shape), begin)
             begin += layout[name].nbytes
     return layout
@@ -108,6 +145,25 @@ def make_metadata(options: Options, config: str | None, digests: list[str]) -> d
 Refusal = Callable[[str], str | None]
 
 
+def weights_of(files: TensorFiles, options: Options) -> list[Tensor]:
+    """The tensors of a source that come into the result; what else there is describes the source's own format."""
+    return [t for t in files.tensors.values() if options.recipe != "int8" or not is_side_tensor(t.name)]
+
+
+def fp8_scale(files: TensorFiles, tensor: Tensor) -> float | None:
+    """The scale of a source's FP8 weight; None for a weight that is not FP8. Raises ValueError where it has none."""
+    if tensor.dtype != "F8_E4M3":
+        return None
+    names = [tensor.name.removesuffix("weight") + suffix for suffix in SCALE_SUFFIXES]
+    found = [files.tensors[name] for name in names if name in files.tensors]
+    if not found or found[0].count != 1:
+        raise ValueError(
+            f"{files.path.name}: {tensor.name} is FP8 but has no scale of one number ({names[1]}): its values cannot "
+            "be restored. Choose the BF16 model."
+        )
+    return next(files.slices(found[0])).float().item()
+
+
 def check(files: TensorFiles, options: Options, refusal: Refusal):
     """Raises ValueError for a source that the recipe must not or cannot be used on.
 
@@ -117,24 +173,27 @@ def check(files: TensorFiles, options: Options, refusal: Refusal):
     if not files.tensors:
         raise ValueError(f"{where} holds no tensors. Choose the BF16 model.")
     for name, tensor in files.tensors.items():
-        if tensor.dtype.startswith("F8") or name == MARKER or name.endswith(tuple("." + s for s in SCALE_SUFFIXES)):
+        if options.recipe == "int8":
+            fp8_scale(files, tensor)
+        elif tensor.dtype.startswith("F8") or name == MARKER or name.endswith(tuple("." + s for s in SCALE_SUFFIXES)):
             raise ValueError(
                 f"{where} is FP8 already: it holds {name} ({tensor.dtype}). The source is the BF16 model "
                 "that it was made from."
             )
-    for name, tensor in files.tensors.items():
+    for tensor in weights_of(files, options):
+        name = tensor.name
         if reason := refusal(name):
             raise ValueError(f"{where}: {name} {reason}")
-        if tensor.dtype not in SOURCES:
+        if tensor.dtype not in SOURCES and not (options.recipe == "int8" and tensor.dtype == "F8_E4M3"):
             raise ValueError(f"{where}: {name} is {tensor.dtype}. The weights of a source are BF16, FP16 or FP32.")
         if not tensor.count:
             raise ValueError(
                 f"{where}: {name} has the shape {list(tensor.shape)}, no element at all. The file is damaged; "
                 "download it again."
             )
-    if not any(is_quantised(t.name, t.shape, options.convs) for t in files.tensors.values()):
+    if not any(options.quantises(t.name, t.shape) for t in files.tensors.values()):
         raise ValueError(
-            f"{where}: none of its {len(files.tensors)} tensors is a weight that the recipe turns into FP8. "
+            f"{where}: none of its {len(files.tensors)} tensors is a weight that the recipe quantises. "
             "It is no model that this recipe was made for."
         )
 
@@ -163,16 +222,27 @@ class _Cooking:
     published: list[WeightError] = field(default_factory=list)
 
     def run(self):
-        self.emit(MARKER, 0, memoryview(bytes(2)))
+        if self.options.recipe != "int8":
+            self.emit(MARKER, 0, memoryview(bytes(2)))
+        wanted = {tensor.name for tensor in weights_of(self.reader.files, self.options)}
         for tensor in self.reader.files.tensors.values():
-            if is_quantised(tensor.name, tensor.shape, self.options.convs):
-                self._quantise(tensor)
-            else:
+            if tensor.name not in wanted:
+                self._pass_over(tensor)
+            elif not self.options.quantises(tensor.name, tensor.shape):
                 self._keep(tensor)
+            elif self.options.recipe == "int8":
+                self._quantise_int8(tensor)
+            else:
+                self._quantise(tensor)
+
+    def _pass_over(self, tensor: Tensor):
+        for piece in self.reader.slices(tensor):
+            self.reader.release(piece)
+            self.on_slice(piece.nbytes)
 
     def _keep(self, tensor: Tensor):
-        begin = 0
-        for piece, values in self._in_order(_keep, self.reader.slices(tensor)):
+        begin, scale = 0, fp8_scale(self.reader.files, tensor)
+        for piece, values in self._in_order(lambda piece: _keep(piece, scale), self.reader.slices(tensor)):
             if values is None:
                 raise _not_finite(tensor)
             self._send(tensor.name, begin, values)
@@ -226,6 +296,42 @@ class _Cooking:
         for piece in held:
             self.reader.release(piece)
 
+    def _quantise_int8(self, tensor: Tensor):
+        """Each row has a scale of its own, so that one pass over whole rows is enough."""
+        layer, row, group = tensor.name.removesuffix("weight"), 0, self.options.group
+        self.emit(layer + COMFY_QUANT, 0, memoryview(int8.description(group)))
+        error = WeightError(tensor.name, tensor.count, 0.0)
+
+        def encode_rows(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, WeightError]:
+            rows = rows.to(self.device)
+            values, scale = int8.quantise_weight(rows, group)
+            found = WeightError(tensor.name, rows.numel(), scale.max().item())
+            found.add(rows, int8.dequantise(values, scale, torch.float32, group).double())
+            return values.cpu(), scale.cpu(), found
+
+        for _, (values, scale, found) in self._in_order(encode_rows, self._rows(tensor)):
+            if not torch.isfinite(scale).all():
+                raise _not_finite(tensor)
+            self._send(layer + int8.SCALE_SUFFIX, row, scale)
+            self._send(tensor.name, row * tensor.shape[1], values)
+            row += len(values)
+            error.merge(found)
+            error.scale = max(error.scale, found.scale)
+        self.errors.append(error)
+
+    def _rows(self, tensor: Tensor) -> Iterator[torch.Tensor]:
+        """The tensor's values in whole rows, FP32, some at a time."""
+        width, scale = tensor.shape[1], fp8_scale(self.reader.files, tensor)
+        begun = torch.empty(0)
+        for piece in self.reader.slices(tensor):
+            values = torch.cat([begun, piece.values.float() if scale is None else piece.values.float() * scale])
+            self.reader.release(piece)
+            self.on_slice(piece.nbytes)
+            whole = values.numel() // width * width
+            begun = values[whole:]
+            if whole:
+                yield values[:whole].view(-1, width)
+
     def _in_order(self, function: Callable, items: Iterable) -> Iterator[tuple]:
         """(item, function(item)) in order, some of them computed ahead in other threads."""
         ahead = collections.deque()
@@ -254,9 +360,9 @@ def _histogram(values: torch.Tensor) -> torch.Tensor:
     return torch.bincount(values.view(torch.int16).bitwise_and(0x7FFF), minlength=2**15).cpu()
 
 
-def _keep(piece: Slice) -> torch.Tensor | None:
-    """A slice that is not quantised, in BF16; None where it is not finite."""
-    values = piece.values.to(torch.bfloat16)
+def _keep(piece: Slice, scale: float | None) -> torch.Tensor | None:
+    """A slice that is not quantised, or FP8 with a scale, in BF16; None where it is not finite."""
+    values = (piece.values if scale is None else piece.values.float() * scale).to(torch.bfloat16)
     return values if all(torch.isfinite(extreme) for extreme in values.aminmax()) else None
 
 
@@ -419,13 +525,14 @@ def cook(
     device: torch.device | None = None,
     on_progress: OnProgress | None = None,
 ) -> Report:
-    """Writes the scaled-FP8 file of a source. The same source and options give the same bytes everywhere.
+    """Writes the FP8 or INT8 file of a source. The same source and options give the same bytes everywhere.
 
     Memory stays below 2 GB whatever the size. Until it is finished the result has another name; on any exception, one
     that `on_progress` raises included, nothing of it is left, and the source is only ever read.
 
     Args:
-        source: .safetensors with BF16, FP16 or FP32 weights, or the .safetensors.index.json of its shards.
+        source: .safetensors with BF16, FP16 or FP32 weights, or the .safetensors.index.json of its shards. The recipe
+            int8 takes scaled FP8 too, with a warning that says what that costs.
         target: .safetensors to write.
         find_config: gives the text of the model's configuration, or None, for the source's path and metadata.
         refusal: see `check`.
@@ -441,7 +548,10 @@ def cook(
     if any(target.exists() and file.samefile(target) for file in files.files):
         raise ValueError(f"{target.name} is the source itself. Choose another name for the result.")
     config = find_config(files.path, files.metadata)
-    layout = plan(files.tensors.values(), options.convs)
+    layout = plan(weights_of(files, options), options)
+    from_fp8 = [FROM_FP8] if any(tensor.dtype == "F8_E4M3" for tensor in files.tensors.values()) else []
+    for warning in from_fp8:
+        logging.warning(warning)
     # The source's hash is known at the end and stands at the beginning, so the header is written last, in the room
     # that one with a hash of zeros takes.
     room = len(header(layout, make_metadata(options, config, ["0" * 64] * len(files.files))))
@@ -457,16 +567,16 @@ def cook(
         file.seek(0)
         file.write(header(layout, make_metadata(options, config, digests)))
     seconds = time.monotonic() - started
-    quantised = len(cooking.errors)
+    quantised = f"{len(cooking.errors)} of them {'INT8' if options.recipe == 'int8' else 'FP8'}"
     heading = [
         ("source", f"{files.path.name}, {len(files.tensors)} tensors, {files.nbytes / 1e9:.2f} GB"),
         ("source SHA-256", " ".join(digests)),
-        ("result", f"{target.name}, {len(layout)} tensors, {quantised} of them FP8, {nbytes / 1e9:.2f} GB"),
+        ("result", f"{target.name}, {len(layout)} tensors, {quantised}, {nbytes / 1e9:.2f} GB"),
         ("recipe", f"{options.recipe}, convolutions {options.convs}, format {FORMAT_VERSION}, tool {TOOL_VERSION}"),
         ("config.json", "none" if config is None else "in the metadata"),
         ("time", f"{seconds:.1f} s, {files.nbytes / seconds / 1e6:.0f} MB/s"),
     ]
-    return Report(heading, cooking.errors, cooking.published)
+    return Report(heading, cooking.errors, cooking.published, notes=from_fp8)
 
 
 def verify(
@@ -478,7 +588,7 @@ def verify(
     device: torch.device | None = None,
     on_progress: OnProgress | None = None,
 ) -> list[str]:
-    """How a scaled-FP8 file differs from what its source and recipe give, a line for each tensor; empty if it does not.
+    """How a cooked file differs from what its source and recipe give, a line for each tensor; empty if it does not.
 
     Args:
         options: None takes those of the file's metadata, or for a file without them the published recipe, with the
@@ -493,7 +603,7 @@ def verify(
             found.metadata.get("recipe", "published"), found.metadata.get("convs", "fp8" if convs else "bf16")
         )
     check(files, options, refusal)
-    layout = plan(files.tensors.values(), options.convs)
+    layout = plan(weights_of(files, options), options)
     held = {name: name for name in found.tensors}
     for name in found.tensors:  # the other name a scale may have
         held.setdefault(name.removesuffix(f"weight.{SCALE_SUFFIX}") + SCALE_SUFFIX, name)

@@ -1,7 +1,8 @@
 """The scaled-FP8 format: which tensors become FP8, and how their values and scales are found.
 
 A weight is stored as float8_e4m3fn values and one BF16 scalar; weight = values · scale. Two recipes fill that format,
-`published` (the one the published WorldStereo files were made with) and `default`, which costs less accuracy.
+`published` (the one the published WorldStereo files were made with) and `default`, which costs less accuracy. A third,
+`int8`, fills the format of `int8`.
 """
 
 import math
@@ -20,6 +21,7 @@ SCALE_SUFFIX = "scale_weight"  # `layer.weight` has its scale at `layer.scale_we
 SCALE_SUFFIXES = (f"weight.{SCALE_SUFFIX}", SCALE_SUFFIX, "weight_scale")
 INPUT_SCALE_SUFFIXES = ("scale_input", "input_scale")
 COMFY_QUANT = "comfy_quant"
+SIDE_SUFFIXES = (*SCALE_SUFFIXES, MARKER, *INPUT_SCALE_SUFFIXES, COMFY_QUANT)
 
 # A tensor with any of these words in its name stays BF16. The words are matched against diffusers names; on native Wan
 # names they would hit other tensors.
@@ -38,8 +40,12 @@ EXCLUDED = (
     "audio_proj",
 )
 
-RECIPES = ("default", "published")
-CONVS = {"default": "bf16", "published": "fp8"}  # what each recipe does with convolution weights unless told otherwise
+RECIPES = ("default", "published", "int8")
+CONVS = {
+    "default": "bf16",
+    "published": "fp8",
+    "int8": "bf16",
+}  # what each recipe does with convolution weights unless told otherwise
 
 
 def is_quantised(name: str, shape: tuple[int, ...], convs: str = "fp8") -> bool:
@@ -51,6 +57,11 @@ def is_quantised(name: str, shape: tuple[int, ...], convs: str = "fp8") -> bool:
     if not name.endswith(".weight") or any(word in name for word in EXCLUDED):
         return False
     return len(shape) == 2 or (len(shape) > 2 and convs == "fp8")
+
+
+def is_side_tensor(name: str) -> bool:
+    """Whether the tensor of this name says how another is quantised, and is no weight."""
+    return any(name == suffix or name.endswith("." + suffix) for suffix in SIDE_SUFFIXES)
 
 
 def scale_name(weight_name: str) -> str:

@@ -1,4 +1,4 @@
-"""What FP8 cost: the error of every weight, as numbers, as text and as one picture."""
+"""What quantising cost: the error of every weight, as numbers, as text and as one picture."""
 
 import math
 import re
@@ -8,12 +8,13 @@ from pathlib import Path
 
 import torch
 
+from . import int8
 from .files import DTYPES, OnProgress, Progress, Tensor, TensorFiles, open_files
-from .recipe import COMFY_QUANT, INPUT_SCALE_SUFFIXES, MARKER, SCALE_SUFFIXES
+from .recipe import COMFY_QUANT, SCALE_SUFFIXES, is_side_tensor
+from .rotation import rotate
 
 WORST = 10  # weights named in the text
 COMPARED = 2**19  # elements compared at once
-SIDE_SUFFIXES = (*SCALE_SUFFIXES, MARKER, *INPUT_SCALE_SUFFIXES, COMFY_QUANT)  # of scaled-FP8 files, but no weight
 
 # The picture's colours from small to large errors, and its sizes in pixels.
 COLOURS = ((38, 70, 120), (42, 140, 150), (140, 190, 110), (240, 200, 90), (215, 80, 60))
@@ -22,7 +23,8 @@ CELL, MARGIN, FONT_SIZE, LEGEND = (24, 20), 20, 13, 240
 
 @dataclass
 class WeightError:
-    """The error of one weight as a file holds it, against its reference. `scale` is None for a weight not in FP8."""
+    """The error of one weight as a file holds it, against its reference. `scale` is None for a weight that is not
+    quantised, and the largest of an INT8 weight's scales."""
 
     name: str
     count: int
@@ -45,6 +47,14 @@ class WeightError:
         self.signal_squares += (values.square() * counts).sum().item()
         self.zeroed += int((((held == 0) & (values != 0)) * counts).sum())
         self.saturated += int(((values.abs_() > limit) * counts).sum())
+
+    def merge(self, other: "WeightError"):
+        """Takes in the errors of other weights, or of other parts of this one."""
+        self.max = max(self.max, other.max)
+        self.error_squares += other.error_squares
+        self.signal_squares += other.signal_squares
+        self.zeroed += other.zeroed
+        self.saturated += other.saturated
 
     @property
     def rms(self) -> float:
@@ -99,12 +109,9 @@ class Report:
 
     def total(self, errors: list[WeightError]) -> WeightError:
         """All weights taken together."""
-        total = WeightError("all", sum(error.count for error in errors), max=max(error.max for error in errors))
+        total = WeightError("all", sum(error.count for error in errors))
         for error in errors:
-            total.error_squares += error.error_squares
-            total.signal_squares += error.signal_squares
-            total.zeroed += error.zeroed
-            total.saturated += error.saturated
+            total.merge(error)
         return total
 
     def as_dict(self) -> dict:
@@ -232,13 +239,14 @@ def kind_and_layer(name: str) -> tuple[str, int]:
 
 
 def compare(first: str | Path, second: str | Path, on_progress: OnProgress | None = None) -> Report:
-    """The errors of the second file's weights against the first's. Either may be BF16, FP16, FP32, scaled FP8 or a mix.
+    """The errors of the second file's weights against the first's. Either may be BF16, FP16, FP32, scaled FP8, INT8 or a mix.
 
-    Raises ValueError where the files have no weight name in common, or an FP8 weight's scale is not one number.
+    Raises ValueError where the files have no weight name in common, an FP8 weight's scale is not one number, or an INT8
+    weight's scales or description do not fit it.
     """
     a, b = open_files(first), open_files(second)
     a_weights, b_weights = (
-        {name: tensor for name, tensor in files.tensors.items() if not _is_side_tensor(name)} for files in (a, b)
+        {name: tensor for name, tensor in files.tensors.items() if not is_side_tensor(name)} for files in (a, b)
     )
     common = [name for name in b_weights if name in a_weights]
     if not common:
@@ -264,12 +272,15 @@ def compare(first: str | Path, second: str | Path, on_progress: OnProgress | Non
         if not mine.count:
             continue
         a_scale, b_scale = _scale(a, mine), _scale(b, other)
-        error = WeightError(name, mine.count, b_scale)
-        limit = math.inf if b_scale is None else b_scale * saturation(DTYPES[other.dtype])
-        for x, y in zip(a.slices(mine, COMPARED), b.slices(other, COMPARED)):
-            x = x.double() if a_scale is None else x.double() * a_scale
-            y = y.double() if b_scale is None else y.double() * b_scale
-            error.add(x, y, limit=limit)
+        a_group, b_group = _group(a, mine), _group(b, other)
+        error = WeightError(name, mine.count, None if b_scale is None else b_scale.max().item())
+        limit = math.inf if not other.dtype.startswith("F8") else error.scale * saturation(DTYPES[other.dtype])
+        width = mine.shape[-1] if mine.shape else 1
+        rows, begin = max(COMPARED // width, 1), 0
+        for x, y in zip(a.slices(mine, rows * width), b.slices(other, rows * width)):
+            x, y = x.view(-1, width), y.view(-1, width)
+            error.add(_restored(x, a_scale, a_group, begin), _restored(y, b_scale, b_group, begin), limit=limit)
+            begin += len(y)
             done += y.numel() * DTYPES[other.dtype].itemsize
             if on_progress is not None:
                 on_progress(Progress(done, total, number, len(common), time.monotonic() - started))
@@ -282,26 +293,42 @@ def compare(first: str | Path, second: str | Path, on_progress: OnProgress | Non
     heading = [
         ("reference", a.path.name),
         ("compared", b.path.name),
-        ("weights", f"{len(errors)} compared below, {same} more are equal in both and not FP8"),
+        ("weights", f"{len(errors)} compared below, {same} more are equal in both and not quantised"),
     ]
     return Report(heading, errors, notes=notes)
 
 
-def _is_side_tensor(name: str) -> bool:
-    return any(name == suffix or name.endswith("." + suffix) for suffix in SIDE_SUFFIXES)
+def _restored(values: torch.Tensor, scale: torch.Tensor | None, group: int, begin: int) -> torch.Tensor:
+    """Rows of a weight from row `begin` on, as the numbers they stand for, float64."""
+    if scale is None:
+        return values.double()
+    rows = values.double() * (scale[begin : begin + len(values)] if len(scale) > 1 else scale)
+    return rotate(rows, group) if group else rows
 
 
-def _scale(files: TensorFiles, tensor: Tensor) -> float | None:
-    """The scale of an FP8 tensor, 1 where the file has none for it; None for a tensor that is not FP8."""
-    if not tensor.dtype.startswith("F8"):
+def _group(files: TensorFiles, tensor: Tensor) -> int:
+    """The channels that an INT8 weight is rotated in; 0 for any other."""
+    described = files.tensors.get(tensor.name.removesuffix("weight") + COMFY_QUANT)
+    if tensor.dtype != "I8" or described is None:
+        return 0
+    where = f"{files.path.name}: {described.name}"
+    content = b"".join(piece.numpy().tobytes() for piece in files.slices(described))
+    group = int8.group_of(int8.read_description(content, where))
+    int8.check_group(group, tensor.shape[-1], where)
+    return group
+
+
+def _scale(files: TensorFiles, tensor: Tensor) -> torch.Tensor | None:
+    """The scales of an FP8 or INT8 weight, float64 [1 or N, 1], 1 where the file has none; None for any other."""
+    if not tensor.dtype.startswith("F8") and tensor.dtype != "I8":
         return None
     names = [tensor.name.removesuffix("weight") + suffix for suffix in SCALE_SUFFIXES]
     found = [files.tensors[name] for name in names if name in files.tensors]
     if not found:
-        return 1.0
-    if found[0].count != 1:
+        return torch.ones(1, 1, dtype=torch.float64)
+    if found[0].count != 1 and (tensor.dtype != "I8" or found[0].count != tensor.shape[0]):
         raise ValueError(
             f"{files.path.name}: {found[0].name} has the shape {list(found[0].shape)}. Only one scale for the "
-            "whole weight can be compared."
+            "whole weight, or for INT8 one for each row, can be compared."
         )
-    return next(files.slices(found[0])).item()
+    return torch.cat(list(files.slices(found[0]))).double().reshape(-1, 1)

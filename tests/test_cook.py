@@ -160,7 +160,7 @@ def test_full_size_counts():
     shapes = tensor_shapes(WorldStereoConfig())
     entries = [Tensor(name, "BF16", shape, 0) for name, shape in shapes.items()]
     assert len(entries) == 1799 and round(sum(t.nbytes for t in entries) / 1e9, 2) == 34.86
-    layout = plan(entries, "fp8")
+    layout = plan(entries, Options("published"))
     fp8 = [t for t in layout.values() if t.dtype == "F8_E4M3"]
     assert len(fp8) == 551 and round(sum(t.nbytes for t in fp8) / 1e9, 2) == 14.51 and len(layout) == 2351
     assert sum(len(t.shape) == 2 for t in fp8) == 549
@@ -178,7 +178,7 @@ def test_full_size_counts():
     assert group(lambda n: weight(n) and "time_" in n) == (3, 0.37)
     assert group(lambda n: n.endswith(".bias"))[0] == 759
 
-    layout = plan(entries, "bf16")
+    layout = plan(entries, Options())
     assert sum(t.dtype == "F8_E4M3" for t in layout.values()) == 549 and len(layout) == 2349
 
 

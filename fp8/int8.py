@@ -1,0 +1,72 @@
+"""The INT8 format with rotation: ComfyUI's `int8_tensorwise` with `convrot`.
+
+A weight [N, K] is stored as int8 values and one FP32 scale a row, `weight_scale` [N, 1]; values · scale is the weight
+rotated in groups of its input channels (see `rotation`). `comfy_quant` says so, as JSON in a uint8 tensor.
+"""
+
+import json
+
+import torch
+
+from ..files import json as bounded_json
+from ..files.text import shown
+from .recipe import is_quantised
+from .rotation import GROUP, group_refusal, rotate
+
+INT8 = torch.int8
+INT8_MAX = 127.0
+SMALLEST_SCALE = 1e-30  # comfy-kitchen's, of a row of zeros
+FORMAT = "int8_tensorwise"
+SCALE_SUFFIX = "weight_scale"
+
+
+def is_int8(name: str, shape: tuple[int, ...], group: int = GROUP) -> bool:
+    """Whether the recipe turns the tensor of this diffusers name and shape into INT8: the matrices that the FP8 recipe
+    takes, if their input channels come in whole groups."""
+    return is_quantised(name, shape, "bf16") and shape[1] % group == 0
+
+
+def description(group: int = GROUP) -> bytes:
+    """The `comfy_quant` of a layer rotated in groups of this size, 0 for one that is not."""
+    rotation = {"convrot": True, "convrot_groupsize": group} if group else {}
+    return json.dumps({"format": FORMAT} | rotation).encode()
+
+
+def group_of(quant: dict) -> int:
+    """The group that a `comfy_quant` rotates in, 0 for none. Some tools nest the settings in `params`."""
+    nested = quant.get("params")
+    settings = (nested if isinstance(nested, dict) else {}) | quant
+    return int(settings.get("convrot_groupsize", GROUP)) if settings.get("convrot", False) else 0
+
+
+def read_description(content: bytes, where: str) -> dict:
+    """The JSON of a `comfy_quant`, with a `format`. Raises ValueError, naming `where`, for anything else."""
+    quant = bounded_json.parse(content, where)
+    if not isinstance(quant, dict) or not isinstance(quant.get("format"), str):
+        raise ValueError(f"{where} is not a description of a quantised layer: {shown(quant)}")
+    return quant
+
+
+def check_group(group: int, width: int, where: str):
+    """Raises ValueError, naming `where`, for a rotation that a layer of this width cannot have."""
+    if group and (refusal := group_refusal(group, width)):
+        raise ValueError(f"{where} says that it is rotated in groups of {group}: that is {refusal}.")
+
+
+def quantise_weight(weight: torch.Tensor, group: int = GROUP) -> tuple[torch.Tensor, torch.Tensor]:
+    """A weight [N, K] (or some rows of it), floating point and finite, in the format.
+
+    Returns int8 values [N, K] and FP32 scales [N, 1]: a row's largest magnitude over 127. group 0 rotates nothing. The
+    same bytes on the CPU and on CUDA: additions in one order, then IEEE divisions.
+    """
+    rows = weight.float()
+    rows = rotate(rows, group) if group else rows
+    amax = rows.abs().amax(dim=1, keepdim=True)
+    scale = (amax / torch.full_like(amax, INT8_MAX)).clamp_(min=SMALLEST_SCALE)
+    return (rows / scale).round_().clamp_(-INT8_MAX, INT8_MAX).to(INT8), scale
+
+
+def dequantise(values: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype, group: int = GROUP) -> torch.Tensor:
+    """The weight [N, K] that values and scales (one a row, or one for all) stand for, in `dtype`."""
+    rows = values.float() * scale.float()
+    return (rotate(rows, group) if group else rows).to(dtype)
