@@ -1,13 +1,16 @@
 """Names of files in ComfyUI's folders: what can be chosen, and where results go."""
 
+import hashlib
 from pathlib import Path, PureWindowsPath
 
 import folder_paths
 
+from ..files.atomic import new_file
 from ..fp8.files import INDEX_SUFFIX, SHARD
 
 SAFETENSORS = (".safetensors", ".sft")
 CAMERA_FILES = (".json", ".txt")
+TEMP_FILES = 16  # kept in one folder of the temp folder
 
 
 def diffusion_models() -> list[str]:
@@ -57,3 +60,20 @@ def new_output(filename_prefix: str, suffix: str) -> tuple[Path, str]:
         filename_prefix, folder_paths.get_output_directory()
     )
     return Path(folder) / f"{name}_{counter:05}_{suffix}", subfolder
+
+
+def keep_in_temp(folder: str, content: bytes) -> dict[str, str]:
+    """Keeps the content as a file in a folder of ComfyUI's temp folder, for the web page to fetch from /view with the
+    returned query. The name is the content's hash, so that the same content is written once. The oldest files beyond
+    TEMP_FILES are deleted."""
+    place = Path(folder_paths.get_temp_directory()) / folder
+    place.mkdir(parents=True, exist_ok=True)
+    path = place / f"{hashlib.sha256(content).hexdigest()[:32]}.bin"
+    if path.is_file():
+        path.touch()
+    else:
+        with new_file(path, overwrite=True) as file:
+            file.write(content)
+    for old in sorted(place.glob("*.bin"), key=lambda file: file.stat().st_mtime_ns)[:-TEMP_FILES]:
+        old.unlink(missing_ok=True)
+    return {"filename": path.name, "subfolder": folder, "type": "temp"}

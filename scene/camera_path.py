@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from .cameras import Cameras, centres, quaternion_to_rotation, rigid_inverse
 from .depth import depth_of_moge, points_from_depth
+from .pictures import resize_pictures
 from .pointcloud import OPENCV_TO_Y_UP, PointCloud
 
 # Axes of the starting camera, except `vertical`, the world's y axis; signs turn or move along OpenCV's (y down).
@@ -209,20 +210,21 @@ def _poses(R, eyes) -> torch.Tensor:
     return rigid_inverse(c2w)
 
 
-def plan_path(
+def beginning(
     image: torch.Tensor,
-    move: Move,
     lens: str,
     lens_value: float,
     scene_depth: float,
     start_pitch: float,
     scene: dict | PointCloud | None,
     start: Cameras | dict | None,
-) -> tuple[Cameras, torch.Tensor]:
-    """A path for the picture [1, H, W, C], and its drawing [1, h, w, 3].
+    points_size: tuple[int, int] | None = None,
+) -> tuple[Cameras, float, PointCloud | None]:
+    """Where a path for the picture [1, H, W, C] begins: its first cameras, the scene's depth there, and its points.
 
     scene: core's MOGE_GEOMETRY of the picture or a point cloud; start: cameras to continue, or core's LOAD3D_CAMERA.
     scene_depth 0 stands for the median depth of the scene, else the viewer's distance to its target, else 1.
+    points_size: height and width of the picture that becomes points; by default its own.
     """
     height, width = image.shape[1:3]
     depth = 1.0
@@ -236,13 +238,30 @@ def plan_path(
     else:
         first = pinhole(width, height, focal_length(lens, lens_value, width), pitch=start_pitch)
     if picture_depth is not None:
-        scene = points_from_depth(image[0, ..., :3], picture_depth, first.w2c[0], first.scaled_to(width, height).K[0])
+        picture = resize_pictures(image, *points_size) if points_size else image[..., :3]
+        K = first.scaled_to(picture.shape[2], picture.shape[1]).K[0]
+        scene = points_from_depth(picture[0], picture_depth, first.w2c[0], K)
     if scene_depth:
         depth = scene_depth
     elif scene is not None:
         depth = depth_of_scene(scene, first)
+    return first, depth, scene
+
+
+def plan_path(
+    image: torch.Tensor,
+    move: Move,
+    lens: str,
+    lens_value: float,
+    scene_depth: float,
+    start_pitch: float,
+    scene: dict | PointCloud | None,
+    start: Cameras | dict | None,
+) -> tuple[Cameras, torch.Tensor]:
+    """A path for the picture [1, H, W, C], and its drawing [1, h, w, 3]. The arguments are those of `beginning`."""
+    first, depth, cloud = beginning(image, lens, lens_value, scene_depth, start_pitch, scene, start)
     cameras = move_on(first, move, depth)
-    return cameras, draw_path(cameras, depth, scene)
+    return cameras, draw_path(cameras, depth, cloud)
 
 
 def extent(cameras: Cameras) -> float:
