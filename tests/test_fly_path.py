@@ -146,8 +146,8 @@ def test_the_viewer_gets_the_points_as_the_start_sees_them():
     info = scene.info
     assert (info["count"], info["width"], info["height"]) == (2, 832, 480)
     assert info["lens"] == pytest.approx([60 / 64, 60 / 48, 0.5, 0.5])
-    pitch = math.radians(10)  # it looks down, and up lies forward of its own up
-    assert info["up"] == pytest.approx([0, -math.cos(pitch), math.sin(pitch)], abs=1e-6)
+    pitch = math.radians(10)  # it looks down, so the way it looks is partly away from up
+    assert info["up"] == pytest.approx([0, -math.cos(pitch), -math.sin(pitch)], abs=1e-6)
 
 
 def test_many_points_are_thinned_and_grow(monkeypatch):
