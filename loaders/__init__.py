@@ -19,6 +19,7 @@ from ..worldstereo.config import (
     SPATIAL_DOWNSCALE,
     ConfigMismatch,
     WorldStereoConfig,
+    assumptions,
     config_beside,
     parse_config,
     read_config,
@@ -46,8 +47,9 @@ CONTROL_ANCHORS = (
 )
 
 
-def _read_config(checkpoint: Checkpoint, shapes: dict) -> WorldStereoConfig:
-    """The configuration from config.json beside the file, else from the file's metadata, else the defaults.
+def _read_config(checkpoint: Checkpoint, shapes: dict) -> tuple[WorldStereoConfig, dict]:
+    """The configuration from config.json beside the file, else from the file's metadata, else the defaults; and the
+    JSON it was read from.
 
     Raises ValueError for one that is not JSON, and for one of the metadata that does not fit the tensors. A config.json
     may be that of another WorldStereo file in the folder: where it does not fit the tensors it is passed over, and the
@@ -57,8 +59,9 @@ def _read_config(checkpoint: Checkpoint, shapes: dict) -> WorldStereoConfig:
     own = parse_config(checkpoint.metadata.get("config", "{}"), f"{checkpoint.path.name}: the config in its metadata")
     if beside is not None:
         where = checkpoint.path.with_name(CONFIG_FILE)
+        content = parse_config(beside, str(where))
         try:
-            config = read_config(shapes, parse_config(beside, str(where)))
+            config = read_config(shapes, content)
         except ConfigMismatch as e:
             logging.warning(f"{where} is not of {checkpoint.path.name} and is not used: {e}")
         else:
@@ -67,9 +70,9 @@ def _read_config(checkpoint: Checkpoint, shapes: dict) -> WorldStereoConfig:
                     f"{where} is used ({config.model_type}), but {checkpoint.path.name} says that it is "
                     f"{own['model_type']}. If they do not belong together, give each model a folder of its own."
                 )
-            return config
+            return config, content
     try:
-        return read_config(shapes, own)
+        return read_config(shapes, own), own
     except ConfigMismatch as e:
         raise ValueError(f"{checkpoint.path.name}: the config in its metadata does not fit its tensors: {e}") from e
 
@@ -171,7 +174,7 @@ def load_worldstereo(
     base = None if base is None else Checkpoint(base)
     source = _overlay(checkpoint, base)
     shapes = {name: file.weights[name].shape for name, file in source.items()}
-    config = _read_config(checkpoint, shapes)
+    config, content = _read_config(checkpoint, shapes)
     _account(checkpoint, base, source, shapes, config)
 
     tensors = {}
@@ -198,6 +201,8 @@ def load_worldstereo(
         (str(path), compute, dtype, None if base is None else str(base.path), prompt_cache),
     )
     logging.info(_summary(Path(path).name, model, config, compute, refusal, dtype, device))
+    if assumed := assumptions(Path(path).name, content, config):
+        logging.info(assumed)
     if not comfy.model_management.is_device_cpu(device):
         logging.info(_memory(model, config, device))
     return patcher

@@ -6,7 +6,8 @@ import pytest
 import torch
 from comfy.ldm.wan.vae import WanVAE
 from comfy.taesd.taehv import TAEHV
-from toy import GOLDEN
+from comfy_extras.nodes_custom_sampler import BasicScheduler
+from toy import GOLDEN, golden_weights, save
 from worldstereo_fp8.loaders import load_worldstereo
 from worldstereo_fp8.scene.cameras import Cameras, normalise, plucker
 from worldstereo_fp8.scene.pictures import resize_pictures
@@ -54,11 +55,11 @@ def inputs(count=5):
 @pytest.mark.parametrize(
     "height, width, size",
     [
-        (480, 832, (480, 768)),
-        (512, 768, (480, 768)),
+        (480, 832, (480, 832)),
+        (512, 768, (512, 784)),
         (768, 1024, (512, 720)),
-        (1000, 1000, (608, 608)),
-        (1920, 1080, (768, 480)),
+        (1000, 1000, (640, 640)),
+        (1920, 1080, (832, 480)),
     ],
 )
 def test_the_size_is_the_table_entry_of_the_nearest_ratio(height, width, size):
@@ -237,6 +238,19 @@ def test_dmd_sigmas():
     assert torch.allclose(dmd_sigmas(WorldStereoConfig()), torch.tensor(SIGMAS), atol=1e-6, rtol=0)
     with pytest.raises(ValueError, match="worldstereo-camera, which was not distilled"):
         dmd_sigmas(WorldStereoConfig(model_type="worldstereo-camera"))
+
+
+@pytest.mark.parametrize("case", ["camera", "memory"])
+def test_unipc_has_the_originals_sigmas(case, tmp_path):
+    """BasicScheduler's simple schedule against diffusers' UniPC with flow sigmas, shift 3, in 40 steps."""
+    tensors, config = golden_weights("memory_dmd" if case == "memory" else case)
+    config |= {"model_type": f"worldstereo-{case}", "gen_shift": 5.0}
+    model = load_worldstereo(save(tensors, tmp_path / "m.safetensors", config))
+    sigmas = BasicScheduler.execute(model, "simple", 40, 1.0).result[0]
+    t = 1 - torch.linspace(1, 1 / 1000, 41, dtype=torch.float64).flip(0)[:-1]
+    expected = torch.cat([3 * t / (1 + 2 * t), torch.zeros(1)]).float()
+    assert expected[39] == pytest.approx(0.0713, abs=1e-4)  # where KSampler's uni_pc stops at 0.173
+    torch.testing.assert_close(sigmas, expected, atol=4e-4, rtol=0)
 
 
 def test_a_plain_ksampler_takes_the_same_sigmas():

@@ -83,9 +83,11 @@ def test_sizes_and_settings_from_the_file_the_config_and_the_defaults(tmp_path, 
 
     beside = tmp_path / "config.json"
     beside.write_text(json.dumps(config | {"nframe": 5, "model_type": "worldstereo-memory"}))
-    assert (loaded().nframe, loaded().model_type, loaded().gen_shift) == (5, "worldstereo-memory", 3.0)
+    assert (loaded().nframe, loaded().model_type, loaded().shift) == (5, "worldstereo-memory", 3.0)
     assert "is used (worldstereo-memory), but m.safetensors says that it is worldstereo-memory-dmd" in caplog.text
     beside.write_text(json.dumps(config | {"model_type": "worldstereo-memory", "gen_shift": 7.0}))
+    assert load_worldstereo(path).get_model_object("model_sampling").shift == 3.0  # gen_shift is the DMD's alone
+    beside.write_text(json.dumps(config | {"gen_shift": 7.0}))
     assert load_worldstereo(path).get_model_object("model_sampling").shift == 7.0
     beside.write_text(json.dumps({"model_type": "flux"}))
     assert loaded().nframe == 9
@@ -98,9 +100,16 @@ def test_sizes_and_settings_from_the_file_the_config_and_the_defaults(tmp_path, 
     assert loaded().nframe == 9
     beside.unlink()
 
+    caplog.clear()
+    caplog.set_level("INFO")
     defaults = load_worldstereo(save(tensors, path, {"attention_head_dim": 32, "controlnet_cfg": {"num_heads": 2}}))
     assert defaults.model.diffusion_model.config.nframe == WorldStereoConfig.nframe
     assert defaults.model.diffusion_model.config.model_type == "worldstereo-memory-dmd"
+    assumed = (
+        "model_type worldstereo-memory-dmd, nframe 21, scale_map 13 sizes from 832×480 to 480×832, latent_cond_mode "
+        "first_frame_only, update_ref true, gen_shift 5, dmd_steps 4, dmd_start_steps 250, dmd_end_steps 1000. The"
+    )
+    assert f"No config.json says these settings of m.safetensors, so they are assumed: {assumed}" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -144,7 +144,7 @@ class WorldStereoModelConfig(comfy.supported_models.WAN21_I2V):
 
     def __init__(self, config: WorldStereoConfig):
         super().__init__({"image_model": "wan2.1", "config": config})
-        self.sampling_settings["shift"] = config.gen_shift
+        self.sampling_settings["shift"] = config.shift
         self.memory_usage_factor = config.dim / 2222  # as core estimates Wan 2.1
 
     def get_model(self, state_dict, prefix="", device=None):

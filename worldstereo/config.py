@@ -9,8 +9,14 @@ from pathlib import Path
 CONFIG_FILE = "config.json"
 CAMERA, MEMORY, MEMORY_DMD = MODEL_TYPES = ("worldstereo-camera", "worldstereo-memory", "worldstereo-memory-dmd")
 
-SCALE_MAP = ((480, 768), (512, 720), (576, 640), (608, 608), (640, 576), (720, 512), (768, 480))  # height, width
-LATENT_COND_MODES = ("full_vae", "first_frame_only")
+REPOSITORY = "https://huggingface.co/hanshanxue/WorldStereo"  # of the published checkpoints and their config.json
+
+# What is assumed where there is no config.json. Height, width; those below 640x576 by symmetry with the ones above.
+SCALE_MAP = (
+    (480, 832), (480, 768), (512, 784), (512, 720), (576, 704), (576, 640), (640, 640), (640, 576), (704, 576),
+    (720, 512), (784, 512), (768, 480), (832, 480),
+)  # fmt: skip
+LATENT_COND_MODES = ("first_frame_only", "full_vae")  # the first is assumed
 LATENT_CHANNELS = 16
 IN_CHANNELS = 2 * LATENT_CHANNELS + 4  # noisy latent, mask, condition latent
 MASK_CAM_CHANNELS = 7  # render mask and the 6 of the camera embedding
@@ -46,10 +52,10 @@ class WorldStereoConfig:
     # conditioning
     nframe: int = 21
     scale_map: tuple = SCALE_MAP
-    latent_cond_mode: str = "full_vae"
+    latent_cond_mode: str = LATENT_COND_MODES[0]
     negative_prompt: str = ""
     # sampling
-    gen_shift: float = 5.0  # flow shift of the noise schedule
+    gen_shift: float = 5.0  # flow shift that the distilled variant was made with
     dmd_steps: int = 4
     dmd_start_steps: int = 250
     dmd_end_steps: int = 1000
@@ -63,6 +69,11 @@ class WorldStereoConfig:
     def is_dmd(self) -> bool:
         """Whether the model was distilled to a few steps without CFG."""
         return self.model_type == MEMORY_DMD
+
+    @property
+    def shift(self) -> float:
+        """The flow shift of the noise schedule: `gen_shift` is the distilled variant's alone."""
+        return self.gen_shift if self.is_dmd else WAN_480P_SHIFT
 
 
 class ConfigMismatch(ValueError):
@@ -221,16 +232,38 @@ def read_config(shapes: dict[str, tuple[int, ...]], config: dict) -> WorldStereo
             " or ".join(LATENT_COND_MODES),
         ),
         negative_prompt=_setting(config, "negative_prompt", "", lambda v: isinstance(v, str), "a text"),
-        gen_shift=float(
-            _setting(
-                config,
-                "gen_shift",
-                WorldStereoConfig.gen_shift if model_type == MEMORY_DMD else WAN_480P_SHIFT,
-                is_number,
-                number,
-            )
-        ),
+        gen_shift=float(_setting(config, "gen_shift", WorldStereoConfig.gen_shift, is_number, number)),
         dmd_steps=_setting(config, "dmd_steps", WorldStereoConfig.dmd_steps, _positive_int, "a positive integer"),
         dmd_start_steps=_setting(config, "dmd_start_steps", WorldStereoConfig.dmd_start_steps, is_number, number),
         dmd_end_steps=_setting(config, "dmd_end_steps", WorldStereoConfig.dmd_end_steps, is_number, number),
+    )
+
+
+def assumptions(name: str, content: dict, config: WorldStereoConfig) -> str:
+    """One line about what the configuration of a file does not say and the defaults stand for; empty where it says all.
+
+    name: the file's. content: what `config` was read from, {} where there was no config.json.
+    """
+    control = content.get("controlnet_cfg") or {}
+    low, high = config.scale_map[0], config.scale_map[-1]
+    settings = [
+        (content, "model_type", config.model_type),
+        (content, "nframe", config.nframe),
+        (content, "scale_map", f"{len(config.scale_map)} sizes from {low[1]}×{low[0]} to {high[1]}×{high[0]}"),
+        (content, "latent_cond_mode", config.latent_cond_mode),
+        (control, "num_heads", f"{config.control_num_heads} in the control branch"),
+    ]
+    if config.has_memory:
+        settings.append((control, "update_ref", str(config.update_ref).lower()))
+    if config.is_dmd:
+        keys = ("gen_shift", "dmd_steps", "dmd_start_steps", "dmd_end_steps")
+        settings += [(content, key, f"{getattr(config, key):g}") for key in keys]
+    else:
+        settings.append((content, "negative_prompt", "none"))
+    assumed = [f"{key} {value}" for where, key, value in settings if where.get(key) is None]
+    if not assumed:
+        return ""
+    return (
+        f"No {CONFIG_FILE} says these settings of {name}, so they are assumed: {', '.join(assumed)}. The model's own {CONFIG_FILE} is in its folder "
+        f"of {REPOSITORY}: put it beside the file."
     )
