@@ -3,10 +3,12 @@
 from comfy_api.latest import ComfyExtension, io
 from typing_extensions import override
 
-from .comfy_nodes import camera, cook, fly, model, sample, save
+from .comfy_nodes import camera, cook, fly, model, sample, save, show
+
+THEMES = (model, camera, fly, sample, save, show, cook)
 
 
 class WorldStereoExtension(ComfyExtension):
     @override
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [*model.NODES, *camera.NODES, *fly.NODES, *sample.NODES, *save.NODES, *cook.NODES]
+        return [node for theme in THEMES for node in theme.NODES]

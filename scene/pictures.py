@@ -1,12 +1,16 @@
-"""Pictures, [N, H, W, C] in 0..1: resizing and comparing their shapes."""
+"""Pictures, [N, H, W, C] in 0..1: resizing, comparing their shapes, and laying them out to be looked at."""
 
 import logging
+import math
 
+import numpy as np
 import torch
+from PIL import Image, ImageDraw, ImageFont
 
-from .cameras import Cameras
+from .cameras import Cameras, thin
 
 SHAPE_TOLERANCE = 0.05  # relative, of height/width: what rounding sides to whole pixels or patches may change
+SHEET_WIDTH = 1680  # pixels
 
 
 def resize_pictures(pictures: torch.Tensor, height: int, width: int, antialias: bool = True) -> torch.Tensor:
@@ -34,3 +38,32 @@ def warn_of_stretch(cameras: Cameras, image: torch.Tensor):
             width,
             height,
         )
+
+
+def side_by_side(frames: torch.Tensor, beside: torch.Tensor) -> torch.Tensor:
+    """Frames [N, H, W, 3] to the right of as many of the pictures beside [M, h, w, C], M >= N, thinned evenly and
+    brought to the frames' size: [N, H, 2 W, 3]. Raises ValueError for fewer."""
+    if len(beside) < len(frames):
+        raise ValueError(f"There are {len(frames)} keyframes and {len(beside)} pictures beside them: give as many.")
+    beside = resize_pictures(beside[thin(len(beside), len(frames))].cpu(), *frames.shape[1:3])
+    return torch.cat([beside, frames[..., :3].float().cpu()], dim=2)
+
+
+def contact_sheet(frames: torch.Tensor, width: int = SHEET_WIDTH) -> torch.Tensor:
+    """All frames [N, H, W, 3], numbered from 0 and in reading order, on one sheet [1, h, ~width, 3] as near to the shape
+    of two by one as whole tiles allow."""
+    count, height, across = frames.shape[:3]
+    columns = min(range(1, count + 1), key=lambda n: max(n * across, 2 * math.ceil(count / n) * height))
+    tile_width = max(1, width // columns)
+    tile_height = max(1, round(tile_width * height / across))
+    rows = math.ceil(count / columns)
+    sheet = Image.new("RGB", (columns * tile_width, rows * tile_height))
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(max(10, tile_width // 14))
+    for number, frame in enumerate(frames):
+        row, column = divmod(number, columns)
+        corner = (column * tile_width, row * tile_height)
+        pixels = (frame[..., :3] * 255).round().clamp(0, 255).byte().cpu().numpy()
+        sheet.paste(Image.fromarray(pixels).resize((tile_width, tile_height), Image.Resampling.LANCZOS), corner)
+        place = (corner[0] + tile_width // 32, corner[1] + tile_width // 64)
+        draw.text(place, str(number), fill="white", font=font, stroke_width=2, stroke_fill="black")
+    return torch.from_numpy(np.asarray(sheet, dtype=np.float32) / 255)[None]

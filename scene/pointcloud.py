@@ -7,10 +7,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from scipy.spatial import cKDTree
 
 from .cameras import Cameras, rigid_inverse
 
 OPENCV_TO_Y_UP = (1.0, -1.0, -1.0)  # y down, z forward to y up, z backward (glTF, three.js): half a turn about x
+SPLAT_NEIGHBOURS, SPLAT_LIMIT = 3, 8.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +52,17 @@ def ply_bytes(cloud: PointCloud, y_up: bool) -> bytes:
         "end_header\n",
     ]
     return "\n".join(header).encode("ascii") + vertices.tobytes()
+
+
+def splat_sizes(cloud: PointCloud) -> torch.Tensor:
+    """The deviation [P] of a round Gaussian for each point that closes the surface between it and its neighbours: half
+    the mean distance to the SPLAT_NEIGHBOURS nearest, at most SPLAT_LIMIT times the median. 0 in a cloud of one."""
+    count = min(SPLAT_NEIGHBOURS, len(cloud) - 1)
+    if count < 1:
+        return torch.zeros(len(cloud))
+    distance, _ = cKDTree(cloud.points.numpy()).query(cloud.points.numpy(), k=count + 1, workers=-1)
+    size = torch.from_numpy(distance[:, 1:].mean(1) / 2).float()
+    return size.clamp_max(SPLAT_LIMIT * size.median())
 
 
 def write_world_mirror(folder: Path, frames: torch.Tensor, cameras: Cameras, progress) -> None:

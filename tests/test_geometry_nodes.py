@@ -171,6 +171,58 @@ def test_a_panorama_starts_a_path(comfyui):
     assert frames[-1].mean() > 30
 
 
+def test_the_sample_scene_is_shown_without_writing_anything(comfyui):
+    """No file and no model: the scene, its render beside it as a clip, a sheet, points and splats in 3-D."""
+    before = sorted((comfyui.base / "output").rglob("*"))
+    viewer = {"viewport_state": {}, "width": 64, "height": 64}
+    outputs = comfyui.run(
+        graph(
+            sample=("WorldStereoSampleScene", {}),
+            render=defaults(
+                comfyui,
+                "WorldStereoRender",
+                image=("sample", 0),
+                depth=("sample", 1),
+                cameras=("sample", 4),
+                width=208,
+                height=128,
+                radius=0.03,
+            ),
+            clip=("WorldStereoPreviewClip", {"images": ("render", 0), "render_video": ("render", 0), "fps": 16.0}),
+            sheet=("PreviewImage", {"images": ("clip", 0)}),
+            solid=("WorldStereoPointsTo3D", {"points": ("sample", 3)}),
+            points=("PreviewPointCloud", {"model_3d": ("solid", 0)} | viewer),
+            splat=("SplatToFile3D", {"splat": ("solid", 1), "format": "ply"}),
+            splats=("PreviewGaussianSplat", {"model_3d": ("splat", 0)} | viewer),
+        )
+    )
+    temp = comfyui.base / "temp"
+    saved = outputs["clip"]["images"][0]
+    assert saved["type"] == "temp"
+    clip = scene.read_video(temp / saved["filename"])
+    assert len(clip) == 21 and clip[0].shape == (128, 416, 3)
+    assert abs(clip[10][:, :208].astype(float) - clip[10][:, 208:]).mean() < 4  # the same beside itself
+    assert Image.open(temp / outputs["sheet"]["images"][0]["filename"]).width <= 1680
+    kinds = [next(temp.glob(f"preview_{kind}_*.ply")).read_bytes()[:400] for kind in ("pointcloud", "splat")]
+    assert b"uchar red" in kinds[0] and b"f_dc_0" in kinds[1]
+    assert outputs["sample"]["images"][0]["type"] == "temp"
+    assert sorted((comfyui.base / "output").rglob("*")) == before
+
+
+def test_the_sample_panorama_starts_a_path(comfyui):
+    comfyui.run(
+        graph(
+            sample=("WorldStereoSamplePanorama", {}),
+            start=defaults(
+                comfyui, "WorldStereoPanorama", moge_geometry=("sample", 1), width=WIDTH, height=HEIGHT, yaw=90.0
+            ),
+            frames=("SaveImage", {"images": ("start", 0), "filename_prefix": "sample_panorama"}),
+        )
+    )
+    view = np.asarray(Image.open(comfyui.base / "output" / "sample_panorama_00001_.png"), np.float32)
+    assert view.std() > 20 and view[0].mean() > 60  # a wall, lit
+
+
 def test_paths_are_chained_and_files_loaded(comfyui):
     outputs = comfyui.run(
         graph(

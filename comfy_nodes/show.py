@@ -1,0 +1,87 @@
+"""Nodes that only show: a result as a moving picture and as a sheet, a cloud in 3-D. They write nothing that stays."""
+
+import math
+import uuid
+from fractions import Fraction
+from io import BytesIO
+from pathlib import Path
+
+import folder_paths
+import torch
+from comfy_api.latest import InputImpl, Types, io, ui
+
+from ..scene.pictures import contact_sheet, side_by_side
+from ..scene.pointcloud import ply_bytes, splat_sizes
+from .common import CATEGORY, Points
+
+FPS = 16.0
+SH_DEGREE_0 = 0.5 / math.sqrt(math.pi)  # the constant spherical harmonic
+
+
+class WorldStereoPreviewClip(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="WorldStereoPreviewClip",
+            display_name="WorldStereo Preview Clip",
+            category=CATEGORY,
+            description="Plays the keyframes on the node, with the render they were guided by to their left, and lays "
+            "all of them out on one sheet. Nothing is saved.",
+            search_aliases=["preview video", "contact sheet", "play", "compare", "side by side"],
+            inputs=[
+                io.Image.Input("images", tooltip="The decoded keyframes, or what frame interpolation made of them."),
+                io.Image.Input(
+                    "render_video",
+                    optional=True,
+                    tooltip="Shown to the left of the keyframes. Where it has more frames, they are thinned evenly.",
+                ),
+                io.Float.Input("fps", default=FPS, min=1.0, max=120.0, step=1.0, tooltip="Frames a second."),
+            ],
+            outputs=[
+                io.Image.Output(display_name="sheet", tooltip="All frames on one sheet, numbered from 0."),
+                io.Video.Output(display_name="clip", tooltip="What the node plays, for Save Video."),
+            ],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, images, render_video=None, fps=FPS) -> io.NodeOutput:
+        frames = images if render_video is None else side_by_side(images, render_video)
+        even = frames[:, : frames.shape[1] // 2 * 2, : frames.shape[2] // 2 * 2]  # as H.264 wants them
+        clip = InputImpl.VideoFromComponents(Types.VideoComponents(images=even, frame_rate=Fraction(fps)))
+        name = f"worldstereo_clip_{uuid.uuid4().hex}.mp4"
+        clip.save_to(str(Path(folder_paths.get_temp_directory()) / name))
+        shown = ui.PreviewVideo([ui.SavedResult(name, "", io.FolderType.temp)])
+        return io.NodeOutput(contact_sheet(frames), clip, ui=shown)
+
+
+class WorldStereoPointsTo3D(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="WorldStereoPointsTo3D",
+            display_name="WorldStereo Points to 3D",
+            category=CATEGORY,
+            description="The point cloud for core's 3-D nodes, without saving it: a PLY for Preview Point Cloud, and a "
+            "splat, one round Gaussian a point, for Create 3D File (from Splat) and Preview Splat. WorldStereo Save "
+            "Point Cloud saves.",
+            search_aliases=["ply", "preview points", "point cloud", "3d viewer", "gaussian splat"],
+            inputs=[Points.Input("points")],
+            outputs=[
+                io.File3DPLY.Output(display_name="ply", tooltip="For Preview Point Cloud: y up."),
+                io.Splat.Output(display_name="splat", tooltip="In the axes of splat files: y down, z forward."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, points) -> io.NodeOutput:
+        ply = Types.File3D(BytesIO(ply_bytes(points, y_up=True)), "ply")
+        size = splat_sizes(points)[:, None].expand(-1, 3)
+        upright = points.points.new_tensor([1.0, 0, 0, 0]).expand(len(points), 4)
+        opacity = torch.ones(len(points), 1)
+        colour = ((points.colors - 0.5) / SH_DEGREE_0)[:, None]
+        parts = (points.points, size, upright, opacity, colour)
+        return io.NodeOutput(ply, Types.SPLAT(*(part[None] for part in parts)))
+
+
+NODES = [WorldStereoPreviewClip, WorldStereoPointsTo3D]
