@@ -18,6 +18,7 @@ import torch
 from torch.nn import functional as F
 
 from .recipe import FP8, FP8_MAX
+from .rotation import rotate
 
 try:
     from . import kernels
@@ -36,12 +37,13 @@ forced = os.environ.get(FORCE)  # the name of the only backend to take, for benc
 
 @dataclass(frozen=True)
 class QuantisedTokens:
-    """Activations in FP8: values · scale, of M tokens with K channels."""
+    """Activations in FP8 or INT8: values · scale, of M tokens with K channels, rotated if they have a group."""
 
-    values: torch.Tensor  # float8_e4m3fn [M, K], contiguous
+    values: torch.Tensor  # float8_e4m3fn or int8 [M, K], contiguous
     scale: torch.Tensor  # float32, [M, 1] for a scale a token or [1, 1] for one scale in all
     shape: tuple[int, ...]  # of the activations as they came, [..., K]
     dtype: torch.dtype  # of the activations as they came
+    group: int = 0  # the channels that are rotated together, 0 for no rotation
 
     @property
     def device(self) -> torch.device:
@@ -49,14 +51,15 @@ class QuantisedTokens:
 
     @classmethod
     def room(cls, x: torch.Tensor) -> "QuantisedTokens":
-        """Room for x with a scale a token, not filled."""
+        """Room for x in FP8 with a scale a token, not filled."""
         width = x.shape[-1]
         values = x.new_empty(x.numel() // width, width, dtype=FP8)
         return cls(values, x.new_empty(len(values), 1, dtype=torch.float32), tuple(x.shape), x.dtype)
 
     def dequantise(self) -> torch.Tensor:
         """The activations in their original shape and dtype."""
-        return (self.values.float() * self.scale).to(self.dtype).reshape(self.shape)
+        rows = self.values.float() * self.scale
+        return (rotate(rows, self.group) if self.group else rows).to(self.dtype).reshape(self.shape)
 
     def rows(self, start: int, stop: int) -> "QuantisedTokens":
         """Tokens start to stop (of M), as activations [stop − start, K]."""
@@ -64,7 +67,7 @@ class QuantisedTokens:
         scale = self.scale if len(self.scale) == 1 else self.scale[start:stop]
         if start % 4:
             scale = scale.clone()  # cuBLASLt reads scales 16 bytes at a time
-        return QuantisedTokens(values, scale, tuple(values.shape), self.dtype)
+        return QuantisedTokens(values, scale, tuple(values.shape), self.dtype, self.group)
 
 
 def quantise(x: torch.Tensor, into: QuantisedTokens | None = None) -> QuantisedTokens:

@@ -1,7 +1,8 @@
-"""The FP8 Linear as a ComfyUI operation.
+"""The quantised Linear as a ComfyUI operation.
 
-The weight is core's QuantizedTensor (per-tensor float8_e4m3fn), so offload, dynamic VRAM, LoRA patching and saving are
-core's. What is ours is the product: native FP8 matmul with a dynamic scale for each token, or the weight upcast.
+The weight is core's QuantizedTensor (per-tensor float8_e4m3fn, or int8_tensorwise with or without rotation), so offload,
+dynamic VRAM, LoRA patching and saving are core's. What is ours is the product: native matmul with a dynamic scale for
+each token, or the weight upcast.
 """
 
 import contextlib
@@ -13,16 +14,18 @@ import comfy.ops
 import torch
 from comfy.quant_ops import QuantizedTensor
 
-from .activations import QuantisedTokens, backend, row_scales_refusal
-from .matmul import scaled_linear, size_refusal
-from .recipe import FP8
+from . import int8_matmul
+from .activations import backend, row_scales_refusal
+from .arithmetic import NATIVE_FP8, UPCAST, NativeFP8, NativeINT8, Tokens, Upcast, dequantised
+from .int8 import INT8
 
 COMPUTE = ("auto", "fp8", "bf16")
 
 
 @functools.cache
-def matmul_refusal(compute: str, device: torch.device) -> str | None:
-    """Why Linear layers cannot take native FP8 matmul on `device`, or None if they can.
+def matmul_refusal(compute: str, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why Linear layers whose weights are of `dtype` (FP8 or INT8) cannot take native matmul on `device`, or None if
+    they can.
 
     compute: "auto" and "fp8" want native matmul, "bf16" does not. Raises ValueError where "fp8" cannot be had.
     """
@@ -30,70 +33,81 @@ def matmul_refusal(compute: str, device: torch.device) -> str | None:
         raise ValueError(f"compute is {compute!r}, expected one of {', '.join(COMPUTE)}")
     if compute == "bf16":
         return "compute is bf16"
-    refusal = None
-    if not comfy.model_management.supports_fp8_compute(device):
-        name = comfy.model_management.get_torch_device_name(device)
-        refusal = f"{name} has no FP8 matmul (compute capability 8.9 or higher: GeForce RTX 40, Hopper and newer)"
-    elif backend(device)[0] == "eager":  # which has only scales a token
-        refusal = row_scales_refusal(device)
+    refusal = int8_matmul.device_refusal(device) if dtype == INT8 else _fp8_refusal(device)
     if refusal and compute == "fp8":
         raise ValueError(f"compute is fp8, but {refusal}. Choose compute auto or bf16.")
     return refusal
 
 
-def operations(storage_dtype: torch.dtype, refusal: Callable[[torch.device], str | None]):
-    """ComfyUI operations whose Linear holds scaled-FP8 weights.
+def _fp8_refusal(device: torch.device) -> str | None:
+    if not comfy.model_management.supports_fp8_compute(device):
+        name = comfy.model_management.get_torch_device_name(device)
+        return f"{name} has no FP8 matmul (compute capability 8.9 or higher: GeForce RTX 40, Hopper and newer)"
+    if backend(device)[0] == "eager":  # which has only scales a token
+        return row_scales_refusal(device)
+    return None
 
-    storage_dtype: of the tensors that are not FP8, and the dtype an FP8 weight stands for.
-    refusal: why a device does not multiply FP8 matrices, None if it does; see `matmul_refusal`. Layers whose size the
-    matrix units cannot take upcast all the same.
+
+def operations(storage_dtype: torch.dtype, refusal: Callable[[torch.dtype, torch.device], str | None]):
+    """ComfyUI operations whose Linear holds scaled-FP8 and INT8 weights.
+
+    storage_dtype: of the tensors that are not quantised, and the dtype a quantised weight stands for.
+    refusal: why a device does not multiply FP8 or INT8 matrices, None if it does; see `matmul_refusal`. Layers whose
+    size the matrix units cannot take upcast all the same.
     """
     core = comfy.ops.mixed_precision_ops({}, storage_dtype)
 
     @torch.compiler.assume_constant_result
-    def refused(device: torch.device) -> str | None:
-        return refusal(device)
+    def refused(dtype: torch.dtype, device: torch.device) -> str | None:
+        return refusal(dtype, device)
 
     class Operations(core):
         class Linear(core.Linear):
-            """Linear over the last axis of any input; see `matmul.scaled_linear` for the native product."""
+            """Linear over the last axis of any input; see `arithmetic` for the native products."""
+
+            native: NativeFP8 | NativeINT8 | None = None  # how its weight multiplies where the device can
 
             def _load_from_state_dict(self, state_dict, prefix, *args):
                 weight = state_dict[f"{prefix}weight"]
-                if weight.dtype != FP8:  # kept as the file has it; core would round it to storage_dtype
+                if f"{prefix}comfy_quant" not in state_dict:  # kept as the file has it; core would round it
                     self.factory_kwargs["dtype"] = weight.dtype
                 super()._load_from_state_dict(state_dict, prefix, *args)
+                if isinstance(self.weight, QuantizedTensor):
+                    params = self.weight._params
+                    rotated = params.convrot_groupsize if getattr(params, "convrot", False) else 0
+                    self.native = NativeINT8(rotated) if weight.dtype == INT8 else NATIVE_FP8
 
             def set_weight(self, weight, inplace_update=False, **kwargs):
                 """Core's hook LoRAs ask for an update in place, which core's own layer of this kind does not offer."""
                 return super().set_weight(weight, **kwargs)
 
             def upcast_reason(self, device: torch.device) -> str | None:
-                """Why this layer upcasts its weight on `device`, or None if it multiplies in FP8."""
-                if not isinstance(self.weight, QuantizedTensor):
-                    return "not an FP8 weight"
+                """Why this layer upcasts its weight on `device`, or None if it multiplies as it is stored."""
+                if not isinstance(self.weight, QuantizedTensor) or self.native is None:
+                    return "not a quantised weight"
                 if self._full_precision_mm_config:
                     return "the file asks for full precision"
                 if getattr(self, "comfy_force_cast_weights", False):
                     return "another compute dtype was chosen for the model"
-                return size_refusal(self.in_features, self.out_features) or refused(device)
+                refusal = refused(self.native.dtype, device)
+                return refusal or self.native.size_refusal(self.in_features, self.out_features)
 
             def is_wrapped(self) -> bool:
                 """Whether something stands in for `forward` (core's bypass LoRAs) or hooks onto it."""
                 own = getattr(self.forward, "__func__", None) is type(self).forward
                 return not own or bool(self._forward_hooks or self._forward_pre_hooks)
 
-            def takes_fp8(self, device: torch.device) -> bool:
-                """Whether `fetched` gives a product that takes QuantisedTokens."""
-                return self.upcast_reason(device) is None and not self.is_wrapped()
+            def arithmetic(self, device: torch.device) -> Upcast | NativeFP8 | NativeINT8:
+                """How it multiplies on `device`, and so the form in which its input is best left."""
+                return UPCAST if self.upcast_reason(device) or self.is_wrapped() else self.native
 
             @contextlib.contextmanager
             def fetched(self, device: torch.device, dtype: torch.dtype):
-                """The layer's product, a function of tensors (or QuantisedTokens, see `takes_fp8`), while the weight is
+                """The layer's product, a function of tensors (or of what its `arithmetic` gives), while the weight is
                 fetched (streamed, patched, dequantised) once: for inputs that come in several parts. One layer at a
                 time: core's offload streams reuse their buffers."""
                 if self.is_wrapped():
-                    yield self
+                    yield lambda x: self(dequantised(x))
                 else:
                     with self._fetched(device, dtype) as product:
                         yield product
@@ -113,7 +127,8 @@ def operations(storage_dtype: torch.dtype, refusal: Callable[[torch.device], str
                     want_requant=native,
                 )
                 if isinstance(weight, QuantizedTensor) and native:
-                    product = functools.partial(scaled_linear, weight=weight._qdata, scale=weight._params.scale)
+                    scale = weight._params.scale
+                    product = functools.partial(self.native.product, weight=weight._qdata, scale=scale)
                 else:
                     weight = weight.dequantize() if isinstance(weight, QuantizedTensor) else weight
                     product = functools.partial(_plain_linear, weight=weight.to(dtype))
@@ -129,5 +144,5 @@ def operations(storage_dtype: torch.dtype, refusal: Callable[[torch.device], str
     return Operations
 
 
-def _plain_linear(x: torch.Tensor | QuantisedTokens, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    return torch.nn.functional.linear(x.dequantise() if isinstance(x, QuantisedTokens) else x, weight, bias)
+def _plain_linear(x: Tokens, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return torch.nn.functional.linear(dequantised(x), weight, bias)

@@ -10,7 +10,9 @@ import torch
 from comfy.quant_ops import QuantizedTensor
 
 from ..fp8.activations import backend
+from ..fp8.int8 import INT8
 from ..fp8.linear import matmul_refusal, operations
+from ..fp8.recipe import FP8
 from ..worldstereo.attention import cudnn_is_faster, prefer_cudnn
 from ..worldstereo.comfy_model import WorldStereoModelConfig
 from ..worldstereo.config import (
@@ -157,21 +159,23 @@ def load_worldstereo(
     """Loads a WorldStereo checkpoint as an ordinary ComfyUI model.
 
     path: a .safetensors file in any of these forms, told apart by content: scaled FP8 (`scale_weight`), BF16 (or FP16,
-    FP32), either with diffusers or native Wan names, or ComfyUI's own FP8 (`weight_scale`, `comfy_quant`).
-    compute: "auto" multiplies in FP8 where the device and the layer's size allow it and upcasts the weight elsewhere;
-    "fp8" insists on a device that can; "bf16" always upcasts.
+    FP32), either with diffusers or native Wan names, or ComfyUI's own FP8 and INT8 (`weight_scale`, `comfy_quant`).
+    compute: "auto" multiplies in FP8 or INT8, as the layer is stored, where the device and the layer's size allow it and
+    upcasts the weight elsewhere; "fp8" insists on a device that can; "bf16" always upcasts.
     dtype: of the activations; None lets ComfyUI choose for the device.
     base: the Wan2.1-I2V-14B-480P model, for a file that holds only a part of the backbone.
     prompt_cache: keep what depends on the prompt or the timestep alone (see `worldstereo.prompt_cache`).
     disable_dynamic: without core's dynamic VRAM; core asks for it where a node cannot work with that.
 
     Returns the ModelPatcher. The weights are memory-mapped. Raises ValueError, naming file and tensor, for a file that
-    is not a whole WorldStereo checkpoint, and where compute is "fp8" on a device without FP8 matmul.
+    is not a whole WorldStereo checkpoint, and where compute is "fp8" on a device without such a matmul.
     """
     device = comfy.model_management.get_torch_device()
-    refusal = matmul_refusal(compute, device)
     checkpoint = Checkpoint(path)
     base = None if base is None else Checkpoint(base)
+    dtypes = {dtype for file in (checkpoint, base) if file is not None for dtype in file.quantised_dtypes()}
+    for dtype_of_file in dtypes or {FP8}:
+        matmul_refusal(compute, dtype_of_file, device)  # raises for a compute that cannot be had
     source = _overlay(checkpoint, base)
     shapes = {name: file.weights[name].shape for name, file in source.items()}
     config, content = _read_config(checkpoint, shapes)
@@ -200,7 +204,7 @@ def load_worldstereo(
         load_worldstereo,
         (str(path), compute, dtype, None if base is None else str(base.path), prompt_cache),
     )
-    logging.info(_summary(Path(path).name, model, config, compute, refusal, dtype, device))
+    logging.info(_summary(Path(path).name, model, config, compute, dtype, device))
     if assumed := assumptions(Path(path).name, content, config):
         logging.info(assumed)
     if not comfy.model_management.is_device_cpu(device):
@@ -228,17 +232,30 @@ def _memory(model, config: WorldStereoConfig, device) -> str:
     return line
 
 
-def _summary(name: str, model, config: WorldStereoConfig, compute: str, refusal: str | None, dtype, device) -> str:
+def _summary(name: str, model, config: WorldStereoConfig, compute: str, dtype, device) -> str:
     """One line: what was loaded, how its Linear layers multiply, and why."""
     layers = [m for m in model.diffusion_model.modules() if isinstance(getattr(m, "weight", None), QuantizedTensor)]
     kind = f"{name}: {config.model_type}, activations {str(dtype).removeprefix('torch.')}, compute {compute}"
     if not layers:
-        return f"{kind}: no FP8 weights in the file, its {str(model.get_dtype()).removeprefix('torch.')} weights are used as they are"
-    device_name = comfy.model_management.get_torch_device_name(device)
+        return f"{kind}: no quantised weights in the file, its {str(model.get_dtype()).removeprefix('torch.')} weights are used as they are"
+    parts = [
+        _multiplied(label, [layer for layer in layers if layer.native.dtype == of_format], device)
+        for label, of_format in (("FP8", FP8), ("INT8", INT8))
+    ]
+    return f"{kind}: " + "; ".join(part for part in parts if part)
+
+
+def _multiplied(label: str, layers: list, device) -> str:
+    """How the layers of one format multiply, and why."""
+    if not layers:
+        return ""
     upcast = [reason for reason in (layer.upcast_reason(device) for layer in layers) if reason]
-    if refusal is not None:
-        return f"{kind}: all {len(layers)} FP8 layers upcast their weight for each product, because {refusal}"
-    kernels, why = backend(device)
-    line = f"{kind}: native FP8 matmul on {len(layers) - len(upcast)} of {len(layers)} FP8 layers ({device_name})"
-    line += f", activations quantised by {kernels}" + (f" because {why}" if why else "")
-    return line + (f", upcast on {len(upcast)} ({first_few(sorted(set(upcast)))})" if upcast else "")
+    why = first_few(sorted(set(upcast)))
+    if len(upcast) == len(layers):
+        return f"all {len(layers)} {label} layers upcast their weight for each product, because {why}"
+    name = comfy.model_management.get_torch_device_name(device)
+    line = f"native {label} matmul on {len(layers) - len(upcast)} of {len(layers)} {label} layers ({name})"
+    if label == "FP8":
+        kernels, reason = backend(device)
+        line += f", activations quantised by {kernels}" + (f" because {reason}" if reason else "")
+    return line + (f", upcast on {len(upcast)} ({why})" if upcast else "")

@@ -8,11 +8,14 @@ import comfy.utils
 import torch
 
 from .. import remap
+from ..files.text import shown
+from ..fp8 import int8
 from ..fp8.files import DTYPES, Tensor, read_header
 from ..fp8.recipe import COMFY_QUANT, FP8, INPUT_SCALE_SUFFIXES, MARKER, SCALE_SUFFIX, SCALE_SUFFIXES, dequantise
 
 FLOATS = ("F32", "F16", "BF16")
-COMFY_QUANT_FORMAT = "float8_e4m3fn"
+FORMATS = {"F8_E4M3": "float8_e4m3fn", "I8": int8.FORMAT}  # ComfyUI's names of what is loaded here, by dtype
+COMFY_QUANT_LIMIT = 64 * 2**10  # bytes of a layer's description
 
 # How other model files are told apart, by a part of one of their tensors' names.
 KINDS = (
@@ -70,7 +73,7 @@ class Checkpoint:
     """The tensors of one file by native name.
 
     weights: weights, biases and parameters. scales: layer name to the entry of its weight's scale. quant: layer name
-    to the entry of its `comfy_quant` marker.
+    to the entry of its `comfy_quant` marker, and formats to what it says.
 
     Raises ValueError for two names of one tensor, two scales of one layer, and tensors that are no WorldStereo's.
     """
@@ -81,6 +84,7 @@ class Checkpoint:
         self.weights: dict[str, Tensor] = {}
         self.scales: dict[str, Tensor] = {}
         self.quant: dict[str, Tensor] = {}
+        self.formats: dict[str, dict] = {}
         unknown = []
         for name, entry in entries.items():
             native = native_name(name)
@@ -101,6 +105,7 @@ class Checkpoint:
                 what = f"two scales for {key}" if table is self.scales else f"{key} twice"
                 raise ValueError(f"{self.path.name} holds {what}: {table[key].name} and {name}. Keep one of them.")
             table[key] = entry
+        self._read_formats()
         if not self.weights or (unknown and "controlnet.proj_in.weight" not in self.weights):
             raise ValueError(f"{self.path.name} is not a WorldStereo checkpoint. It looks like {describe(entries)}.")
         if unknown:
@@ -109,14 +114,53 @@ class Checkpoint:
             )
         self._check_dtypes()
 
+    def _read_formats(self):
+        """What the `comfy_quant` of each layer says. Raises ValueError for a format that is not loaded here."""
+        with open(self.path, "rb") as file:
+            for layer, entry in self.quant.items():
+                file.seek(entry.begin)
+                where = f"{self.path.name}: {entry.name}"
+                quant = int8.read_description(file.read(min(entry.nbytes, COMFY_QUANT_LIMIT)), where)
+                if quant["format"] not in FORMATS.values():
+                    raise ValueError(
+                        f"{where} says the format is {shown(quant['format'])}; only {' and '.join(FORMATS.values())} "
+                        "are loaded here."
+                    )
+                self.formats[layer] = quant
+
+    def quantised_dtypes(self) -> list[torch.dtype]:
+        """The dtypes of the matrices that are quantised."""
+        found = {entry.dtype for entry in self.weights.values() if len(entry.shape) == 2}
+        return [DTYPES[dtype] for dtype in FORMATS if dtype in found]
+
+    def _check_int8(self, layer: str, entry: Tensor):
+        where, scale = f"{self.path.name}: {entry.name}", self.scales.get(layer)
+        described = self.formats.get(layer, {}).get("format") == int8.FORMAT
+        if len(entry.shape) != 2 or not described or scale is None:
+            raise ValueError(
+                f"{where} is I8; a matrix is INT8 with {layer}.{int8.SCALE_SUFFIX} and {layer}.{COMFY_QUANT}, format "
+                f"{int8.FORMAT}. Make the file again."
+            )
+        if scale.count not in (1, entry.shape[0]) or scale.dtype not in FLOATS:
+            raise ValueError(
+                f"{self.path.name}: {scale.name} is {scale.dtype} {list(scale.shape)}; an INT8 weight has one scale, "
+                f"or one for each of its {entry.shape[0]} rows."
+            )
+        int8.check_group(
+            int8.group_of(self.formats[layer]), entry.shape[1], f"{self.path.name}: {self.quant[layer].name}"
+        )
+
     def _check_dtypes(self):
         for native, entry in self.weights.items():
             layer = native.removesuffix(".weight")
+            if entry.dtype == "I8" and native.endswith(".weight"):
+                self._check_int8(layer, entry)
+                continue
             quantised = entry.dtype == "F8_E4M3"
             if entry.dtype not in FLOATS and not (quantised and native.endswith(".weight") and len(entry.shape) > 1):
                 raise ValueError(
-                    f"{self.path.name}: {entry.name} is {entry.dtype}; weights are BF16, FP16, FP32 or "
-                    "float8_e4m3fn with a scale, and the other tensors are never FP8."
+                    f"{self.path.name}: {entry.name} is {entry.dtype}; weights are BF16, FP16, FP32, or "
+                    "float8_e4m3fn or int8 with a scale, and the other tensors are never quantised."
                 )
             if quantised and layer not in self.scales:
                 raise ValueError(
@@ -132,20 +176,27 @@ class Checkpoint:
                         "download or make it again."
                     )
                 # A convolution left in BF16 may carry the scale it would have had; a matrix may not.
-                if weight.dtype != "F8_E4M3" and len(weight.shape) < 3:
+                if weight.dtype not in FORMATS and len(weight.shape) < 3:
                     raise ValueError(
                         f"{self.path.name}: {entry.name} scales {weight.name}, which is {weight.dtype}, "
-                        "not FP8. The file is inconsistent; make it again."
+                        "not FP8 or INT8. The file is inconsistent; make it again."
                     )
-        for entry in self.scales.values():
-            if entry.shape not in ((), (1,)) or entry.dtype not in FLOATS:
+                if layer in self.formats and self.formats[layer]["format"] != FORMATS.get(weight.dtype):
+                    raise ValueError(
+                        f"{self.path.name}: {weight.name} is {weight.dtype}, but {self.quant[layer].name} says "
+                        f"{self.formats[layer]['format']}. The file is inconsistent; make it again."
+                    )
+        for layer, entry in self.scales.items():
+            if (
+                self.weights[f"{layer}.weight"].dtype != "I8" and entry.shape not in ((), (1,))
+            ) or entry.dtype not in FLOATS:
                 raise ValueError(
                     f"{self.path.name}: {entry.name} is {entry.dtype} {list(entry.shape)}; a scale is one "
                     "number for the whole weight."
                 )
 
     def storage_dtype(self) -> torch.dtype:
-        """The dtype of most of the tensors that are not FP8."""
+        """The dtype of most of the tensors that are not quantised."""
         dtypes = [entry.dtype for entry in self.weights.values() if entry.dtype in FLOATS]
         return DTYPES[max(FLOATS, key=dtypes.count)]
 
@@ -153,41 +204,28 @@ class Checkpoint:
         """The tensors whose native names are in `keep`, memory-mapped, as core's quantised operations load them:
         `layer.weight`, `layer.weight_scale` (FP32), `layer.comfy_quant`. FP8 convolutions come dequantised to FP32.
 
-        Raises ValueError for a scale that is not a positive number and for a `comfy_quant` of another format.
+        Raises ValueError for a scale that is not a positive number.
         """
         tensors = comfy.utils.load_torch_file(str(self.path))
         out = {}
         for native in keep:
             entry = self.weights[native]
             tensor = out[native] = tensors[entry.name]
-            if tensor.dtype != FP8:
+            if tensor.dtype not in (FP8, int8.INT8):
                 continue
             layer = native.removesuffix(".weight")
-            scale = tensors[self.scales[layer].name].float().reshape(())
-            if not (torch.isfinite(scale) and scale > 0):
+            scale = tensors[self.scales[layer].name].float()
+            scale = scale.reshape(()) if scale.numel() == 1 else scale.reshape(-1, 1)
+            wrong = ~(torch.isfinite(scale) & (scale > 0))
+            if wrong.any():
                 raise ValueError(
-                    f"{self.path.name}: {self.scales[layer].name} is {scale.item()}; a scale is a positive "
+                    f"{self.path.name}: {self.scales[layer].name} is {scale[wrong][0].item()}; a scale is a positive "
                     "number. The file is damaged; download or make it again."
                 )
             if tensor.ndim > 2:
                 out[native] = dequantise(tensor, scale, torch.float32)
                 continue
-            quant = {"format": COMFY_QUANT_FORMAT}
-            if layer in self.quant:
-                quant = self._quant(tensors[self.quant[layer].name], layer)
+            quant = self.formats.get(layer, {"format": FORMATS["F8_E4M3"]})
             out[f"{layer}.weight_scale"] = scale
             out[f"{layer}.comfy_quant"] = torch.tensor(list(json.dumps(quant).encode()), dtype=torch.uint8)
         return out
-
-    def _quant(self, tensor: torch.Tensor, layer: str) -> dict:
-        name = self.quant[layer].name
-        try:
-            quant = json.loads(tensor.numpy().tobytes())
-            found = quant["format"]
-        except (ValueError, KeyError, TypeError) as e:
-            raise ValueError(f"{self.path.name}: {name} is not a description of a quantised layer ({e!r}).") from e
-        if found != COMFY_QUANT_FORMAT:
-            raise ValueError(
-                f"{self.path.name}: {name} says the format is {found}; only {COMFY_QUANT_FORMAT} is loaded here."
-            )
-        return quant

@@ -13,6 +13,7 @@ from comfy_extras.nodes_torch_compile import TorchCompileModel
 from torch._dynamo.eval_frame import _debug_get_cache_entry_list
 from toy import cooked, forward, golden_inputs, golden_weights, relative_error, run, save, source
 from worldstereo_fp8 import loaders, remap
+from worldstereo_fp8.fp8.arithmetic import NATIVE_FP8
 from worldstereo_fp8.loaders import load_worldstereo
 from worldstereo_fp8.worldstereo import blocks, control
 from worldstereo_fp8.worldstereo import prompt_cache as prompt_cache_module
@@ -542,5 +543,5 @@ def test_the_memory_estimate(files, monkeypatch):
     assert required(shape, references) > alone and required((2, *shape[1:])) > alone
     shape, references = (1, 16, 21, 60, 96), {"reference_latent": [(1, 16, 8, 60, 96)]}
     upcast = required(shape, references)
-    monkeypatch.setattr(type(patcher.model.diffusion_model.blocks[0].self_attn.q), "takes_fp8", lambda *_: True)
+    monkeypatch.setattr(type(patcher.model.diffusion_model.blocks[0].self_attn.q), "arithmetic", lambda *_: NATIVE_FP8)
     assert required(shape, references) < upcast  # tokens in FP8 take less

@@ -9,6 +9,7 @@ import torch
 from worldstereo_fp8.fp8 import activations
 from worldstereo_fp8.fp8.activations import BACKENDS, QuantisedTokens, row_scales_refusal
 from worldstereo_fp8.fp8.activations import quantise as quantise_tokens
+from worldstereo_fp8.fp8.arithmetic import NATIVE_FP8, UPCAST
 from worldstereo_fp8.fp8.linear import matmul_refusal, operations
 from worldstereo_fp8.fp8.matmul import scaled_linear, size_refusal
 from worldstereo_fp8.fp8.recipe import FP8, FP8_MAX, quantise_weight
@@ -18,7 +19,7 @@ FULL_PRECISION = b'{"format": "float8_e4m3fn", "full_precision_matrix_mult": tru
 
 
 def refusal(native: bool):
-    return lambda device: None if native else "native FP8 matmul is off"
+    return lambda dtype, device: None if native else "native FP8 matmul is off"
 
 
 def layer(
@@ -83,7 +84,7 @@ def test_which_layers_take_the_native_product():
     assert layer(native=True, quant=FULL_PRECISION)[0].upcast_reason(CPU) == "the file asks for full precision"
     plain = operations(torch.bfloat16, refusal(True)).Linear(16, 16)
     plain.load_state_dict({"weight": torch.randn(16, 16), "bias": torch.randn(16)})
-    assert plain.upcast_reason(CPU) == "not an FP8 weight" and plain.weight.dtype == torch.float32
+    assert plain.upcast_reason(CPU) == "not a quantised weight" and plain.weight.dtype == torch.float32
 
 
 def seed_formula(x, weight, scale):
@@ -99,10 +100,10 @@ def test_native_is_refused_without_a_product_for_it(monkeypatch):
     assert "no FP8 matmul with a scale a token" in row_scales_refusal(cpu)  # so it is with PyTorch's CPU
     monkeypatch.setattr(comfy.model_management, "supports_fp8_compute", lambda device: True)
     monkeypatch.setattr(activations, "forced", "eager")
-    assert matmul_refusal("auto", cpu) == row_scales_refusal(cpu)
-    assert matmul_refusal("bf16", cpu) == "compute is bf16"
+    assert matmul_refusal("auto", FP8, cpu) == row_scales_refusal(cpu)
+    assert matmul_refusal("bf16", FP8, cpu) == "compute is bf16"
     with pytest.raises(ValueError, match="compute is fp8, but this PyTorch has no FP8 matmul with a scale a token"):
-        matmul_refusal("fp8", cpu)
+        matmul_refusal("fp8", FP8, cpu)
     matmul_refusal.cache_clear()
 
 
@@ -120,13 +121,13 @@ def test_what_stands_in_for_forward_is_called(native):
     expected = torch.nn.functional.linear(x, weight.float() * scale.float(), b.float())
     original = linear.forward
     linear.forward = lambda x: 1 + torch.nn.functional.linear(x, weight.float() * scale.float(), b.float())
-    assert not linear.takes_fp8(CPU)
+    assert linear.arithmetic(CPU) is UPCAST
     with linear.fetched(CPU, torch.float32) as product:
         assert torch.allclose(product(x), 1 + expected, atol=1e-5)
     linear.forward = original
-    assert linear.takes_fp8(CPU) == native
+    assert (linear.arithmetic(CPU) is NATIVE_FP8) == native
     hook = linear.register_forward_hook(lambda module, args, out: torch.zeros_like(out))
-    assert not linear.takes_fp8(CPU)
+    assert linear.arithmetic(CPU) is UPCAST
     if not native:
         with linear.fetched(CPU, torch.float32) as product:
             assert not product(x).any()

@@ -238,7 +238,7 @@ def test_a_damaged_checkpoint(edit, message, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "quant, message", [(b"{", "is not a description"), (b'{"format": "nvfp4"}', "format is nvfp4")]
+    "quant, message", [(b"{", "is not JSON that can be read"), (b'{"format": "nvfp4"}', "format is nvfp4")]
 )
 def test_other_quantised_formats(quant, message, tmp_path):
     tensors = comfy_style(cooked(CASE, convs="bf16"))

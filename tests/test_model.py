@@ -6,8 +6,8 @@ import comfy.model_management
 import pytest
 import torch
 from toy import GOLDEN, cooked, golden_inputs, golden_weights, relative_error, run, save
-from worldstereo_fp8.fp8 import activations, linear
-from worldstereo_fp8.fp8.recipe import dequantise, scale_name
+from worldstereo_fp8.fp8 import activations, arithmetic, int8_matmul, linear
+from worldstereo_fp8.fp8.recipe import FP8, dequantise, scale_name
 from worldstereo_fp8.loaders import load_worldstereo
 from worldstereo_fp8.worldstereo import blocks
 
@@ -177,11 +177,13 @@ def native(monkeypatch):
 
     def product(x, weight, scale, bias):
         x = x if isinstance(x, activations.QuantisedTokens) else activations.quantise(x)
+        assert x.values.dtype == FP8
         return torch.nn.functional.linear(x.dequantise(), dequantise(weight, scale, x.dtype), bias)
 
     monkeypatch.setattr(comfy.model_management, "supports_fp8_compute", lambda device: True)
     monkeypatch.setattr(linear, "row_scales_refusal", lambda device: None)
-    monkeypatch.setattr(linear, "scaled_linear", product)
+    monkeypatch.setattr(arithmetic, "scaled_linear", product)
+    monkeypatch.setattr(int8_matmul, "device_refusal", lambda device: None)
     linear.matmul_refusal.cache_clear()
     yield
     linear.matmul_refusal.cache_clear()

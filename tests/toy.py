@@ -8,6 +8,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from worldstereo_fp8 import remap
+from worldstereo_fp8.fp8 import int8
 from worldstereo_fp8.fp8.recipe import MARKER, is_quantised, quantise_weight, scale_name
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -37,6 +38,23 @@ def cooked(case: str, convs: str = "fp8") -> dict:
         tensors[name] = value
         if is_quantised(name, tuple(value.shape), convs):
             tensors[name], tensors[scale_name(name)] = quantise_weight(value)
+    return tensors
+
+
+def cooked_int8(case: str, group: int = 16, every: int = 1) -> dict:
+    """The INT8 file of a golden, rotated in groups that its widths allow, or with group 0 not rotated.
+
+    every: 2 leaves every second matrix to the FP8 recipe, as a mixed file has it.
+    """
+    tensors, fp8 = source(case), cooked(case, "bf16")
+    matrices = [name for name, value in tensors.items() if int8.is_int8(name, tuple(value.shape), group or 1)]
+    for i, name in enumerate(matrices):
+        layer = name.removesuffix(".weight")
+        if i % every == 0:
+            tensors[name], tensors[f"{layer}.weight_scale"] = int8.quantise_weight(tensors[name], group)
+            tensors[f"{layer}.comfy_quant"] = torch.tensor(list(int8.description(group)), dtype=torch.uint8)
+        else:
+            tensors[name], tensors[scale_name(name)] = fp8[name], fp8[scale_name(name)]
     return tensors
 
 

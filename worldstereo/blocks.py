@@ -19,21 +19,13 @@ from comfy.ldm.wan.model import WanAttentionBlock, WanI2VCrossAttention, WanSelf
 from comfy.model_management import cast_to
 from torch import nn
 
-from ..fp8.activations import (
-    QuantisedTokens,
-    gated_add_,
-    gelu_quantise,
-    layer_norm_modulate,
-    layer_norm_quantise,
-    quantise,
-    rms_rope,
-)
+from ..fp8.activations import gated_add_, rms_rope
+from ..fp8.arithmetic import Tokens
 from .prompt_cache import KeysValues
 
 ROPE_THETA = 10000.0
 CHUNK = 16384  # tokens that wide intermediates are made for at once
-UPCAST_QUERIES = CHUNK // 2  # queries at once where normed tokens and weights are not in FP8 and take twice the room
-Tokens = torch.Tensor | QuantisedTokens  # [1, L, C]
+UPCAST_QUERIES = CHUNK // 2  # queries at once where normed tokens and weights are not quantised and take twice the room
 
 
 def rope_embedder(head_dim: int) -> EmbedND:
@@ -56,9 +48,9 @@ def spans(length: int, chunk: int) -> list[slice]:
 
 def part_of(x: Tokens, span: slice) -> Tokens:
     """A span of a single sample's tokens, [1, span, C]."""
-    if isinstance(x, QuantisedTokens):
-        return dataclasses.replace(x.rows(span.start, span.stop), shape=(1, span.stop - span.start, x.shape[-1]))
-    return x[:, span]
+    if isinstance(x, torch.Tensor):
+        return x[:, span]
+    return dataclasses.replace(x.rows(span.start, span.stop), shape=(1, span.stop - span.start, x.shape[-1]))
 
 
 def norm_weights(norm: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -70,17 +62,14 @@ def norm_weights(norm: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.
 
 
 def normed(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, eps: float, layer: nn.Module) -> Tokens:
-    """LayerNorm(x)·(1 + scale) + shift for `layer`: in FP8 if it multiplies so. shift, scale: [1, 1, C]."""
-    function = layer_norm_quantise if layer.takes_fp8(x.device) else layer_norm_modulate
-    return function(x, shift, scale, eps)
+    """LayerNorm(x)·(1 + scale) + shift as `layer` takes it. shift, scale: [1, 1, C]."""
+    return layer.arithmetic(x.device).layer_norm(x, shift, scale, eps)
 
 
 def as_input(x: torch.Tensor, layer: nn.Module, done: Tokens | None = None) -> Tokens:
-    """x as `layer` takes it, kept until its turn comes: FP8 is half as large. done: tokens of x's size, which are
-    written over where they are of the kind that `layer` takes."""
-    if layer.takes_fp8(x.device):
-        return quantise(x, into=done if isinstance(done, QuantisedTokens) else None)
-    return done.copy_(x) if isinstance(done, torch.Tensor) else x
+    """x as `layer` takes it, kept until its turn comes: quantised it is half as large. done: tokens of x's size, which
+    are written over where they are of the kind that `layer` takes."""
+    return layer.arithmetic(x.device).take(x, done)
 
 
 class SelfAttention(WanSelfAttention):
@@ -97,7 +86,7 @@ class SelfAttention(WanSelfAttention):
             k = rms_rope(product(h), norm_k, freqs, self.num_heads, self.eps)
         with self.v.fetched(x.device, x.dtype) as product:
             v = product(h)
-        queries = CHUNK if isinstance(h, QuantisedTokens) else UPCAST_QUERIES
+        queries = UPCAST_QUERIES if isinstance(h, torch.Tensor) else CHUNK
         parts = [slice(0, x.shape[1])] if patches else spans(x.shape[1], queries)
         attended = []
         with self.q.fetched(x.device, x.dtype) as product:
@@ -164,10 +153,7 @@ def add_feed_forward(ffn: nn.Sequential, x, shift, scale, gate, eps: float):
     with first.fetched(x.device, x.dtype) as product:
         for span in parts:
             h = product(normed(x[:, span], shift, scale, eps, first))
-            # In place where it stays as wide: all spans' hidden tokens are there at once.
-            hidden.append(
-                gelu_quantise(h) if second.takes_fp8(h.device) else torch.ops.aten.gelu_(h, approximate="tanh")
-            )
+            hidden.append(second.arithmetic(h.device).gelu(h))  # all spans' are there at once
             del h
     with second.fetched(x.device, x.dtype) as product:
         for span, h in zip(parts, hidden):

@@ -11,6 +11,7 @@ import torch
 from comfy.model_base import convert_tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ..fp8.arithmetic import UPCAST
 from .blocks import CHUNK, UPCAST_QUERIES
 from .config import MASK_CAM_CHANNELS, PATCH, SPATIAL_DOWNSCALE, WorldStereoConfig
 from .model import WorldStereoModel
@@ -101,7 +102,7 @@ class WorldStereo(comfy.model_base.WAN21):
 
         For each sample every token's residual, its control tokens, its render's pixels, and its prompt's keys and
         values; for one sample at a time all keys and values, the normed tokens (whose memory serves for the attended
-        ones too; half as much in FP8), a span's queries and result, an upcast weight. What was measured stands in the
+        ones too; half as much where they are quantised), a span's queries and result, an upcast weight. What was measured stands in the
         README.
         """
         if not (
@@ -116,7 +117,8 @@ class WorldStereo(comfy.model_base.WAN21):
         rope = 4 * 2 * sum((config.dim // config.num_heads, config.control_dim // config.control_num_heads))
         pixels = MASK_CAM_CHANNELS * frames * config.mask_downsample * SPATIAL_DOWNSCALE**2 * height * width * size
         prompt = 2 * config.num_layers * (TEXT_TOKENS + IMAGE_TOKENS) * config.dim * size
-        native = self.diffusion_model.blocks[0].self_attn.q.takes_fp8(comfy.model_management.get_torch_device())
+        layer = self.diffusion_model.blocks[0].self_attn.q
+        native = layer.arithmetic(comfy.model_management.get_torch_device()) is not UPCAST
         normed, queries, weight = (0.5, CHUNK, 0) if native else (1, UPCAST_QUERIES, config.dim**2)
         one = tokens * ((2 + normed) * config.dim * size + rope) + (2 * queries * config.dim + weight) * size
         each = tokens * config.dim * size + targets * config.control_dim * size + pixels + prompt

@@ -1,0 +1,87 @@
+"""How a Linear multiplies: in FP8, in INT8, or with its weight upcast. Whoever computes a layer's input asks the layer,
+and leaves the input in the form that the layer takes, without knowing which that is."""
+
+from dataclasses import dataclass
+
+import torch
+
+from . import activations, int8_matmul
+from .activations import QuantisedTokens
+from .matmul import scaled_linear, size_refusal
+from .recipe import FP8
+
+Tokens = torch.Tensor | QuantisedTokens  # [..., K]
+
+
+def dequantised(x: Tokens) -> torch.Tensor:
+    return x.dequantise() if isinstance(x, QuantisedTokens) else x
+
+
+@dataclass(frozen=True)
+class Upcast:
+    """Plain tensors: the weight is upcast for each product, or is no quantised one."""
+
+    def take(self, x: torch.Tensor, done: Tokens | None = None) -> Tokens:
+        """x as the layer's input, kept until its turn comes. done: tokens of x's size, which are written over where they
+        are of the kind that the layer takes."""
+        return done.copy_(x) if isinstance(done, torch.Tensor) else x
+
+    def gelu(self, x: torch.Tensor) -> Tokens:
+        """GELU(x), in its tanh form, as the layer's input; x may be overwritten."""
+        return torch.ops.aten.gelu_(x, approximate="tanh")
+
+    def layer_norm(self, x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, eps: float) -> Tokens:
+        """LayerNorm(x)·(1 + scale) + shift as the layer's input; see `activations.layer_norm_modulate`."""
+        return activations.layer_norm_modulate(x, shift, scale, eps)
+
+
+@dataclass(frozen=True)
+class NativeFP8:
+    """FP8 weight and tokens; see `matmul`."""
+
+    dtype = FP8
+
+    def size_refusal(self, in_features: int, out_features: int) -> str | None:
+        return size_refusal(in_features, out_features)
+
+    def take(self, x: torch.Tensor, done: Tokens | None = None) -> Tokens:
+        fits = isinstance(done, QuantisedTokens) and done.values.dtype == FP8
+        return activations.quantise(x, into=done if fits else None)
+
+    def gelu(self, x: torch.Tensor) -> Tokens:
+        return activations.gelu_quantise(x)
+
+    def layer_norm(self, x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, eps: float) -> Tokens:
+        return activations.layer_norm_quantise(x, shift, scale, eps)
+
+    def product(self, x: Tokens, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """x · (weight·scale)ᵀ + bias; x may be in the form of another layer."""
+        if isinstance(x, QuantisedTokens) and x.values.dtype != FP8:
+            x = x.dequantise()
+        return scaled_linear(x, weight, scale, bias)
+
+
+@dataclass(frozen=True)
+class NativeINT8:
+    """INT8 weight and tokens, rotated in groups of `group` channels (0: not); see `int8_matmul`."""
+
+    group: int
+    dtype = torch.int8
+
+    def size_refusal(self, in_features: int, out_features: int) -> str | None:
+        return None
+
+    def take(self, x: torch.Tensor, done: Tokens | None = None) -> Tokens:
+        return int8_matmul.quantise(x, self.group, into=done if isinstance(done, QuantisedTokens) else None)
+
+    def gelu(self, x: torch.Tensor) -> Tokens:
+        return int8_matmul.gelu_quantise(x, self.group)
+
+    def layer_norm(self, x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, eps: float) -> Tokens:
+        return int8_matmul.quantise(activations.layer_norm_modulate(x, shift, scale, eps), self.group)
+
+    def product(self, x: Tokens, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return int8_matmul.int8_linear(x, weight, scale, bias, self.group)
+
+
+UPCAST, NATIVE_FP8 = Upcast(), NativeFP8()
