@@ -11,6 +11,7 @@ import argparse
 import functools
 import importlib.util
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -29,6 +30,7 @@ except ImportError:
     sys.exit("This needs PyTorch: run it with the Python that runs ComfyUI (in the portable version python_embeded).")
 
 from . import remap
+from .files.text import shown
 from .fp8.cook import FORMAT_VERSION, TOOL_VERSION, Options, cook, verify
 from .fp8.files import Progress, open_files
 from .fp8.recipe import CONVS, EXCLUDED, RECIPES
@@ -208,6 +210,8 @@ def main(arguments: list[str] | None = None) -> int:
                 raise FileExistsError(
                     f"{folder} holds {', '.join(there)} already. Choose another folder, or --overwrite."
                 )
+            if folder and os.path.lexists(folder) and not folder.is_dir():
+                raise FileExistsError(f"{folder} is not a folder. Choose another one.")
         if given.compare:
             report = compare(given.first, given.second, _Line())
             print(report.as_text())
@@ -239,10 +243,10 @@ def main(arguments: list[str] | None = None) -> int:
             write_report(report, given.report)
         if given.card:
             source = open_files(given.first)
-            write_card(report, given.card, options, find_config(source.path, source.metadata))
+            write_card(report, given.card, options, find_config(source))
         return 0
     except (ValueError, OSError) as e:
-        print(f"\nerror: {e}", file=sys.stderr)
+        print(f"\nerror: {shown(e, 2000)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\ncancelled; nothing was written", file=sys.stderr)

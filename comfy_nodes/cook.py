@@ -1,5 +1,6 @@
 """Make a quantised file from a BF16 one."""
 
+import collections
 from pathlib import Path
 
 import comfy.model_management
@@ -10,14 +11,17 @@ import torch
 from comfy_api.latest import io
 
 from .. import remap
-from ..fp8.cook import Options, cook
-from ..fp8.files import open_files
+from ..fp8.cook import Options, cook, cooking_device
+from ..fp8.files import open_files, state_if_there
 from ..fp8.recipe import CONVS, RECIPES
-from ..worldstereo.config import config_to_embed
+from ..worldstereo.config import CONFIG_FILE, config_to_embed
 from .common import CATEGORY, show_on_node
 from .files import cook_sources, file_name
 
 CONVS_OF_RECIPE = "as the recipe"
+
+_made: dict[Path, tuple | None] = {}  # the results of this session's runs, as they were left
+_lost: dict[Path, int] = collections.defaultdict(int)  # how often one of them was gone or replaced since
 
 
 class CookFP8(io.ComfyNode):
@@ -67,9 +71,15 @@ class CookFP8(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, source, **_):
-        files = open_files(folder_paths.get_full_path_or_raise("diffusion_models", source)).files
-        return [file.stat().st_mtime_ns for file in files]
+    def fingerprint_inputs(cls, source, result, **_):
+        """Changes with the source, the config.json beside it, and when the result of an earlier run is not there any
+        more as that run left it."""
+        path = Path(folder_paths.get_full_path_or_raise("diffusion_models", source))
+        made = path.with_name(file_name(result, ".safetensors"))
+        if made in _made and state_if_there(made) != _made[made]:
+            del _made[made]
+            _lost[made] += 1
+        return [*open_files(path).states, state_if_there(path.with_name(CONFIG_FILE)), _lost[made]]
 
     @classmethod
     def execute(cls, source, result, recipe, convs, overwrite) -> io.NodeOutput:
@@ -83,16 +93,18 @@ class CookFP8(io.ComfyNode):
                 bar.update_absolute(percent)
                 show_on_node(cls, str(progress))
 
+        made = path.with_name(file_name(result, ".safetensors"))
         report = cook(
             path,
-            path.with_name(file_name(result, ".safetensors")),
+            made,
             Options(recipe, None if convs == CONVS_OF_RECIPE else convs),
             overwrite=overwrite,
             find_config=config_to_embed,
             refusal=remap.source_refusal,
-            device=comfy.model_management.get_torch_device(),
+            device=cooking_device(comfy.model_management.get_torch_device()),
             on_progress=on_progress,
         )
+        _made[made] = state_if_there(made)
         picture = torch.from_numpy(np.array(report.picture(), dtype=np.float32) / 255)[None]
         return io.NodeOutput(report.as_text(), picture)
 

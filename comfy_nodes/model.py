@@ -1,13 +1,17 @@
 """Load a checkpoint, condition it, sample it."""
 
+from pathlib import Path
+
 import folder_paths
 import node_helpers
 from comfy_api.latest import io
 
+from ..fp8.files import state_if_there
 from ..fp8.linear import COMPUTE
 from ..loaders import load_worldstereo
 from ..worldstereo.comfy_model import config_of
 from ..worldstereo.conditioning import References, condition, decode_keyframes, encode_keyframes
+from ..worldstereo.config import CONFIG_FILE
 from ..worldstereo.schedule import dmd_sigmas
 from .common import CATEGORY, Cameras
 from .files import diffusion_models
@@ -70,13 +74,22 @@ class LoadWorldStereoFP8(io.ComfyNode):
         )
 
     @classmethod
+    def fingerprint_inputs(cls, model_name, base_model=NO_BASE, **_):
+        """Changes with the model's file, its base and the config.json beside it."""
+        path, base = _paths(model_name, base_model)
+        return [state_if_there(file) for file in (path, Path(path).with_name(CONFIG_FILE), base) if file is not None]
+
+    @classmethod
     def execute(cls, model_name, compute, base_model=NO_BASE, prompt_cache=True) -> io.NodeOutput:
-        path, base = (
-            None if name == NO_BASE else folder_paths.get_full_path_or_raise("diffusion_models", name)
-            for name in (model_name, base_model)
-        )
+        path, base = _paths(model_name, base_model)
         model = load_worldstereo(path, compute, base=base, prompt_cache=prompt_cache)
         return io.NodeOutput(model, config_of(model).negative_prompt)
+
+
+def _paths(*names: str) -> list[str | None]:
+    return [
+        None if name == NO_BASE else folder_paths.get_full_path_or_raise("diffusion_models", name) for name in names
+    ]
 
 
 class WorldStereoConditioning(io.ComfyNode):

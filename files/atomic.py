@@ -1,16 +1,27 @@
 """Files and folders that appear under their names whole, or not at all."""
 
 import contextlib
+import itertools
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
 
+from .regular import open_regular
 from .text import shown
 
+try:
+    import fcntl
+except ImportError:  # Windows, which locks open files by itself
+    fcntl = None
+
 TEMPORARY = ".writing"  # what the name of an unfinished file or folder ends in
+GROWING = ".cooking"  # and that of an unfinished large file
+SECONDS_BETWEEN_SYNCS = 0.2
 
 
 @contextlib.contextmanager
@@ -21,16 +32,16 @@ def new_file(path: str | os.PathLike, overwrite: bool = False) -> Iterator[Binar
     dangling link, unless `overwrite`; and OSError, naming file and cause, where it cannot be written.
     """
     path = Path(path)
-    _refuse_taken(path, overwrite)
-    with _told(path):
+    refuse_taken(path, overwrite)
+    with told(path):
         descriptor, name = tempfile.mkstemp(prefix=f".{path.name[:100]}.", suffix=TEMPORARY, dir=path.parent)
         temporary = Path(name)
     try:
-        with _told(path), open(descriptor, "wb") as file:
+        with told(path), open(descriptor, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        with _told(path):
+        with told(path):
             _open_to_others(temporary, 0o666)
             _put(temporary, path, overwrite)
     except BaseException:
@@ -45,21 +56,131 @@ def new_folder(path: str | os.PathLike) -> Iterator[Path]:
     Raises FileExistsError for a name that is taken, and OSError, naming folder and cause, where it cannot be written.
     """
     path = Path(path)
-    _refuse_taken(path, False)
-    with _told(path):
+    refuse_taken(path, False)
+    with told(path):
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name[:100]}.", suffix=TEMPORARY, dir=path.parent))
     try:
-        with _told(path):
+        with told(path):
             yield temporary
             _open_to_others(temporary, 0o777)
-            _refuse_taken(path, False)
+            refuse_taken(path, False)
             os.rename(temporary, path)  # refused by the system where a folder with content has come there meanwhile
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
 
 
-def _refuse_taken(path: Path, overwrite: bool):
+@contextlib.contextmanager
+def new_large_file(path: str | os.PathLike, nbytes: int, overwrite: bool = False) -> Iterator[BinaryIO]:
+    """As `new_file`, for a file of `nbytes` that takes minutes: written out while it grows, by one run at a time.
+
+    Until it is whole it lies beside `path` under its name and GROWING; what killed runs left so in the folder is
+    removed first. Where the finished file cannot take its name (Windows replaces no file that a program has open), it
+    gets a free one beside it, and the OSError says which. Raises FileExistsError too where another run is making it.
+    """
+    path = Path(path)
+    refuse_taken(path, overwrite)
+    _remove_abandoned(path)
+    free = shutil.disk_usage(path.parent).free
+    if free < nbytes:
+        raise OSError(
+            f"{shown(path.name)} needs {nbytes / 1e9:.2f} GB and {shown(path.parent)} has {free / 1e9:.2f} GB free. "
+            "Make room, or choose another folder."
+        )
+    temporary = path.with_name(path.name + GROWING)
+    in_work = f"{shown(path.name)} is being made already: another run has {shown(temporary.name)}. Wait for it."
+    try:
+        with told(path):
+            file = open(temporary, "xb")
+    except FileExistsError as e:
+        raise FileExistsError(in_work) from e
+    with file:
+        # Another run may have taken the file for an abandoned one before it was locked.
+        if not (_lock(file) and _is_at(file, temporary)):
+            raise FileExistsError(in_work)
+        try:
+            with _written_out(file, path):
+                yield file
+            with told(path):
+                file.flush()
+                os.fsync(file.fileno())
+            if fcntl is None:
+                file.close()  # Windows renames no open file; elsewhere it is renamed while it is locked
+            _put_or_keep(temporary, path, overwrite)
+        except BaseException:
+            if fcntl is None:
+                file.close()
+            temporary.unlink(missing_ok=True)
+            raise
+    if hasattr(os, "O_DIRECTORY"):  # the new name itself is on disk once the folder is synced; Windows has no such call
+        folder = os.open(path.parent, os.O_DIRECTORY)
+        os.fsync(folder)
+        os.close(folder)
+
+
+@contextlib.contextmanager
+def _written_out(file, path: Path):
+    """Has the system write the file out while it grows, so that the sync at its end has little left to wait for."""
+    stop = threading.Event()
+
+    def run():
+        while not stop.wait(SECONDS_BETWEEN_SYNCS):
+            os.fsync(file.fileno())
+
+    with ThreadPoolExecutor(1) as pool:
+        syncs = pool.submit(run)
+        try:
+            yield
+        finally:
+            stop.set()
+        with told(path):
+            syncs.result()  # the system reports a failed write once, to whichever sync comes next
+
+
+def _lock(file) -> bool:
+    """Locks a file for as long as it is open; False where another process has it. Windows needs no lock."""
+    if fcntl is not None:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+    return True
+
+
+def _is_at(file, path: Path) -> bool:
+    """Whether an open file is the one that has this path."""
+    return path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())
+
+
+def _remove_abandoned(path: Path):
+    for temporary in path.parent.glob(f"*{path.suffix}{GROWING}"):
+        # Gone meanwhile, no ordinary file, or on Windows open in another process.
+        with contextlib.suppress(OSError, ValueError):
+            with open_regular(temporary) as file:
+                abandoned = _lock(file)
+            if abandoned:
+                temporary.unlink()
+
+
+def _put_or_keep(temporary: Path, path: Path, overwrite: bool):
+    """Gives a finished file its name; where that fails, a free one, and says so."""
+    try:
+        _put(temporary, path, overwrite)
+    except OSError as e:
+        names = (path.with_name(f"{path.stem}-{number}{path.suffix}") for number in itertools.count(2))
+        kept = next(name for name in names if not os.path.lexists(name))
+        _put(temporary, kept, False)
+        raise OSError(
+            e.errno,
+            f"{shown(path.name)} could not be put in place: {e.strerror or shown(e)} The finished file is "
+            f"{shown(kept.name)}. If a program has the old one open (ComfyUI, where the model is loaded), close it and "
+            "rename the new one.",
+        ) from e
+
+
+def refuse_taken(path: Path, overwrite: bool):
+    """Raises FileExistsError for a name that a file, a link (also a dangling one) or a folder has; with `overwrite` a
+    folder's alone."""
     if path.is_dir() and not path.is_symlink():
         raise FileExistsError(f"{shown(path.name)} is a folder that exists already. Choose another name.")
     if not overwrite and os.path.lexists(path):
@@ -74,10 +195,10 @@ def _put(temporary: Path, path: Path, overwrite: bool):
     try:
         os.link(temporary, path)
     except FileExistsError:
-        _refuse_taken(path, overwrite)
+        refuse_taken(path, overwrite)
         raise
     except OSError:  # a file system without hard links
-        _refuse_taken(path, overwrite)
+        refuse_taken(path, overwrite)
         os.rename(temporary, path)
     else:
         temporary.unlink()
@@ -92,7 +213,7 @@ def _open_to_others(path: Path, mode: int):
 
 
 @contextlib.contextmanager
-def _told(path: Path):
+def told(path: Path):
     """Has an OSError name the file that was to be written."""
     try:
         yield

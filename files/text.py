@@ -23,8 +23,8 @@ def shown(value: object, limit: int = LIMIT) -> str:
     return f"{printable[:limit]}… ({length} characters)"
 
 
-def first_few(names, limit: int = 4) -> str:
-    """The first few of some names, printable, and how many more there are."""
+def first_few(names, limit: int = 4, length: int = LIMIT) -> str:
+    """The first few of some names, printable and at most `length` characters each, and how many more there are."""
     names = list(names)
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(shown(name) for name in names[:limit]) + more
+    return ", ".join(shown(name, length) for name in names[:limit]) + more

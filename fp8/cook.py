@@ -2,15 +2,11 @@
 
 import bisect
 import collections
-import contextlib
 import ctypes
 import itertools
 import json
 import logging
-import os
 import re
-import shutil
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,8 +15,11 @@ from pathlib import Path
 
 import torch
 
+from ..files.atomic import new_large_file, refuse_taken, told
+from ..files.regular import open_regular
+from ..files.text import shown
 from . import int8
-from .files import DTYPES, OnProgress, Progress, Reader, Slice, Tensor, TensorFiles, open_files
+from .files import DTYPES, SHARD, OnProgress, Progress, Reader, Slice, Tensor, TensorFiles, open_files
 from .recipe import (
     COMFY_QUANT,
     CONVS,
@@ -37,18 +36,11 @@ from .recipe import (
 from .report import Report, WeightError, saturation
 from .rotation import GROUP
 
-try:
-    import fcntl
-except ImportError:  # Windows, which locks open files by itself
-    fcntl = None
-
 FORMAT_VERSION = "1"
 TOOL_VERSION = re.search(r'^version = "(.+)"$', (Path(__file__).parent.parent / "pyproject.toml").read_text(), re.M)[1]
-TEMPORARY = ".safetensors.cooking"  # what an unfinished file's name ends in
 SOURCES = ("BF16", "F16", "F32")
 WORKERS = 2  # threads that survey and encode: they keep up with the one that reads and hashes
 AHEAD = 2 * WORKERS  # slices in work
-SECONDS_BETWEEN_SYNCS = 0.2
 
 
 FROM_FP8 = (
@@ -68,11 +60,11 @@ class Options:
 
     def __post_init__(self):
         if self.recipe not in CONVS:
-            raise ValueError(f"recipe is {self.recipe!r}, expected one of {', '.join(CONVS)}")
+            raise ValueError(f"recipe is {shown(self.recipe)}, expected one of {', '.join(CONVS)}")
         if self.convs is None:
             object.__setattr__(self, "convs", CONVS[self.recipe])
         if self.convs not in CONVS.values():
-            raise ValueError(f"convs is {self.convs!r}, expected fp8 or bf16")
+            raise ValueError(f"convs is {shown(self.convs)}, expected fp8 or bf16")
         if self.recipe == "int8" and self.convs != "bf16":
             raise ValueError("The recipe int8 leaves convolutions in BF16. Leave convs as the recipe has it.")
 
@@ -158,7 +150,7 @@ def fp8_scale(files: TensorFiles, tensor: Tensor) -> float | None:
     found = [files.tensors[name] for name in names if name in files.tensors]
     if not found or found[0].count != 1:
         raise ValueError(
-            f"{files.path.name}: {tensor.name} is FP8 but has no scale of one number ({names[1]}): its values cannot "
+            f"{shown(files.path.name)}: {shown(tensor.name)} is FP8 but has no scale of one number ({shown(names[1])}): its values cannot "
             "be restored. Choose the BF16 model."
         )
     return next(files.slices(found[0])).float().item()
@@ -169,7 +161,7 @@ def check(files: TensorFiles, options: Options, refusal: Refusal):
 
     refusal: why the recipe was not made for a tensor of this name, or None.
     """
-    where = files.path.name
+    where = shown(files.path.name)
     if not files.tensors:
         raise ValueError(f"{where} holds no tensors. Choose the BF16 model.")
     for name, tensor in files.tensors.items():
@@ -177,18 +169,20 @@ def check(files: TensorFiles, options: Options, refusal: Refusal):
             fp8_scale(files, tensor)
         elif tensor.dtype.startswith("F8") or name == MARKER or name.endswith(tuple("." + s for s in SCALE_SUFFIXES)):
             raise ValueError(
-                f"{where} is FP8 already: it holds {name} ({tensor.dtype}). The source is the BF16 model "
+                f"{where} is FP8 already: it holds {shown(name)} ({tensor.dtype}). The source is the BF16 model "
                 "that it was made from."
             )
     for tensor in weights_of(files, options):
         name = tensor.name
         if reason := refusal(name):
-            raise ValueError(f"{where}: {name} {reason}")
+            raise ValueError(f"{where}: {shown(name)} {reason}")
         if tensor.dtype not in SOURCES and not (options.recipe == "int8" and tensor.dtype == "F8_E4M3"):
-            raise ValueError(f"{where}: {name} is {tensor.dtype}. The weights of a source are BF16, FP16 or FP32.")
+            raise ValueError(
+                f"{where}: {shown(name)} is {tensor.dtype}. The weights of a source are BF16, FP16 or FP32."
+            )
         if not tensor.count:
             raise ValueError(
-                f"{where}: {name} has the shape {list(tensor.shape)}, no element at all. The file is damaged; "
+                f"{where}: {shown(name)} has the shape {list(tensor.shape)}, no element at all. The file is damaged; "
                 "download it again."
             )
     if not any(options.quantises(t.name, t.shape) for t in files.tensors.values()):
@@ -368,7 +362,7 @@ def _keep(piece: Slice, scale: float | None) -> torch.Tensor | None:
 
 def _not_finite(tensor: Tensor) -> ValueError:
     return ValueError(
-        f"{tensor.file.name}: {tensor.name} holds NaN or infinite values. The file is damaged; download it again."
+        f"{shown(tensor.file.name)}: {shown(tensor.name)} holds NaN or infinite values. The file is damaged; download it again."
     )
 
 
@@ -378,6 +372,11 @@ def _error(tensor: Tensor, samples, divisor: torch.Tensor, scale: torch.Tensor) 
     for values, counts in samples:
         error.add(values, encode(values, divisor).double() * scale.double(), counts, limit)
     return error
+
+
+def cooking_device(device: torch.device) -> torch.device:
+    """The device for the arithmetic where ComfyUI computes on `device`: CUDA, else the CPU (MPS has no float8)."""
+    return device if device.type == "cuda" else torch.device("cpu")
 
 
 def _produce(
@@ -405,7 +404,9 @@ def _produce(
         ):
             cooking = _Cooking(reader, pool, options, device, emit, on_slice)
             cooking.run()
-            return reader.digests(), cooking
+            digests = reader.digests()
+            files.check_unchanged()
+            return digests, cooking
     finally:
         torch.set_num_threads(threads)
 
@@ -413,105 +414,24 @@ def _produce(
 # The result's file
 
 
-@contextlib.contextmanager
-def _new_file(path: Path, nbytes: int, overwrite: bool):
-    """A file that appears under `path` whole, synced and at once when the context ends well, and not at all otherwise.
-
-    Until then it is beside `path` under a name ending in `TEMPORARY`. What a killed run left there is removed first.
-    """
-    if not path.name.endswith(".safetensors"):
-        raise ValueError(f"The result {path.name} must have a name that ends in .safetensors.")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"There is no folder {path.parent} for the result. Make it, or choose another.")
-    _refuse_to_overwrite(path, overwrite)
-    _remove_abandoned(path.parent)
-    free = shutil.disk_usage(path.parent).free
-    if free < nbytes:
-        raise OSError(
-            f"{path.name} needs {nbytes / 1e9:.2f} GB and {path.parent} has {free / 1e9:.2f} GB free. Make room, "
-            "or choose another folder."
+def check_target(target: Path, overwrite: bool):
+    """Raises before any work for a result that could not be written, or would not be offered as a model."""
+    name = shown(target.name)
+    if not target.name.endswith(".safetensors"):
+        raise ValueError(f"The result {name} must have a name that ends in .safetensors.")
+    if SHARD.search(target.name):
+        raise ValueError(f"{name} is the name of one shard of a model. Choose another name for the result.")
+    if not target.parent.is_dir():
+        raise FileNotFoundError(
+            f"There is no folder {shown(target.parent)} for the result. Make it, or choose another."
         )
-    temporary = path.with_name(path.name.removesuffix(".safetensors") + TEMPORARY)
-    try:
-        file = open(temporary, "xb")
-    except FileExistsError as e:
-        raise FileExistsError(f"{path.name} is being cooked already: another run holds {temporary.name}.") from e
-    with file:
-        # Another run may have taken the file for an abandoned one before it was locked.
-        if not (_lock(file) and _is_at(file, temporary)):
-            raise FileExistsError(f"{path.name} is being cooked already by another run. Wait for it.")
-        try:
-            with _written_out(file):
-                yield file
-            file.flush()
-            os.fsync(file.fileno())
-            _refuse_to_overwrite(path, overwrite)
-            if fcntl is not None:
-                os.replace(temporary, path)  # while it is locked
-        except BaseException:
-            if fcntl is None:
-                file.close()  # Windows removes and renames no open file
-            temporary.unlink(missing_ok=True)
-            raise
-    if fcntl is None:
-        os.replace(temporary, path)
-    if hasattr(os, "O_DIRECTORY"):  # the new name itself is on disk once the folder is synced; Windows has no such call
-        folder = os.open(path.parent, os.O_DIRECTORY)
-        os.fsync(folder)
-        os.close(folder)
-
-
-@contextlib.contextmanager
-def _written_out(file):
-    """Has the system write the file out while it grows, so that the sync at its end has little left to wait for."""
-    stop = threading.Event()
-
-    def run():
-        while not stop.wait(SECONDS_BETWEEN_SYNCS):
-            os.fsync(file.fileno())
-
-    with ThreadPoolExecutor(1) as pool:
-        syncs = pool.submit(run)
-        try:
-            yield
-        finally:
-            stop.set()
-        syncs.result()  # the system reports a failed write once, to whichever sync comes next
-
-
-def _refuse_to_overwrite(path: Path, overwrite: bool):
-    if path.exists() and not overwrite:
-        raise FileExistsError(f"{path.name} exists already. Choose another name, or allow overwriting.")
-
-
-def _lock(file) -> bool:
-    """Locks a temporary for as long as it is open; False where another process has it. Windows needs no lock."""
-    if fcntl is not None:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-    return True
-
-
-def _is_at(file, path: Path) -> bool:
-    """Whether an open file is the one that has this path."""
-    return path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())
-
-
-def _remove_abandoned(folder: Path):
-    for temporary in folder.glob("*" + TEMPORARY):
-        with open(temporary, "rb") as file:
-            abandoned = _lock(file)
-        if abandoned:
-            with contextlib.suppress(PermissionError):  # Windows: another process has it open
-                temporary.unlink()
+    refuse_taken(target, overwrite)
 
 
 # What this module is for
 
 
-FindConfig = Callable[[Path, dict[str, str]], str | None]  # of a source's path and metadata
+FindConfig = Callable[[TensorFiles], str | None]  # the text of a source's configuration
 
 
 def cook(
@@ -520,7 +440,7 @@ def cook(
     options: Options = Options(),
     *,
     overwrite: bool = False,
-    find_config: FindConfig = lambda path, metadata: metadata.get("config"),
+    find_config: FindConfig = lambda files: files.metadata.get("config"),
     refusal: Refusal = lambda name: None,
     device: torch.device | None = None,
     on_progress: OnProgress | None = None,
@@ -534,20 +454,21 @@ def cook(
         source: .safetensors with BF16, FP16 or FP32 weights, or the .safetensors.index.json of its shards. The recipe
             int8 takes scaled FP8 too, with a warning that says what that costs.
         target: .safetensors to write.
-        find_config: gives the text of the model's configuration, or None, for the source's path and metadata.
+        find_config: gives the text of the source's configuration, or None.
         refusal: see `check`.
         device: for the arithmetic; CUDA if there is one.
 
     Raises:
         ValueError: the source cannot be cooked; says why and what to do.
         FileExistsError: the target exists and `overwrite` is false, or another run is making it.
-        OSError: no room, or the disk failed.
+        OSError: no room, or the disk failed; also where the finished file got another name, which it says.
     """
     files, target = open_files(source), Path(target)
     check(files, options, refusal)
+    check_target(target, overwrite)
     if any(target.exists() and file.samefile(target) for file in files.files):
-        raise ValueError(f"{target.name} is the source itself. Choose another name for the result.")
-    config = find_config(files.path, files.metadata)
+        raise ValueError(f"{shown(target.name)} is the source itself. Choose another name for the result.")
+    config = find_config(files)
     layout = plan(weights_of(files, options), options)
     from_fp8 = [FROM_FP8] if any(tensor.dtype == "F8_E4M3" for tensor in files.tensors.values()) else []
     for warning in from_fp8:
@@ -557,21 +478,23 @@ def cook(
     room = len(header(layout, make_metadata(options, config, ["0" * 64] * len(files.files))))
     nbytes = room + sum(tensor.nbytes for tensor in layout.values())
     started = time.monotonic()
-    with _new_file(target, nbytes, overwrite) as file:
+    with new_large_file(target, nbytes, overwrite) as file:
 
         def emit(name: str, begin: int, data: memoryview):
-            file.seek(room + layout[name].begin + begin)
-            file.write(data)
+            with told(target):
+                file.seek(room + layout[name].begin + begin)
+                file.write(data)
 
         digests, cooking = _produce(files, options, device, emit, on_progress)
-        file.seek(0)
-        file.write(header(layout, make_metadata(options, config, digests)))
+        with told(target):
+            file.seek(0)
+            file.write(header(layout, make_metadata(options, config, digests)))
     seconds = time.monotonic() - started
     quantised = f"{len(cooking.errors)} of them {'INT8' if options.recipe == 'int8' else 'FP8'}"
     heading = [
-        ("source", f"{files.path.name}, {len(files.tensors)} tensors, {files.nbytes / 1e9:.2f} GB"),
+        ("source", f"{shown(files.path.name)}, {len(files.tensors)} tensors, {files.nbytes / 1e9:.2f} GB"),
         ("source SHA-256", " ".join(digests)),
-        ("result", f"{target.name}, {len(layout)} tensors, {quantised}, {nbytes / 1e9:.2f} GB"),
+        ("result", f"{shown(target.name)}, {len(layout)} tensors, {quantised}, {nbytes / 1e9:.2f} GB"),
         ("recipe", f"{options.recipe}, convolutions {options.convs}, format {FORMAT_VERSION}, tool {TOOL_VERSION}"),
         ("config.json", "none" if config is None else "in the metadata"),
         ("time", f"{seconds:.1f} s, {files.nbytes / seconds / 1e6:.0f} MB/s"),
@@ -607,19 +530,19 @@ def verify(
     held = {name: name for name in found.tensors}
     for name in found.tensors:  # the other name a scale may have
         held.setdefault(name.removesuffix(f"weight.{SCALE_SUFFIX}") + SCALE_SUFFIX, name)
-    differences = [f"{name} is missing" for name in layout if name not in held]
+    differences = [f"{shown(name)} is missing" for name in layout if name not in held]
     expected = {held[name]: tensor for name, tensor in layout.items() if name in held}
     for name, tensor in found.tensors.items():
         if name not in expected:
-            differences.append(f"{name} does not belong to the recipe's result")
+            differences.append(f"{shown(name)} does not belong to the recipe's result")
         elif tensor.dtype != expected[name].dtype or (tensor.shape != expected[name].shape and tensor.shape != (1,)):
             differences.append(
-                f"{name} is {tensor.dtype} {list(tensor.shape)}, the recipe makes it "
+                f"{shown(name)} is {tensor.dtype} {list(tensor.shape)}, the recipe makes it "
                 f"{expected[name].dtype} {list(expected[name].shape)}"
             )
             del expected[name]
     changes: dict[str, _Change] = {}
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
 
         def compare(name: str, begin: int, data: memoryview):
             tensor = found.tensors.get(held.get(name))
@@ -632,14 +555,14 @@ def verify(
 
         digests, _ = _produce(files, options, device, compare, on_progress)
     differences += [
-        f"{name}: {change.count} of {found.tensors[name].count} values differ, by at most {change.largest:.6g} "
+        f"{shown(name)}: {change.count} of {found.tensors[name].count} values differ, by at most {change.largest:.6g} "
         f"(file {change.there:.6g}, recipe {change.here:.6g})"
         for name, change in changes.items()
     ]
     named = found.metadata.get("source_sha256")
     if named not in (None, " ".join(digests)):
         differences.append(
-            f"The file was made from a source with the SHA-256 {named}; this one has {' '.join(digests)}"
+            f"The file was made from a source with the SHA-256 {shown(named, 1000)}; this one has {' '.join(digests)}"
         )
     return differences
 

@@ -2,16 +2,20 @@
 
 import collections
 import hashlib
-import json
 import math
+import os
 import queue
 import re
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 import torch
+
+from ..files import json
+from ..files.regular import open_regular
+from ..files.text import first_few, shown
 
 # The names of the format (https://github.com/huggingface/safetensors#format).
 DTYPES = {
@@ -33,7 +37,10 @@ SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")  # in the name of a model's
 SLICE = 2 * 2**20  # bytes read at once
 BUFFERS = 128  # slices in memory, 268 MB; more than are held of one tensor and in work
 HELD = 72  # slices of one tensor in memory, 150 MB; the largest FP8 weight of Wan 14B has 142 MB
-MAX_HEADER = 100 * 2**20  # bytes, as the safetensors library allows
+MAX_HEADER = 16 * 2**20  # bytes; WorldStereo's have 0.3 MB, a saved workflow in the metadata makes that some MB
+MAX_NAME = 300  # characters of a tensor's name; the longest of a checkpoint has under 100
+MAX_AXES = 8
+MAX_TENSORS = 20_000  # WorldStereo has 2351
 PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
 
@@ -64,19 +71,28 @@ class TensorFiles:
     files: tuple[Path, ...]
     tensors: dict[str, Tensor]  # in the order of the bytes
     metadata: dict[str, str]  # of the first file
+    states: tuple[tuple, ...]  # of each file when its header was read, see `file_state`
 
     @property
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
+    def check_unchanged(self):
+        """Raises ValueError where a file is not the one whose header was read, or was written to since."""
+        for path, state in zip(self.files, self.states):
+            if file_state(path) != state:
+                raise ValueError(
+                    f"{shown(path.name)} changed while it was read. Start again when nothing writes to it any more."
+                )
+
     def slices(self, tensor: Tensor, elements: int = SLICE // 4) -> Iterator[torch.Tensor]:
         """The tensor's values in order, flat, `elements` at a time."""
         dtype = DTYPES[tensor.dtype]
-        with open(tensor.file, "rb", buffering=0) as file:
+        with open_regular(tensor.file) as file:
             file.seek(tensor.begin)
             for start in range(0, tensor.count, elements):
                 buffer = bytearray(min(elements, tensor.count - start) * dtype.itemsize)
-                _fill(file, memoryview(buffer))
+                _fill(file, memoryview(buffer), tensor.file)
                 yield torch.frombuffer(buffer, dtype=dtype)
 
 
@@ -109,56 +125,90 @@ def open_files(path: str | Path) -> TensorFiles:
     FileNotFoundError for missing shards.
     """
     path = Path(path)
+    name = shown(path.name)
     if path.is_dir() or SHARD.search(path.name):
         raise ValueError(
-            f"{path.name} is {'a folder' if path.is_dir() else 'one shard of a model'}. Give the .safetensors "
+            f"{name} is {'a folder' if path.is_dir() else 'one shard of a model'}. Give the .safetensors "
             f"file, or for a model in shards its {INDEX_SUFFIX}."
         )
     if not path.name.endswith(INDEX_SUFFIX):
+        state = file_state(path)
         tensors, metadata = read_header(path)
         _check_dtypes(path, tensors)
-        return TensorFiles(path, (path,), tensors, metadata)
-    try:
-        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        names = sorted(set(weight_map.values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise ValueError(f"{path.name} is not an index of shards ({e!r}). Download it again.") from e
-    files = tuple(path.parent / name for name in names)
-    if any(Path(name).name != name for name in names):
-        raise ValueError(f"{path.name} names shards outside its own folder. Use the index that belongs to the shards.")
+        return TensorFiles(path, (path,), tensors, metadata, (state,))
+    weight_map = _weight_map(path)
+    files = tuple(path.parent / shard for shard in sorted(set(weight_map.values())))
     missing = [file.name for file in files if not file.is_file()]
     if missing:
         raise FileNotFoundError(
-            f"{path.name} names {len(files)} shards; of them {', '.join(missing)} is missing beside it. "
+            f"{name} names {len(files)} shards; of them {first_few(missing)} is missing beside it. "
             "Download the missing ones."
         )
+    states = tuple(file_state(file) for file in files)
     tensors, metadata = {}, []
     for file in files:
         found, file_metadata = read_header(file)
         _check_dtypes(file, found)
         metadata.append(file_metadata)
-        for name in found:
-            if weight_map.get(name) != file.name:
+        for tensor in found:
+            if weight_map.get(tensor) != file.name:
                 raise ValueError(
-                    f"{file.name} holds {name}, which {path.name} places in {weight_map.get(name)}. Index "
-                    "and shards do not belong together; download both again."
+                    f"{shown(file.name)} holds {shown(tensor)}, which {name} places in "
+                    f"{shown(weight_map.get(tensor, 'no shard'))}. Index and shards do not belong together; "
+                    "download both again."
                 )
         tensors |= found
-    for name in weight_map:
-        if name not in tensors:
+    for tensor, shard in weight_map.items():
+        if tensor not in tensors:
             raise ValueError(
-                f"{path.name} places {name} in {weight_map[name]}, which does not hold it. Index and shards "
+                f"{name} places {shown(tensor)} in {shown(shard)}, which does not hold it. Index and shards "
                 "do not belong together; download both again."
             )
-    return TensorFiles(path, files, tensors, metadata[0])
+    return TensorFiles(path, files, tensors, metadata[0], states)
+
+
+def _weight_map(path: Path) -> dict[str, str]:
+    """Which shard each tensor of an index lies in, all of them files of the index's own folder."""
+    name = shown(path.name)
+    try:
+        index = json.read(path)
+    except ValueError as e:
+        raise ValueError(f"{name} is not an index of shards. {e} Download it again.") from e
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if (
+        not isinstance(weight_map, dict)
+        or not weight_map
+        or not all(isinstance(shard, str) and shard and "\0" not in shard for shard in weight_map.values())
+    ):
+        raise ValueError(
+            f"{name} is not an index of shards: its weight_map does not give the shard's file name for each tensor. "
+            "Download it again."
+        )
+    if any(PureWindowsPath(shard).name != shard or shard == ".." for shard in set(weight_map.values())):
+        raise ValueError(f"{name} names shards outside its own folder. Use the index that belongs to the shards.")
+    return weight_map
+
+
+def file_state(path: str | Path) -> tuple:
+    """What changes when a file is replaced or written to: device and inode, size, time of the last change."""
+    status = os.stat(path)
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def state_if_there(path: str | Path) -> tuple | None:
+    """`file_state`, or None where there is no such file."""
+    try:
+        return file_state(path)
+    except OSError:
+        return None
 
 
 def _check_dtypes(path: Path, tensors: dict[str, Tensor]):
     for name, tensor in tensors.items():
         if tensor.dtype not in DTYPES:
             raise ValueError(
-                f"{path.name}: {name} has the dtype {tensor.dtype}, which is not read here. Use a file whose "
-                "weights are BF16, FP16, FP32 or FP8."
+                f"{shown(path.name)}: {shown(name)} has the dtype {shown(tensor.dtype)}, which is not read here. Use "
+                "a file whose weights are BF16, FP16, FP32 or FP8."
             )
 
 
@@ -169,67 +219,97 @@ def read_header(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     download, a broken header, tensors that do not fill the file without gap or overlap.
     """
     path = Path(path)
-    size = path.stat().st_size
-    with open(path, "rb") as file:
+    name = shown(path.name)
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
         start = file.read(8)
         if start.startswith(PICKLE_STARTS):
             raise ValueError(
-                f"{path.name} is a pickle (.pt, .pth, .bin or .ckpt), which can run code when it is read. "
+                f"{name} is a pickle (.pt, .pth, .bin or .ckpt), which can run code when it is read. "
                 "Only safetensors files are read: download that version of the model."
             )
         length = int.from_bytes(start, "little") if len(start) == 8 else 0
         if not 2 <= length <= MAX_HEADER:
             if start.startswith(b"<"):
-                raise ValueError(f"{path.name} is a web page, not a model. Download the file itself.")
+                raise ValueError(f"{name} is a web page, not a model. Download the file itself.")
             raise ValueError(
-                f"{path.name} is not a safetensors file: its header length is {length} bytes. Download it again."
+                f"{name} is not a safetensors file: its header length is {length} bytes. Download it again."
             )
         begin = 8 + length
         if begin > size:
             raise ValueError(
-                f"{path.name} is cut short: {size} bytes, but its header alone has {length}. Download it again."
+                f"{name} is cut short: {size} bytes, but its header alone has {length}. Download it again."
             )
-        text = file.read(length)
+        text = bytearray(length)
+        _fill(file, memoryview(text), path)
+    where = f"{name} is not a safetensors file: its header"
     try:
-        header = json.loads(text, object_pairs_hook=_unique)
-        metadata = header.pop("__metadata__", {})
-        if not all(isinstance(value, str) for value in metadata.values()):
-            raise TypeError("metadata that is not text")
-        places = sorted((*map(int, info["data_offsets"]), name) for name, info in header.items())
-        tensors = {
-            name: Tensor(name, str(header[name]["dtype"]), tuple(map(int, header[name]["shape"])), begin + first, path)
-            for first, _, name in places
-        }
-        ends = [end for _, end, _ in places]
-    except UnicodeDecodeError as e:
-        raise ValueError(
-            f"{path.name} is not a safetensors file: its header is not text ({e}). Download it again."
-        ) from e
-    except json.JSONDecodeError as e:
-        raise ValueError(
-            f"{path.name} is not a safetensors file: its header is not JSON ({e}). Download it again."
-        ) from e
+        header = json.parse(bytes(text), where, limit=MAX_HEADER, object_pairs_hook=_unique)
     except _Twice as e:
-        raise ValueError(f"{path.name} holds {e} twice. Make the file again.") from e
-    except (KeyError, TypeError, ValueError, AttributeError) as e:
-        raise ValueError(f"{path.name} has a broken safetensors header ({e!r}). Download it again.") from e
-    expected = begin + max(ends, default=0)
+        raise ValueError(f"{name} holds {e} twice. Make the file again.") from e
+    except ValueError as e:
+        raise ValueError(f"{e}. Download it again.") from e
+    broken = f"{name} has a broken safetensors header"
+    again = "Download it again."
+    if not isinstance(header, dict):
+        raise ValueError(f"{broken}: it is {shown(type(header).__name__)}. {again}")
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(_is_text(t) for pair in metadata.items() for t in pair):
+        raise ValueError(f"{broken}: its metadata is not text. {again}")
+    if len(header) > MAX_TENSORS:
+        raise ValueError(f"{name} holds {len(header)} tensors; files of more than {MAX_TENSORS} are not read.")
+    entries = sorted((_tensor(n, info, path, begin, broken) for n, info in header.items()), key=_place)
+    expected = begin + max((last for _, _, last in entries), default=0)
     if size != expected:
         raise ValueError(
-            f"{path.name} has {size} bytes, its header promises {expected}: the file is "
-            f"{'cut short' if size < expected else 'damaged'}. Download it again."
+            f"{name} has {size} bytes, its header promises {expected}: the file is "
+            f"{'cut short' if size < expected else 'damaged'}. {again}"
         )
-    for tensor, previous, end in zip(tensors.values(), [0, *ends], ends):
-        fits = tensor.dtype not in DTYPES or tensor.nbytes == end - previous
-        if tensor.begin != begin + previous or min(tensor.shape, default=0) < 0 or not fits:
+    tensors, place = {}, 0
+    for tensor, first, last in entries:
+        fits = max(tensor.shape, default=0) <= size  # before they are multiplied
+        if tensor.dtype in DTYPES:  # of another one the size is unknown
+            fits = fits and tensor.nbytes == last - first
+        if first != place or last < first or not fits:
             raise ValueError(
-                f"{path.name} has a broken safetensors header: the bytes of {tensor.name} are not as many "
-                "as its shape says, or leave a gap. Download it again."
+                f"{broken}: the bytes of {shown(tensor.name)} are not as many as its shape says, or leave a gap. {again}"
             )
+        tensors[tensor.name], place = tensor, last
     return tensors, metadata
 
 
-class _Twice(ValueError):
+def _tensor(name: str, info, path: Path, begin: int, broken: str) -> tuple[Tensor, int, int]:
+    """A tensor of a header, and where its bytes start and end behind the header; as numbers of 64 bits."""
+    if len(name) > MAX_NAME or not _is_text(name):
+        raise ValueError(f"{broken}: the name {shown(name)} is longer than {MAX_NAME} characters, or no text.")
+    where = f"{broken}: {shown(name)}"
+    if not isinstance(info, dict):
+        raise ValueError(f"{where} is {shown(info)}, expected dtype, shape and data_offsets.")
+    dtype, shape, offsets = (info.get(key) for key in ("dtype", "shape", "data_offsets"))
+    if not isinstance(dtype, str):
+        raise ValueError(f"{where} has the dtype {shown(dtype)}, expected a name.")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_count(n) for n in offsets):
+        raise ValueError(f"{where} has the data_offsets {shown(offsets)}, expected where its bytes start and end.")
+    if not isinstance(shape, list) or len(shape) > MAX_AXES or not all(_is_count(n) for n in shape):
+        raise ValueError(f"{where} has the shape {shown(shape)}, expected at most {MAX_AXES} sizes.")
+    return Tensor(name, dtype, tuple(shape), begin + offsets[0], path), *offsets
+
+
+def _is_count(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+
+
+def _is_text(value) -> bool:
+    """Whether it is a text without lone surrogates, which no other reader of the format takes."""
+    return isinstance(value, str) and not any("\ud800" <= c <= "\udfff" for c in value)
+
+
+def _place(entry: tuple[Tensor, int, int]) -> tuple:
+    tensor, first, last = entry
+    return first, last, tensor.name
+
+
+class _Twice(Exception):
     """Names that a header holds twice."""
 
 
@@ -237,15 +317,15 @@ def _unique(pairs: list[tuple]) -> dict:
     result = dict(pairs)
     if len(result) < len(pairs):
         counts = collections.Counter(name for name, _ in pairs)
-        raise _Twice(", ".join(sorted(name for name, count in counts.items() if count > 1)))
+        raise _Twice(first_few(sorted(name for name, count in counts.items() if count > 1)))
     return result
 
 
-def _fill(file, view: memoryview):
+def _fill(file, view: memoryview, path: Path):
     while view:
         count = file.readinto(view)
         if not count:
-            raise ValueError(f"{Path(file.name).name} ended before its last tensor: it changed while it was read.")
+            raise ValueError(f"{shown(path.name)} ended before its last tensor: it changed while it was read.")
         view = view[count:]
 
 
@@ -305,10 +385,11 @@ class Reader:
 
     def _read(self, path: Path):
         digest = hashlib.sha256()
-        with open(path, "rb", buffering=0) as file:
+        with open_regular(path) as file:
+            self.files.check_unchanged()  # the header that follows is the one that was read
             header = bytearray(8 + int.from_bytes(file.read(8), "little"))
             file.seek(0)
-            _fill(file, memoryview(header))
+            _fill(file, memoryview(header), path)
             digest.update(header)
             for tensor in [t for t in self.files.tensors.values() if t.file == path]:
                 for begin in range(0, tensor.nbytes, SLICE):
@@ -316,7 +397,7 @@ class Reader:
                     if self._stop.is_set():
                         return
                     piece = Slice(tensor, begin, buffer, min(SLICE, tensor.nbytes - begin))
-                    _fill(file, piece.bytes)
+                    _fill(file, piece.bytes, path)
                     digest.update(piece.bytes)
                     self._full.put(piece)
         self._digests.append(digest.hexdigest())

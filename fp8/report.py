@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from ..files.text import first_few, shown
 from . import int8
 from .files import DTYPES, OnProgress, Progress, Tensor, TensorFiles, open_files
 from .recipe import COMFY_QUANT, SCALE_SUFFIXES, is_side_tensor
@@ -19,6 +20,7 @@ COMPARED = 2**19  # elements compared at once
 # The picture's colours from small to large errors, and its sizes in pixels.
 COLOURS = ((38, 70, 120), (42, 140, 150), (140, 190, 110), (240, 200, 90), (215, 80, 60))
 CELL, MARGIN, FONT_SIZE, LEGEND = (24, 20), 20, 13, 240
+ROWS, COLUMNS = 100, 64  # kinds and layers drawn at most; WorldStereo has 30 and 40
 
 
 @dataclass
@@ -171,6 +173,7 @@ class Report:
 
     @staticmethod
     def table(rows: list[tuple[str, WeightError]]) -> list[str]:
+        rows = [(shown(name), error) for name, error in rows]
         width = max(len(name) for name, _ in rows)
         scale = "  scale" if any(error.scale is not None for _, error in rows) else ""
         lines = [f"{'':<{width}}  SQNR dB  relative  RMS error  max error      zero{scale}"]
@@ -189,12 +192,14 @@ class Report:
         cells: dict[str, dict[int, float]] = {}
         for error in self.errors:
             kind, layer = kind_and_layer(error.name)
-            cells.setdefault(kind, {})[layer] = error.relative
+            if layer < COLUMNS and (kind in cells or len(cells) < ROWS):
+                cells.setdefault(kind, {})[layer] = error.relative
+        drawn = sum(map(len, cells.values()))
         every = [value for row in cells.values() for value in row.values()] or [0.0]
         low, high = min(every), max(every)
 
         font = ImageFont.load_default(FONT_SIZE)
-        label = int(max((font.getlength(kind) for kind in cells), default=0)) + 12
+        label = int(max((font.getlength(shown(kind)) for kind in cells), default=0)) + 12
         columns = 1 + max((layer for row in cells.values() for layer in row), default=0)
         top = MARGIN + 3 * CELL[1]
         width = 2 * MARGIN + max(label + columns * CELL[0], 2 * LEGEND)
@@ -203,12 +208,15 @@ class Report:
         draw = ImageDraw.Draw(image)
         text = lambda x, y, words, anchor="lm": draw.text((x, y), words, "black", font, anchor)
 
-        text(MARGIN, MARGIN + CELL[1] / 2, "Relative RMS error by layer (across) and kind of weight (down)")
+        heading = "Relative RMS error by layer (across) and kind of weight (down)"
+        if drawn < len(self.errors):
+            heading += f"; {drawn} of {len(self.errors)} weights are drawn"
+        text(MARGIN, MARGIN + CELL[1] / 2, heading)
         for column in range(columns):
             text(MARGIN + label + (column + 0.5) * CELL[0], top - CELL[1] / 2, str(column), "mm")
         for row, (kind, values) in enumerate(cells.items()):
             y = top + row * CELL[1]
-            text(MARGIN, y + CELL[1] / 2, kind)
+            text(MARGIN, y + CELL[1] / 2, shown(kind))
             for layer, value in values.items():
                 x = MARGIN + label + layer * CELL[0]
                 draw.rectangle((x, y, x + CELL[0] - 2, y + CELL[1] - 2), _colour(value, low, high))
@@ -234,7 +242,7 @@ def _colour(value: float, low: float, high: float) -> tuple[int, ...]:
 def kind_and_layer(name: str) -> tuple[str, int]:
     """`blocks.7.attn1.to_q.weight` → (`blocks.N.attn1.to_q`, 7); the layer is 0 for a name without a number."""
     name = name.removesuffix(".weight")
-    number = re.search(r"(?<=\.)\d+(?=\.|$)", name)
+    number = re.search(r"(?<=\.)[0-9]{1,9}(?=\.|$)", name)
     return (name, 0) if number is None else (name[: number.start()] + "N" + name[number.end() :], int(number.group()))
 
 
@@ -251,23 +259,23 @@ def compare(first: str | Path, second: str | Path, on_progress: OnProgress | Non
     common = [name for name in b_weights if name in a_weights]
     if not common:
         raise ValueError(
-            f"{a.path.name} and {b.path.name} have no tensor name in common. One of them may have diffusers "
+            f"{shown(a.path.name)} and {shown(b.path.name)} have no tensor name in common. One of them may have diffusers "
             "names and the other native Wan names: compare files of the same names."
         )
     notes = []
     for files, mine, other in ((a, a_weights, b_weights), (b, b_weights, a_weights)):
         alone = [name for name in mine if name not in other]
         if alone:
-            notes.append(
-                f"{len(alone)} tensors are only in {files.path.name}: {', '.join(alone[:WORST])}"
-                f"{' …' if len(alone) > WORST else ''}"
-            )
+            notes.append(f"{len(alone)} tensors are only in {shown(files.path.name)}: {first_few(alone, WORST)}")
     errors, same, done, started = [], 0, 0, time.monotonic()
     total = sum(b_weights[name].nbytes for name in common)
     for number, name in enumerate(common, 1):
         mine, other = a_weights[name], b_weights[name]
         if mine.shape != other.shape:
-            notes.append(f"{name} is {list(mine.shape)} in {a.path.name}, {list(other.shape)} in {b.path.name}")
+            notes.append(
+                f"{shown(name)} is {list(mine.shape)} in {shown(a.path.name)}, {list(other.shape)} in "
+                f"{shown(b.path.name)}"
+            )
             continue
         if not mine.count:
             continue
@@ -285,14 +293,14 @@ def compare(first: str | Path, second: str | Path, on_progress: OnProgress | Non
             if on_progress is not None:
                 on_progress(Progress(done, total, number, len(common), time.monotonic() - started))
         if not math.isfinite(error.error_squares):
-            notes.append(f"{name} holds NaN or infinite values and is left out")
+            notes.append(f"{shown(name)} holds NaN or infinite values and is left out")
         elif error.max == 0 and b_scale is None:
             same += 1
         else:
             errors.append(error)
     heading = [
-        ("reference", a.path.name),
-        ("compared", b.path.name),
+        ("reference", shown(a.path.name)),
+        ("compared", shown(b.path.name)),
         ("weights", f"{len(errors)} compared below, {same} more are equal in both and not quantised"),
     ]
     return Report(heading, errors, notes=notes)
@@ -311,7 +319,7 @@ def _group(files: TensorFiles, tensor: Tensor) -> int:
     described = files.tensors.get(tensor.name.removesuffix("weight") + COMFY_QUANT)
     if tensor.dtype != "I8" or described is None:
         return 0
-    where = f"{files.path.name}: {described.name}"
+    where = f"{shown(files.path.name)}: {shown(described.name)}"
     content = b"".join(piece.numpy().tobytes() for piece in files.slices(described))
     group = int8.group_of(int8.read_description(content, where))
     int8.check_group(group, tensor.shape[-1], where)
@@ -328,7 +336,7 @@ def _scale(files: TensorFiles, tensor: Tensor) -> torch.Tensor | None:
         return torch.ones(1, 1, dtype=torch.float64)
     if found[0].count != 1 and (tensor.dtype != "I8" or found[0].count != tensor.shape[0]):
         raise ValueError(
-            f"{files.path.name}: {found[0].name} has the shape {list(found[0].shape)}. Only one scale for the "
+            f"{shown(files.path.name)}: {shown(found[0].name)} has the shape {list(found[0].shape)}. Only one scale for the "
             "whole weight, or for INT8 one for each row, can be compared."
         )
     return torch.cat(list(files.slices(found[0]))).double().reshape(-1, 1)

@@ -3,37 +3,28 @@
 import functools
 import logging
 import os
-from pathlib import Path
 
 import comfy.model_management
 import torch
 from comfy.quant_ops import QuantizedTensor
 
+from ..files.text import first_few
 from ..fp8.activations import backend
 from ..fp8.int8 import INT8
 from ..fp8.linear import matmul_refusal, operations
 from ..fp8.recipe import FP8
 from ..worldstereo.attention import cudnn_is_faster, prefer_cudnn
 from ..worldstereo.comfy_model import WorldStereoModelConfig
-from ..worldstereo.config import (
-    CONFIG_FILE,
-    LATENT_CHANNELS,
-    SPATIAL_DOWNSCALE,
-    ConfigMismatch,
-    WorldStereoConfig,
-    assumptions,
-    config_beside,
-    parse_config,
-    read_config,
-)
+from ..worldstereo.config import LATENT_CHANNELS, SPATIAL_DOWNSCALE, WorldStereoConfig, assumptions, find_config
 from ..worldstereo.shapes import backbone_shapes, native_shapes
 from . import lora
-from .checkpoint import Checkpoint, first_few
+from .checkpoint import Checkpoint
 from .patcher import make_patcher, resident_bytes
 
 lora.register()
 
 REFERENCES = 8  # what the memory line reckons with
+LINE = 250  # characters of a tensor's name and shapes in a message
 # Without these a file has no size of its own: it is no whole model.
 ANCHORS = (
     "patch_embedding.weight",
@@ -49,50 +40,19 @@ CONTROL_ANCHORS = (
 )
 
 
-def _read_config(checkpoint: Checkpoint, shapes: dict) -> tuple[WorldStereoConfig, dict]:
-    """The configuration from config.json beside the file, else from the file's metadata, else the defaults; and the
-    JSON it was read from.
-
-    Raises ValueError for one that is not JSON, and for one of the metadata that does not fit the tensors. A config.json
-    may be that of another WorldStereo file in the folder: where it does not fit the tensors it is passed over, and the
-    log says so, as it does where the file's own says otherwise.
-    """
-    beside = config_beside(checkpoint.path)
-    own = parse_config(checkpoint.metadata.get("config", "{}"), f"{checkpoint.path.name}: the config in its metadata")
-    if beside is not None:
-        where = checkpoint.path.with_name(CONFIG_FILE)
-        content = parse_config(beside, str(where))
-        try:
-            config = read_config(shapes, content)
-        except ConfigMismatch as e:
-            logging.warning(f"{where} is not of {checkpoint.path.name} and is not used: {e}")
-        else:
-            if own.get("model_type") not in (None, config.model_type):
-                logging.warning(
-                    f"{where} is used ({config.model_type}), but {checkpoint.path.name} says that it is "
-                    f"{own['model_type']}. If they do not belong together, give each model a folder of its own."
-                )
-            return config, content
-    try:
-        return read_config(shapes, own), own
-    except ConfigMismatch as e:
-        raise ValueError(f"{checkpoint.path.name}: the config in its metadata does not fit its tensors: {e}") from e
-
-
 def _overlay(checkpoint: Checkpoint, base: Checkpoint | None) -> dict[str, Checkpoint]:
     """Which file each tensor comes from: the checkpoint, and the base for what it lacks."""
     missing = [name for name in CONTROL_ANCHORS if name not in checkpoint.weights]
     if missing:
         raise ValueError(
-            f"{checkpoint.path.name} lacks {first_few(missing)}: it has no WorldStereo control branch, or only "
+            f"{checkpoint.name} lacks {first_few(missing)}: it has no WorldStereo control branch, or only "
             "a part of one. Choose a WorldStereo checkpoint."
         )
     source = dict.fromkeys(checkpoint.weights, checkpoint)
     if base is not None:
         if any(name.startswith("controlnet.") for name in base.weights):
             raise ValueError(
-                f"base_model {base.path.name} is a WorldStereo checkpoint. The base is a plain "
-                "Wan2.1-I2V-14B-480P model."
+                f"base_model {base.name} is a WorldStereo checkpoint. The base is a plain Wan2.1-I2V-14B-480P model."
             )
         source = dict.fromkeys(base.weights, base) | source
     missing = [name for name in ANCHORS if name not in source]
@@ -104,11 +64,11 @@ def _overlay(checkpoint: Checkpoint, base: Checkpoint | None) -> dict[str, Check
 def _overlay_error(checkpoint: Checkpoint, base: Checkpoint | None, missing: list[str]) -> ValueError:
     if base is not None:
         return ValueError(
-            f"base_model {base.path.name} lacks {first_few(missing)}, and so does {checkpoint.path.name}. "
+            f"base_model {base.name} lacks {first_few(missing)}, and so does {checkpoint.name}. "
             "The base is a whole Wan2.1-I2V-14B-480P model."
         )
     return ValueError(
-        f"{checkpoint.path.name} is an overlay: it lacks backbone tensors ({first_few(missing)}). Choose the "
+        f"{checkpoint.name} is an overlay: it lacks backbone tensors ({first_few(missing)}). Choose the "
         "Wan2.1-I2V-14B-480P model it was made on as base_model."
     )
 
@@ -123,19 +83,19 @@ def _account(
     """Every expected tensor is there in its shape, and no other. Raises ValueError otherwise."""
     expected = native_shapes(config)
     missing = [name for name in expected if name not in shapes]
-    if missing and all(name in backbone_shapes(config) for name in missing):
+    if missing and backbone_shapes(config).keys() >= set(missing):
         raise _overlay_error(checkpoint, base, missing)
     if missing:
         raise ValueError(
-            f"{checkpoint.path.name} lacks {len(missing)} tensors: {first_few(missing)}. The file is not whole."
+            f"{checkpoint.name} lacks {len(missing)} tensors: {first_few(missing)}. The file is not whole."
         )
     unexpected = [
-        f"{source[name].weights[name].name} (in {source[name].path.name})" for name in shapes if name not in expected
+        f"{source[name].weights[name].name} (in {source[name].name})" for name in shapes if name not in expected
     ]
     if unexpected:
         raise ValueError(
-            f"{checkpoint.path.name}: {len(unexpected)} tensors have no place in a {config.model_type} "
-            f"model of {config.num_layers} layers: {first_few(unexpected)}. Choose another file."
+            f"{checkpoint.name}: {len(unexpected)} tensors have no place in a {config.model_type} "
+            f"model of {config.num_layers} layers: {first_few(unexpected, length=LINE)}. Choose another file."
         )
     wrong = [
         f"{source[name].weights[name].name} is {list(shapes[name])}, expected {list(shape)}"
@@ -144,7 +104,7 @@ def _account(
     ]
     if wrong:
         raise ValueError(
-            f"{checkpoint.path.name}: wrong shapes: {first_few(wrong)}. The file is damaged, or of another model."
+            f"{checkpoint.name}: wrong shapes: {first_few(wrong, length=LINE)}. The file is damaged, or of another model."
         )
 
 
@@ -178,7 +138,8 @@ def load_worldstereo(
         matmul_refusal(compute, dtype_of_file, device)  # raises for a compute that cannot be had
     source = _overlay(checkpoint, base)
     shapes = {name: file.weights[name].shape for name, file in source.items()}
-    config, content = _read_config(checkpoint, shapes)
+    found = find_config(checkpoint.path, checkpoint.config, shapes)
+    config = found.config
     _account(checkpoint, base, source, shapes, config)
 
     tensors = {}
@@ -204,8 +165,8 @@ def load_worldstereo(
         load_worldstereo,
         (str(path), compute, dtype, None if base is None else str(base.path), prompt_cache),
     )
-    logging.info(_summary(Path(path).name, model, config, compute, dtype, device))
-    if assumed := assumptions(Path(path).name, content, config):
+    logging.info(_summary(checkpoint.name, model, config, compute, dtype, device))
+    if assumed := assumptions(checkpoint.name, found.content, config):
         logging.info(assumed)
     if not comfy.model_management.is_device_cpu(device):
         logging.info(_memory(model, config, device))

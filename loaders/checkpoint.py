@@ -8,14 +8,17 @@ import comfy.utils
 import torch
 
 from .. import remap
-from ..files.text import shown
+from ..files.json import CONFIG_LIMIT
+from ..files.regular import open_regular
+from ..files.text import first_few, shown
 from ..fp8 import int8
 from ..fp8.files import DTYPES, Tensor, read_header
 from ..fp8.recipe import COMFY_QUANT, FP8, INPUT_SCALE_SUFFIXES, MARKER, SCALE_SUFFIX, SCALE_SUFFIXES, dequantise
+from ..worldstereo.config import CONFIG_TENSOR
 
 FLOATS = ("F32", "F16", "BF16")
 FORMATS = {"F8_E4M3": "float8_e4m3fn", "I8": int8.FORMAT}  # ComfyUI's names of what is loaded here, by dtype
-COMFY_QUANT_LIMIT = 64 * 2**10  # bytes of a layer's description
+COMFY_QUANT_LIMIT = 4096  # bytes of a layer's description; the longest known have 100
 
 # How other model files are told apart, by a part of one of their tensors' names.
 KINDS = (
@@ -33,12 +36,6 @@ KINDS = (
     ("joint_blocks.", "a Stable Diffusion 3 model: load it with Load Diffusion Model"),
     ("input_blocks.", "a Stable Diffusion model: load it with Load Checkpoint"),
 )
-
-
-def first_few(names, limit: int = 4) -> str:
-    """The first few of some names, and how many more there are."""
-    names = list(names)
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
 def describe(names) -> str:
@@ -73,23 +70,31 @@ class Checkpoint:
     """The tensors of one file by native name.
 
     weights: weights, biases and parameters. scales: layer name to the entry of its weight's scale. quant: layer name
-    to the entry of its `comfy_quant` marker, and formats to what it says.
+    to the entry of its `comfy_quant` marker, and formats to what it says. config: the text of the configuration in the
+    file, or None.
 
+    A file with ComfyUI's prefix may be a checkpoint with a VAE and text encoders: what has no prefix is not read.
     Raises ValueError for two names of one tensor, two scales of one layer, and tensors that are no WorldStereo's.
     """
 
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
-        entries, self.metadata = read_header(path)
+        self.name = shown(self.path.name)
+        entries, metadata = read_header(path)
+        self.config = metadata.get("config")
         self.weights: dict[str, Tensor] = {}
         self.scales: dict[str, Tensor] = {}
         self.quant: dict[str, Tensor] = {}
         self.formats: dict[str, dict] = {}
         unknown = []
+        saved_by_comfyui = any(name.startswith(remap.PREFIXES[0]) for name in entries)
         for name, entry in entries.items():
-            native = native_name(name)
-            if name.split(".")[-1] == MARKER:
+            if name.split(".")[-1] == MARKER or (saved_by_comfyui and not name.startswith(remap.PREFIXES[0])):
                 continue
+            if remap.without_prefix(name) == CONFIG_TENSOR:
+                self.config = self._text(entry, CONFIG_LIMIT)
+                continue
+            native = native_name(name)
             if native is None:
                 unknown.append(name)
                 continue
@@ -103,30 +108,26 @@ class Checkpoint:
                     break
             if key in table:
                 what = f"two scales for {key}" if table is self.scales else f"{key} twice"
-                raise ValueError(f"{self.path.name} holds {what}: {table[key].name} and {name}. Keep one of them.")
+                raise ValueError(f"{self.name} holds {what}: {table[key].name} and {name}. Keep one of them.")
             table[key] = entry
         self._read_formats()
         if not self.weights or (unknown and "controlnet.proj_in.weight" not in self.weights):
-            raise ValueError(f"{self.path.name} is not a WorldStereo checkpoint. It looks like {describe(entries)}.")
+            raise ValueError(f"{self.name} is not a WorldStereo checkpoint. It looks like {describe(entries)}.")
         if unknown:
-            raise ValueError(
-                f"{self.path.name} holds tensors that belong to no WorldStereo model: {first_few(unknown)}."
-            )
+            raise ValueError(f"{self.name} holds tensors that belong to no WorldStereo model: {first_few(unknown)}.")
         self._check_dtypes()
 
     def _read_formats(self):
         """What the `comfy_quant` of each layer says. Raises ValueError for a format that is not loaded here."""
-        with open(self.path, "rb") as file:
-            for layer, entry in self.quant.items():
-                file.seek(entry.begin)
-                where = f"{self.path.name}: {entry.name}"
-                quant = int8.read_description(file.read(min(entry.nbytes, COMFY_QUANT_LIMIT)), where)
-                if quant["format"] not in FORMATS.values():
-                    raise ValueError(
-                        f"{where} says the format is {shown(quant['format'])}; only {' and '.join(FORMATS.values())} "
-                        "are loaded here."
-                    )
-                self.formats[layer] = quant
+        for layer, entry in self.quant.items():
+            where = f"{self.name}: {entry.name}"
+            quant = int8.read_description(self._text(entry, COMFY_QUANT_LIMIT).encode(), where)
+            if quant["format"] not in FORMATS.values():
+                raise ValueError(
+                    f"{where} says the format is {shown(quant['format'])}; only {' and '.join(FORMATS.values())} "
+                    "are loaded here."
+                )
+            self.formats[layer] = quant
 
     def quantised_dtypes(self) -> list[torch.dtype]:
         """The dtypes of the matrices that are quantised."""
@@ -134,7 +135,7 @@ class Checkpoint:
         return [DTYPES[dtype] for dtype in FORMATS if dtype in found]
 
     def _check_int8(self, layer: str, entry: Tensor):
-        where, scale = f"{self.path.name}: {entry.name}", self.scales.get(layer)
+        where, scale = f"{self.name}: {entry.name}", self.scales.get(layer)
         described = self.formats.get(layer, {}).get("format") == int8.FORMAT
         if len(entry.shape) != 2 or not described or scale is None:
             raise ValueError(
@@ -143,15 +144,29 @@ class Checkpoint:
             )
         if scale.count not in (1, entry.shape[0]) or scale.dtype not in FLOATS:
             raise ValueError(
-                f"{self.path.name}: {scale.name} is {scale.dtype} {list(scale.shape)}; an INT8 weight has one scale, "
+                f"{self.name}: {scale.name} is {scale.dtype} {list(scale.shape)}; an INT8 weight has one scale, "
                 f"or one for each of its {entry.shape[0]} rows."
             )
-        int8.check_group(
-            int8.group_of(self.formats[layer]), entry.shape[1], f"{self.path.name}: {self.quant[layer].name}"
-        )
+        int8.check_group(int8.group_of(self.formats[layer]), entry.shape[1], f"{self.name}: {self.quant[layer].name}")
+
+    def _text(self, entry: Tensor, limit: int) -> str:
+        """The text that a tensor of bytes holds."""
+        if entry.dtype != "U8" or len(entry.shape) != 1 or entry.nbytes > limit:
+            raise ValueError(
+                f"{self.name}: {entry.name} is {shown(entry.dtype)} {list(entry.shape)}; it is a text of at most "
+                f"{limit} bytes (U8). The file is damaged; make it again."
+            )
+        with open_regular(self.path) as file:
+            file.seek(entry.begin)
+            return file.read(entry.nbytes).decode("utf-8", "replace")
 
     def _check_dtypes(self):
         for native, entry in self.weights.items():
+            if not entry.count:
+                raise ValueError(
+                    f"{self.name}: {entry.name} has the shape {list(entry.shape)}, no element at all. The file is "
+                    "damaged; download or make it again."
+                )
             layer = native.removesuffix(".weight")
             if entry.dtype == "I8" and native.endswith(".weight"):
                 self._check_int8(layer, entry)
@@ -159,12 +174,12 @@ class Checkpoint:
             quantised = entry.dtype == "F8_E4M3"
             if entry.dtype not in FLOATS and not (quantised and native.endswith(".weight") and len(entry.shape) > 1):
                 raise ValueError(
-                    f"{self.path.name}: {entry.name} is {entry.dtype}; weights are BF16, FP16, FP32, or "
+                    f"{self.name}: {entry.name} is {shown(entry.dtype)}; weights are BF16, FP16, FP32, or "
                     "float8_e4m3fn or int8 with a scale, and the other tensors are never quantised."
                 )
             if quantised and layer not in self.scales:
                 raise ValueError(
-                    f"{self.path.name}: {entry.name} is FP8 but has no scale ({layer}.{SCALE_SUFFIX}): its "
+                    f"{self.name}: {entry.name} is FP8 but has no scale ({layer}.{SCALE_SUFFIX}): its "
                     "values cannot be restored. Use a scaled-FP8 file, or cook one with Cook FP8."
                 )
         for table in (self.scales, self.quant):
@@ -172,18 +187,18 @@ class Checkpoint:
                 weight = self.weights.get(f"{layer}.weight")
                 if weight is None:
                     raise ValueError(
-                        f"{self.path.name}: {entry.name} is of a weight that is missing. The file is not whole; "
+                        f"{self.name}: {entry.name} is of a weight that is missing. The file is not whole; "
                         "download or make it again."
                     )
                 # A convolution left in BF16 may carry the scale it would have had; a matrix may not.
                 if weight.dtype not in FORMATS and len(weight.shape) < 3:
                     raise ValueError(
-                        f"{self.path.name}: {entry.name} scales {weight.name}, which is {weight.dtype}, "
+                        f"{self.name}: {entry.name} scales {weight.name}, which is {shown(weight.dtype)}, "
                         "not FP8 or INT8. The file is inconsistent; make it again."
                     )
                 if layer in self.formats and self.formats[layer]["format"] != FORMATS.get(weight.dtype):
                     raise ValueError(
-                        f"{self.path.name}: {weight.name} is {weight.dtype}, but {self.quant[layer].name} says "
+                        f"{self.name}: {weight.name} is {weight.dtype}, but {self.quant[layer].name} says "
                         f"{self.formats[layer]['format']}. The file is inconsistent; make it again."
                     )
         for layer, entry in self.scales.items():
@@ -191,7 +206,7 @@ class Checkpoint:
                 self.weights[f"{layer}.weight"].dtype != "I8" and entry.shape not in ((), (1,))
             ) or entry.dtype not in FLOATS:
                 raise ValueError(
-                    f"{self.path.name}: {entry.name} is {entry.dtype} {list(entry.shape)}; a scale is one "
+                    f"{self.name}: {entry.name} is {shown(entry.dtype)} {list(entry.shape)}; a scale is one "
                     "number for the whole weight."
                 )
 
@@ -206,7 +221,12 @@ class Checkpoint:
 
         Raises ValueError for a scale that is not a positive number.
         """
-        tensors = comfy.utils.load_torch_file(str(self.path))
+        try:
+            tensors = comfy.utils.load_torch_file(str(self.path))
+        except Exception as e:  # of the safetensors library or core, neither of which names the file
+            raise ValueError(
+                f"{self.name} cannot be read by ComfyUI ({type(e).__name__}: {shown(e)}). Download or make it again."
+            ) from e
         out = {}
         for native in keep:
             entry = self.weights[native]
@@ -219,7 +239,7 @@ class Checkpoint:
             wrong = ~(torch.isfinite(scale) & (scale > 0))
             if wrong.any():
                 raise ValueError(
-                    f"{self.path.name}: {self.scales[layer].name} is {scale[wrong][0].item()}; a scale is a positive "
+                    f"{self.name}: {self.scales[layer].name} is {scale[wrong][0].item()}; a scale is a positive "
                     "number. The file is damaged; download or make it again."
                 )
             if tensor.ndim > 2:

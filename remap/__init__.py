@@ -7,6 +7,7 @@ attention class serves there too.
 
 import re
 
+from ..files.text import shown
 from ..fp8.recipe import COMFY_QUANT, INPUT_SCALE_SUFFIXES, SCALE_SUFFIXES
 
 # (diffusers, native); `N` stands for a block number.
@@ -68,13 +69,16 @@ SUFFIXES = ("weight", "bias", *SCALE_SUFFIXES, *INPUT_SCALE_SUFFIXES, COMFY_QUAN
 MODEL_PREFIX = "diffusion_model."  # of the diffusion model's tensors in a ComfyUI model
 PREFIXES = (f"model.{MODEL_PREFIX}", MODEL_PREFIX)  # ComfyUI's Save nodes write these
 
-_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
+MAX_NAME = 300  # characters; the longest name of a checkpoint has under 100
+_NUMBER = re.compile(r"(?<=\.)(?:0|[1-9][0-9]{0,2})(?=\.|$)")  # no model has a thousand blocks
 _TO_NATIVE = dict(MODULES), dict(PARAMETERS)
 _TO_DIFFUSERS = tuple({native: diffusers for diffusers, native in table} for table in (MODULES, PARAMETERS))
 
 
 def _rename(name: str, modules: dict, parameters: dict) -> str | None:
     """Looks `name` up with each of its numbers taken in turn as the block number (or none of them)."""
+    if len(name) > MAX_NAME:
+        return None
     numbers = [(None, name)] + [(m.group(), name[: m.start()] + "N" + name[m.end() :]) for m in _NUMBER.finditer(name)]
     for number, pattern in numbers:
         found = parameters.get(pattern)
@@ -96,7 +100,7 @@ def to_native(name: str) -> str:
     """
     found = _rename(name, *_TO_NATIVE)
     if found is None:
-        raise KeyError(f"{name} is not a diffusers name of WorldStereo or Wan2.1-I2V")
+        raise KeyError(f"{shown(name)} is not a diffusers name of WorldStereo or Wan2.1-I2V")
     return found
 
 
@@ -107,7 +111,7 @@ def to_diffusers(name: str) -> str:
     """
     found = _rename(name, *_TO_DIFFUSERS)
     if found is None:
-        raise KeyError(f"{name} is not a native name of WorldStereo or Wan2.1-I2V")
+        raise KeyError(f"{shown(name)} is not a native name of WorldStereo or Wan2.1-I2V")
     return found
 
 

@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from toy import GOLDEN, golden_inputs, golden_weights, native, relative_error, run, source
 from worldstereo_fp8 import cook_worldstereo_fp8 as command
 from worldstereo_fp8 import remap
+from worldstereo_fp8.files import atomic
 from worldstereo_fp8.fp8 import cook as engine
 from worldstereo_fp8.fp8 import files as reading
 from worldstereo_fp8.fp8.cook import Options, cook, plan, verify
@@ -81,7 +82,7 @@ def sha256(path: Path) -> str:
 
 
 def temporaries(folder: Path) -> list[Path]:
-    return list(folder.glob("*" + engine.TEMPORARY))
+    return list(folder.glob("*" + atomic.GROWING))
 
 
 @pytest.fixture(scope="module")
@@ -222,9 +223,16 @@ def test_which_config(sources, tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "another"}')
     assert config_of() == inside
     (tmp_path / "config.json").write_text('{"model_type": "worldstereo-camera"}')
-    assert config_of() == '{"model_type": "worldstereo-camera"}'
-    (tmp_path / "given.json").write_text('{"nframe": 5}')
-    assert config_of("--config", tmp_path / "given.json") == '{"nframe": 5}'
+    assert config_of() == inside  # another variant's: with it the result would not load
+    load_worldstereo(tmp_path / "out.safetensors")
+    beside = json.dumps(json.loads(inside) | {"nframe": 5})
+    (tmp_path / "config.json").write_bytes(beside.encode("utf-8-sig"))
+    assert config_of() == beside
+    (tmp_path / "config.json").write_bytes(beside.encode("utf-16"))
+    assert config_of() == beside
+    given = json.dumps(json.loads(inside) | {"nframe": 7})
+    (tmp_path / "given.json").write_text(given)
+    assert config_of("--config", tmp_path / "given.json") == given
     (tmp_path / "config.json").write_bytes('{"model_type": "another"}'.encode("utf-16"))
     assert config_of() == inside
 
@@ -233,8 +241,9 @@ def test_which_config(sources, tmp_path):
 def test_a_config_that_is_not_json(sources, tmp_path, name):
     shutil.copy(sources / "bf16.safetensors", tmp_path)
     (tmp_path / name).write_text('{"model_type": "worldstereo-camera"')
+    files = open_files(tmp_path / "bf16.safetensors")
     with pytest.raises(ValueError, match=f"{name} is not JSON"):
-        config_to_embed(tmp_path / "bf16.safetensors", {}, tmp_path / name if name == "given.json" else None)
+        config_to_embed(files, tmp_path / name if name == "given.json" else None)
 
 
 @pytest.mark.parametrize("case", ["memory_dmd", "camera", "camera_maskds4"])
@@ -432,7 +441,7 @@ def test_disk_full_half_way(sources, tmp_path):
 def test_another_run_at_work_is_left_alone(sources, tmp_path):
     def on_progress(progress):
         if progress.nbytes == progress.total_nbytes:
-            with pytest.raises(FileExistsError, match="is being cooked already"):
+            with pytest.raises(FileExistsError, match="is being made already"):
                 cook(sources / "bf16.safetensors", tmp_path / "out.safetensors")
             cook(sources / "bf16.safetensors", tmp_path / "other.safetensors")
 
@@ -442,20 +451,107 @@ def test_another_run_at_work_is_left_alone(sources, tmp_path):
 
 def test_two_runs_that_meet_before_the_lock(sources, tmp_path, monkeypatch):
     """The other takes the file for an abandoned one between its making and its locking."""
-    temporary = tmp_path / f"out{engine.TEMPORARY}"
-    lock = engine._lock
+    temporary = tmp_path / f"out.safetensors{atomic.GROWING}"
+    lock = atomic._lock
 
     def meet(file):
         if Path(file.name) == temporary and file.writable():
-            monkeypatch.setattr(engine, "_lock", lock)
-            engine._remove_abandoned(tmp_path)
+            monkeypatch.setattr(atomic, "_lock", lock)
+            atomic._remove_abandoned(tmp_path / "out.safetensors")
             temporary.write_bytes(b"the other's")
         return lock(file)
 
-    monkeypatch.setattr(engine, "_lock", meet)
-    with pytest.raises(FileExistsError, match="being cooked already"):
+    monkeypatch.setattr(atomic, "_lock", meet)
+    with pytest.raises(FileExistsError, match="being made already"):
         cook(sources / "bf16.safetensors", tmp_path / "out.safetensors")
     assert not (tmp_path / "out.safetensors").exists() and temporary.read_bytes() == b"the other's"
+
+
+def test_a_result_that_cannot_take_its_name_is_kept_under_another(sources, tmp_path, monkeypatch):
+    """Windows replaces no file that a program has mapped: the work is not thrown away."""
+    target = tmp_path / "out.safetensors"
+    target.write_bytes(b"mapped")
+    replace = os.replace
+
+    def held(first, second):
+        if Path(second) == target:
+            raise PermissionError(errno.EACCES, "Access is denied", str(second))
+        replace(first, second)
+
+    monkeypatch.setattr(os, "replace", held)
+    with pytest.raises(OSError, match=r"out\.safetensors could not be put in place.*finished file is out-2\.safeten"):
+        cook(sources / "bf16.safetensors", target, overwrite=True)
+    assert (
+        target.read_bytes() == b"mapped" and verify(tmp_path / "out-2.safetensors", sources / "bf16.safetensors") == []
+    )
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out-2.safetensors", "out.safetensors"]
+
+
+def test_where_open_files_lock_themselves(sources, tmp_path, monkeypatch):
+    """As on Windows, which has no fcntl: renamed once closed; nothing is left after a failure."""
+    monkeypatch.setattr(atomic, "fcntl", None)
+    cook(sources / "bf16.safetensors", tmp_path / "out.safetensors")
+    with pytest.raises(Cancelled):
+        cook(sources / "bf16.safetensors", tmp_path / "more.safetensors", on_progress=raise_cancelled)
+    assert [p.name for p in tmp_path.iterdir()] == ["out.safetensors"]
+
+
+def raise_cancelled(progress):
+    raise Cancelled
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no FIFOs")
+def test_what_else_may_lie_under_a_temporarys_name(sources, tmp_path, monkeypatch):
+    """Another run's that is gone between listing and opening, a FIFO (which would be waited for), a folder."""
+    os.mkfifo(tmp_path / "fifo.safetensors.cooking")
+    (tmp_path / "folder.safetensors.cooking").mkdir()
+    glob = Path.glob
+    gone = tmp_path / "gone.safetensors.cooking"
+    monkeypatch.setattr(Path, "glob", lambda path, pattern: [*glob(path, pattern), gone])
+    cook(sources / "bf16.safetensors", tmp_path / "out.safetensors")
+    assert (tmp_path / "out.safetensors").is_file()
+    with pytest.raises(FileExistsError, match=r"another run has fifo\.safetensors\.cooking"):
+        cook(sources / "bf16.safetensors", tmp_path / "fifo.safetensors")
+
+
+def test_names_that_are_refused_before_the_work(sources, tmp_path):
+    (tmp_path / "folder.safetensors").mkdir()
+    (tmp_path / "link.safetensors").symlink_to(tmp_path / "nowhere")
+    never = lambda progress: pytest.fail("the source was read")
+    for name, overwrite, message in (
+        ("folder.safetensors", True, "is a folder"),
+        ("link.safetensors", False, "exists already"),
+        ("model-00001-of-00002.safetensors", False, "is the name of one shard"),
+    ):
+        with pytest.raises((ValueError, FileExistsError), match=message):
+            cook(sources / "bf16.safetensors", tmp_path / name, overwrite=overwrite, on_progress=never)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["folder.safetensors", "link.safetensors"]
+
+
+@pytest.mark.parametrize("change", ["written", "replaced", "cut"])
+def test_a_source_that_changes_while_it_is_cooked(sources, tmp_path, change):
+    source_file = Path(shutil.copy(sources / "bf16.safetensors", tmp_path))
+
+    def on_progress(progress):
+        if progress.tensors == 20:
+            if change == "written":
+                with open(source_file, "r+b") as file:
+                    file.seek(-4, 2)
+                    file.write(b"\0\1\0\1")
+            elif change == "replaced":
+                shutil.copy(sources / "bf16.safetensors", tmp_path / "new")
+                os.replace(tmp_path / "new", source_file)
+            else:
+                os.truncate(source_file, source_file.stat().st_size - 2)
+
+    with pytest.raises(ValueError, match=r"bf16\.safetensors .*changed while it was read"):
+        cook(source_file, tmp_path / "out.safetensors", on_progress=on_progress)
+    assert [p.name for p in tmp_path.iterdir()] == ["bf16.safetensors"]
+
+
+def test_cuda_or_the_cpu():
+    devices = [engine.cooking_device(torch.device(name)).type for name in ("cuda:0", "mps", "xpu", "cpu")]
+    assert devices == ["cuda", "cpu", "cpu", "cpu"]
 
 
 MEMORY = """

@@ -1,5 +1,6 @@
 """WorldStereo as a ComfyUI model: conditions, memory estimate and model configuration, as ComfyUI's samplers see them."""
 
+import json
 import weakref
 
 import comfy.conds
@@ -13,7 +14,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..fp8.arithmetic import UPCAST
 from .blocks import CHUNK, UPCAST_QUERIES
-from .config import MASK_CAM_CHANNELS, PATCH, SPATIAL_DOWNSCALE, WorldStereoConfig
+from .config import CONFIG_TENSOR, MASK_CAM_CHANNELS, PATCH, SPATIAL_DOWNSCALE, WorldStereoConfig, config_content
 from .model import WorldStereoModel
 from .preview import KeyframeLatents
 from .prompt_cache import COMING_TIMESTEPS, WEIGHTS
@@ -151,3 +152,9 @@ class WorldStereoModelConfig(comfy.supported_models.WAN21_I2V):
 
     def get_model(self, state_dict, prefix="", device=None):
         return WorldStereo(self, device=device)
+
+    def process_unet_state_dict_for_saving(self, state_dict):
+        """Core's names, and the configuration as a tensor: ModelSave and CheckpointSave let a model add no metadata."""
+        text = json.dumps(config_content(self.unet_config["config"])).encode()
+        config = {CONFIG_TENSOR: torch.tensor(list(text), dtype=torch.uint8)}
+        return super().process_unet_state_dict_for_saving(state_dict | config)

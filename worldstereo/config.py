@@ -1,12 +1,21 @@
 """What a WorldStereo checkpoint is: sizes from its tensors' shapes, the rest from its config.json or the defaults."""
 
-import json
+import codecs
 import logging
 import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from .. import remap
+from ..files import json
+from ..files.json import CONFIG_LIMIT
+from ..files.regular import read_regular
+from ..files.text import shown
+from ..fp8.files import TensorFiles
+from ..fp8.recipe import is_side_tensor
+
 CONFIG_FILE = "config.json"
+CONFIG_TENSOR = "worldstereo_config"  # the same text as UTF-8, in files that ComfyUI's Save nodes write
 CAMERA, MEMORY, MEMORY_DMD = MODEL_TYPES = ("worldstereo-camera", "worldstereo-memory", "worldstereo-memory-dmd")
 
 REPOSITORY = "https://huggingface.co/hanshanxue/WorldStereo"  # of the published checkpoints and their config.json
@@ -24,6 +33,28 @@ CAMERA_QT = 7  # quaternion and translation
 PATCH = (1, 2, 2)
 WAN_480P_SHIFT = 3.0  # flow shift Wan 2.1 recommends at 480p; for the variants that were not distilled
 SPATIAL_DOWNSCALE = 8  # of the Wan VAE
+
+# What a configuration may ask for: what the model was made for, with room above. Memory and time follow from these.
+MAX_FRAMES = 81
+MAX_SIZES = 64  # entries of scale_map
+MAX_PIXELS = 2**20  # of one of them
+MAX_STEPS = 100
+MAX_PROMPT = 10_000  # characters
+MAX_MASK_KERNEL = 4  # frames
+TIMESTEPS = 1000  # sigma = timestep / 1000
+
+# The tensors that sizes are read from, and how many axes they have.
+RANKS = {
+    "patch_embedding.weight": 5,
+    "blocks.0.ffn.0.weight": 2,
+    "time_embedding.0.weight": 2,
+    "text_embedding.0.weight": 2,
+    "img_emb.proj.1.weight": 2,
+    "camera_embedding.0.weight": 2,
+    "controlnet.proj_in.weight": 2,
+    "controlnet.controlnet_blocks.0.ffn.0.weight": 2,
+    "controlnet.controlnet_mask_embedding.mask_proj.0.weight": 5,
+}
 
 
 @dataclass(frozen=True)
@@ -57,8 +88,8 @@ class WorldStereoConfig:
     # sampling
     gen_shift: float = 5.0  # flow shift that the distilled variant was made with
     dmd_steps: int = 4
-    dmd_start_steps: int = 250
-    dmd_end_steps: int = 1000
+    dmd_start_steps: float = 250.0
+    dmd_end_steps: float = 1000.0
 
     @property
     def has_memory(self) -> bool:
@@ -80,65 +111,148 @@ class ConfigMismatch(ValueError):
     """A configuration that a checkpoint cannot have."""
 
 
-def parse_config(text: str, where: str) -> dict:
-    """The content of a config.json. Raises ValueError, naming `where` it stands, if it is not a JSON object."""
+class WrongShapes(ValueError):
+    """Tensors whose shapes are no WorldStereo model's, whatever the configuration."""
+
+
+@dataclass(frozen=True)
+class FoundConfig:
+    """The configuration that belongs to a model file: as text (None where there is none), as JSON, as it was read."""
+
+    text: str | None
+    content: dict
+    config: WorldStereoConfig
+
+
+def find_config(path: Path, own: str | None, shapes: dict, given: Path | None = None) -> FoundConfig:
+    """Which configuration belongs to a model file: the given one, else the config.json beside it, else its own.
+
+    own: the text in the file itself. shapes: as for `read_config`.
+
+    A config.json beside the file may be another model's, for a folder of models is shared: where it is no
+    WorldStereo's or does not fit the tensors it is passed over, and the log says so, as it does where the file's own
+    says otherwise. Raises ValueError for one that is not a JSON object, ConfigMismatch where the given one, the file's
+    own or, without any, the defaults do not fit the tensors, and ValueError where no configuration would.
+    """
     try:
-        config = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as e:
-        raise ValueError(f"{where} is not JSON: {e}. Repair it, or remove it to use the defaults.") from e
-    if not isinstance(config, dict):
+        if given is not None:
+            return _fitting(_decoded(read_regular(given, CONFIG_LIMIT)), shown(given), shapes)
+        beside = path.with_name(CONFIG_FILE)
+        if beside.is_file():
+            text, where = _decoded(read_regular(beside, CONFIG_LIMIT)), shown(beside)
+            if "worldstereo" not in text:
+                logging.info(f"{where} is not a WorldStereo configuration and is not used")
+            else:
+                try:
+                    found = _fitting(text, where, shapes)
+                except ConfigMismatch as e:
+                    logging.warning(f"{where} is not of {shown(path.name)} and is not used: {e}")
+                else:
+                    _compare_types(path, where, found, own)
+                    return found
+        if own is not None:
+            return _fitting(own, f"{shown(path.name)}: its own config", shapes)
+        try:
+            return FoundConfig(None, {}, read_config(shapes, {}))
+        except ConfigMismatch as e:
+            raise ConfigMismatch(
+                f"{shown(path.name)} has no configuration, and the defaults do not fit its tensors: {e}. Put the "
+                f"{CONFIG_FILE} of the model beside it."
+            ) from e
+    except WrongShapes as e:
+        raise ValueError(f"{shown(path.name)}: {e}. The file is damaged, or of another model.") from e
+
+
+def config_to_embed(files: TensorFiles, given: Path | None = None) -> str | None:
+    """The text of the configuration that belongs to a source with diffusers names, None where there is none.
+
+    given: a config.json to take in any case. Raises ValueError as `find_config` does.
+    """
+    shapes = {remap.to_native(n): tensor.shape for n, tensor in files.tensors.items() if not is_side_tensor(n)}
+    return find_config(files.path, files.metadata.get("config"), shapes, given).text
+
+
+def _decoded(content: bytes) -> str:
+    utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return content.decode("utf-16" if utf16 else "utf-8-sig", "replace")
+
+
+def _fitting(text: str, where: str, shapes: dict) -> FoundConfig:
+    content = _parsed(text, where)
+    try:
+        return FoundConfig(text, content, read_config(shapes, content))
+    except ConfigMismatch as e:
+        raise ConfigMismatch(f"{where} does not fit its tensors: {e}") from e
+
+
+def _parsed(text: str, where: str) -> dict:
+    try:
+        content = json.parse(text, where)
+    except ValueError as e:
+        raise ValueError(f"{e}. Repair it, or remove it to use the defaults.") from e
+    if not isinstance(content, dict):
         raise ValueError(f"{where} is not a JSON object. Repair it, or remove it to use the defaults.")
-    return config
+    return content
 
 
-def config_beside(path: Path) -> str | None:
-    """The text of the config.json in a model file's folder; None if there is none, or if it is another model's: a
-    folder of models is shared."""
-    file = path.with_name(CONFIG_FILE)
-    if not file.is_file():
-        return None
-    content = file.read_bytes()
-    if b"worldstereo" not in content:
-        logging.info(f"{file} is not a WorldStereo configuration and is not used")
-        return None
-    return content.decode("utf-8", "replace")
+def _compare_types(path: Path, where: str, found: FoundConfig, own: str | None):
+    other = _parsed(own or "{}", f"{shown(path.name)}: its own config").get("model_type")
+    if other not in (None, found.config.model_type):
+        logging.warning(
+            f"{where} is used ({found.config.model_type}), but {shown(path.name)} says that it is {shown(other)}. "
+            "If they do not belong together, give each model a folder of its own."
+        )
 
 
-def config_to_embed(path: Path, metadata: dict[str, str], given: Path | None = None) -> str | None:
-    """The text of the configuration that goes with a model file: the given file, the config.json beside it, or that of
-    its metadata. Raises ValueError for one that is not a JSON object."""
-    if given is not None:
-        text, where = given.read_text(encoding="utf-8", errors="replace"), str(given)
-    else:
-        text, where = config_beside(path), str(path.with_name(CONFIG_FILE))
-    if text is None:
-        return metadata.get("config")
-    parse_config(text, where)
-    return text
+def _is_int(value, low: int, high: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
 
 
-def _positive_int(value) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+def _is_number(value, low: float, high: float) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
 
 
 def _setting(config: dict, key: str, default, valid, wanted: str):
+    """The value of a key, or the default; either must be valid."""
     value = config.get(key)
     if value is None:
-        return default
+        value = default
     if not valid(value):
-        raise ConfigMismatch(f"config: {key} is {value!r}, expected {wanted}")
+        raise ConfigMismatch(f"config: {key} is {shown(value)}, expected {wanted}")
     return value
+
+
+def _integer(config: dict, key: str, default: int, low: int, high: int) -> int:
+    return _setting(config, key, default, lambda v: _is_int(v, low, high), f"an integer from {low} to {high}")
+
+
+def _number(config: dict, key: str, default: float, low: float, high: float) -> float:
+    return float(_setting(config, key, default, lambda v: _is_number(v, low, high), f"a number from {low} to {high}"))
+
+
+def _heads(config: dict, key: str, default: int, dim: int) -> int:
+    """RoPE turns pairs of channels along three axes: a head has an even number of them, and 6 at least."""
+    valid = lambda v: _is_int(v, 1, dim) and dim % v == 0 and dim // v % 2 == 0 and dim // v >= 6
+    return _setting(config, key, default, valid, f"a divisor of {dim} that leaves heads of an even size of at least 6")
 
 
 def _is_scale_map(value) -> bool:
     return (
         isinstance(value, list | tuple)
-        and len(value) > 0
+        and 0 < len(value) <= MAX_SIZES
         and all(
-            isinstance(size, list | tuple) and len(size) == 2 and all(_positive_int(s) and s % 16 == 0 for s in size)
+            isinstance(size, list | tuple)
+            and len(size) == 2
+            and all(_is_int(s, 16, MAX_PIXELS // 16) and s % 16 == 0 for s in size)
+            and math.prod(size) <= MAX_PIXELS
             for size in value
         )
     )
+
+
+def _is_text(value) -> bool:
+    """Whether it is a text that can be written and logged: without lone surrogates."""
+    return isinstance(value, str) and len(value) <= MAX_PROMPT and not any("\ud800" <= c <= "\udfff" for c in value)
 
 
 def read_config(shapes: dict[str, tuple[int, ...]], config: dict) -> WorldStereoConfig:
@@ -146,37 +260,57 @@ def read_config(shapes: dict[str, tuple[int, ...]], config: dict) -> WorldStereo
 
     shapes: the tensors' shapes by their native names (of a whole model: backbone and control branch).
     config: the content of config.json, {} where there is none (then the documented defaults hold).
+    What the shapes lack, as an overlay's do, is taken for the published model's.
 
     Sizes come from the shapes; the head counts, `update_ref`, the conditioning and the sampling settings from
     `config`. Without a `model_type`, a checkpoint with a camera MLP is taken for worldstereo-memory-dmd and one
-    without for worldstereo-camera. Raises ConfigMismatch where the two contradict each other or a setting is out of range.
+    without for worldstereo-camera. Raises ConfigMismatch where the two contradict each other or a setting is out
+    of range, and WrongShapes for shapes that no configuration fits.
     """
+
+    def size(name: str, axis: int, default: int) -> int:
+        shape = shapes.get(name)
+        if shape is None:
+            return default
+        if len(shape) != RANKS[name] or 0 in shape:
+            raise WrongShapes(f"{name} is {list(shape)}, expected {RANKS[name]} axes, none of them empty")
+        return shape[axis]
 
     def count(prefix: str) -> int:
         last = max((int(n[len(prefix) :].split(".")[0]) for n in shapes if n.startswith(prefix)), default=-1)
         if last >= len(shapes):
-            raise ConfigMismatch(
-                f"config: there is a tensor of {prefix}{last}, but the file has {len(shapes)} tensors in all"
-            )
+            raise WrongShapes(f"there is a tensor of {prefix}{last}, but the file has {len(shapes)} tensors in all")
         return 1 + last
 
+    default = WorldStereoConfig
     control = _setting(config, "controlnet_cfg", {}, lambda v: isinstance(v, dict), "an object")
-    dim = shapes["patch_embedding.weight"][0]
-    control_dim = shapes["controlnet.proj_in.weight"][0]
-    mask_proj = shapes["controlnet.controlnet_mask_embedding.mask_proj.0.weight"]
+    control_dim = size("controlnet.proj_in.weight", 0, default.control_dim)
+    dim = size("patch_embedding.weight", 0, size("controlnet.proj_in.weight", 1, default.dim))
+    mask_proj = "controlnet.controlnet_mask_embedding.mask_proj.0.weight"
     has_camera_mlp = "camera_embedding.0.weight" in shapes
     sizes = {
         "conv_out_dim": dim,
         "dim": control_dim,
-        "ffn_dim": shapes["controlnet.controlnet_blocks.0.ffn.0.weight"][0],
+        "ffn_dim": size("controlnet.controlnet_blocks.0.ffn.0.weight", 0, default.control_ffn_dim),
         "num_layers": count("controlnet.controlnet_blocks."),
-        "mid_channels": mask_proj[0],
-        "mask_downsample": mask_proj[2],
+        "mid_channels": size(mask_proj, 0, default.mask_channels),
+        "mask_downsample": size(mask_proj, 2, default.mask_downsample),
         "main_camera_embedding": has_camera_mlp,
     }
-    for key, size in sizes.items():
-        if control.get(key) not in (None, size):
-            raise ConfigMismatch(f"config: controlnet_cfg.{key} is {control[key]!r}, but the tensors say {size!r}")
+    for key, value in sizes.items():
+        if control.get(key) not in (None, value):
+            raise ConfigMismatch(
+                f"config: controlnet_cfg.{key} is {shown(control[key])}, but the tensors say {value!r}"
+            )
+    freq_dim = size("time_embedding.0.weight", 1, default.freq_dim)
+    # Groups of 8 channels in the GroupNorm after the mask kernel; cosines and sines in the time embedding.
+    if sizes["mid_channels"] % 8 or sizes["mask_downsample"] > MAX_MASK_KERNEL:
+        raise WrongShapes(
+            f"{mask_proj} is {list(shapes[mask_proj])}, expected a multiple of 8 channels and at most "
+            f"{MAX_MASK_KERNEL} frames"
+        )
+    if freq_dim % 2:
+        raise WrongShapes(f"time_embedding.0.weight has {freq_dim} columns, expected an even number")
 
     default_type = MEMORY_DMD if has_camera_mlp else CAMERA
     model_type = _setting(config, "model_type", default_type, MODEL_TYPES.__contains__, " or ".join(MODEL_TYPES))
@@ -186,57 +320,62 @@ def read_config(shapes: dict[str, tuple[int, ...]], config: dict) -> WorldStereo
             f"{'a' if has_camera_mlp else 'no'} camera MLP (camera_embedding.*)"
         )
 
-    head_dim = _setting(config, "attention_head_dim", 128, _positive_int, "a positive integer")
-    heads = _setting(
-        config,
-        "num_attention_heads",
-        dim // head_dim or 1,
-        lambda v: _positive_int(v) and dim % v == 0,
-        f"a divisor of {dim}",
+    head_dim = _integer(config, "attention_head_dim", 128, 1, 4096)
+    start = _number(config, "dmd_start_steps", default.dmd_start_steps, 1, TIMESTEPS)
+    end = _number(config, "dmd_end_steps", default.dmd_end_steps, 1, TIMESTEPS)
+    steps = _integer(config, "dmd_steps", default.dmd_steps, 1, MAX_STEPS)
+    if end - start < steps - 1:  # steps of a timestep or more, so that sigmas fall
+        raise ConfigMismatch(
+            f"config: dmd_steps is {steps} from dmd_start_steps {start:g} to dmd_end_steps {end:g}; the end lies at "
+            "least as many timesteps after the start as there are steps between them"
+        )
+    sizes_wanted = (
+        f"at most {MAX_SIZES} of [height, width] in multiples of 16, of at most {MAX_PIXELS} pixels each (1024×1024)"
     )
-    control_heads = _setting(
-        control, "num_heads", 16, lambda v: _positive_int(v) and control_dim % v == 0, f"a divisor of {control_dim}"
-    )
-    number = "a positive number"
-    is_number = lambda v: isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) and v > 0
+    text_wanted = f"a text of at most {MAX_PROMPT} characters"
+    modes = " or ".join(LATENT_COND_MODES)
+    scale_map = _setting(config, "scale_map", SCALE_MAP, _is_scale_map, sizes_wanted)
     return WorldStereoConfig(
         model_type=model_type,
         dim=dim,
-        ffn_dim=shapes["blocks.0.ffn.0.weight"][0],
-        num_heads=heads,
+        ffn_dim=size("blocks.0.ffn.0.weight", 0, default.ffn_dim),
+        num_heads=_heads(config, "num_attention_heads", dim // head_dim or 1, dim),
         num_layers=count("blocks."),
-        freq_dim=shapes["time_embedding.0.weight"][1],
-        text_dim=shapes["text_embedding.0.weight"][1],
-        image_dim=shapes["img_emb.proj.1.weight"][1],
-        eps=_setting(config, "eps", WorldStereoConfig.eps, is_number, number),
-        camera_mlp_dim=shapes["camera_embedding.0.weight"][0] if has_camera_mlp else 0,
+        freq_dim=freq_dim,
+        text_dim=size("text_embedding.0.weight", 1, default.text_dim),
+        image_dim=size("img_emb.proj.1.weight", 1, default.image_dim),
+        eps=_number(config, "eps", default.eps, 1e-12, 0.1),
+        camera_mlp_dim=size("camera_embedding.0.weight", 0, 0),
         control_dim=control_dim,
         control_ffn_dim=sizes["ffn_dim"],
-        control_num_heads=control_heads,
+        control_num_heads=_heads(control, "num_heads", default.control_num_heads, control_dim),
         control_num_layers=sizes["num_layers"],
         mask_channels=sizes["mid_channels"],
         mask_downsample=sizes["mask_downsample"],
         update_ref=_setting(control, "update_ref", True, lambda v: isinstance(v, bool), "true or false"),
-        nframe=_setting(config, "nframe", WorldStereoConfig.nframe, _positive_int, "a positive integer"),
-        scale_map=tuple(
-            tuple(s)
-            for s in _setting(
-                config, "scale_map", SCALE_MAP, _is_scale_map, "a list of [height, width] in multiples of 16"
-            )
-        ),
+        nframe=_integer(config, "nframe", default.nframe, 1, MAX_FRAMES),
+        scale_map=tuple(tuple(s) for s in scale_map),
         latent_cond_mode=_setting(
-            config,
-            "latent_cond_mode",
-            LATENT_COND_MODES[0],
-            LATENT_COND_MODES.__contains__,
-            " or ".join(LATENT_COND_MODES),
+            config, "latent_cond_mode", LATENT_COND_MODES[0], LATENT_COND_MODES.__contains__, modes
         ),
-        negative_prompt=_setting(config, "negative_prompt", "", lambda v: isinstance(v, str), "a text"),
-        gen_shift=float(_setting(config, "gen_shift", WorldStereoConfig.gen_shift, is_number, number)),
-        dmd_steps=_setting(config, "dmd_steps", WorldStereoConfig.dmd_steps, _positive_int, "a positive integer"),
-        dmd_start_steps=_setting(config, "dmd_start_steps", WorldStereoConfig.dmd_start_steps, is_number, number),
-        dmd_end_steps=_setting(config, "dmd_end_steps", WorldStereoConfig.dmd_end_steps, is_number, number),
+        negative_prompt=_setting(config, "negative_prompt", "", _is_text, text_wanted),
+        gen_shift=_number(config, "gen_shift", default.gen_shift, 0.1, 100),
+        dmd_steps=steps,
+        dmd_start_steps=start,
+        dmd_end_steps=end,
     )
+
+
+def config_content(config: WorldStereoConfig) -> dict:
+    """What `read_config` reads as this configuration beside the same shapes: the content of a config.json."""
+    settings = (
+        "model_type", "eps", "nframe", "scale_map", "latent_cond_mode", "negative_prompt",
+        "gen_shift", "dmd_steps", "dmd_start_steps", "dmd_end_steps",
+    )  # fmt: skip
+    return {name: getattr(config, name) for name in settings} | {
+        "num_attention_heads": config.num_heads,
+        "controlnet_cfg": {"num_heads": config.control_num_heads, "update_ref": config.update_ref},
+    }
 
 
 def assumptions(name: str, content: dict, config: WorldStereoConfig) -> str:
@@ -264,6 +403,6 @@ def assumptions(name: str, content: dict, config: WorldStereoConfig) -> str:
     if not assumed:
         return ""
     return (
-        f"No {CONFIG_FILE} says these settings of {name}, so they are assumed: {', '.join(assumed)}. The model's own {CONFIG_FILE} is in its folder "
-        f"of {REPOSITORY}: put it beside the file."
+        f"No {CONFIG_FILE} says these settings of {name}, so they are assumed: {', '.join(assumed)}. The model's own "
+        f"{CONFIG_FILE} is in its folder of {REPOSITORY}: put it beside the file."
     )

@@ -2,9 +2,7 @@
 
 import torch
 
-from .config import WorldStereoConfig
-
-TIMESTEPS = 1000  # sigma = timestep / 1000
+from .config import TIMESTEPS, WorldStereoConfig
 
 
 def dmd_sigmas(config: WorldStereoConfig) -> torch.Tensor:
