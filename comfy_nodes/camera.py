@@ -1,5 +1,7 @@
 """Camera paths and point-cloud renders."""
 
+import logging
+
 import comfy.model_management
 import comfy.utils
 from comfy_api.latest import io, ui
@@ -19,7 +21,7 @@ from ..scene.camera_path import (
     plan_path,
 )
 from ..scene.depth import DEPTH_PICTURES
-from ..scene.panorama import points_of_panorama, view_of_panorama
+from ..scene.panorama import points_of_panorama, too_coarse, view_of_panorama
 from ..scene.render import POINTS_PER_PIXEL, RADIUS, render_start, summary
 from ..worldstereo.conditioning import keyframe_size
 from ..worldstereo.config import WorldStereoConfig
@@ -35,8 +37,8 @@ class WorldStereoLoadCamera(io.ComfyNode):
             display_name="WorldStereo Load Camera",
             category=CATEGORY,
             description="Reads a camera path: camera.json, NeRF's transforms.json, or COLMAP's images.txt with "
-            "cameras.txt beside it. World-to-camera, OpenCV axes (x right, y down, z forward).",
-            search_aliases=["camera.json", "colmap", "nerf", "transforms.json", "trajectory"],
+            "cameras.txt beside it, or RealEstate10K's text. World-to-camera, OpenCV axes (x right, y down, z forward).",
+            search_aliases=["camera.json", "colmap", "nerf", "transforms.json", "trajectory", "realestate10k"],
             inputs=[
                 io.Combo.Input(
                     "camera",
@@ -161,6 +163,14 @@ class WorldStereoCameraPath(io.ComfyNode):
                     tooltip="Where to start: after the last camera of another path, which stays in "
                     "front, or at the camera of core's 3-D viewer.",
                 ),
+                io.Boolean.Input(
+                    "guess_pitch",
+                    default=False,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Guess how far up the picture's camera looks from MoGe's normals of floors, tables and "
+                    "ceilings (MoGe 2 gives them), instead of start_pitch. Not used with start.",
+                ),
             ],
             outputs=[
                 Cameras.Output(display_name="cameras"),
@@ -168,6 +178,8 @@ class WorldStereoCameraPath(io.ComfyNode):
                     display_name="picture", tooltip="The path from above and from the side, blue to red in time."
                 ),
             ],
+            hidden=[io.Hidden.unique_id],
+            is_output_node=True,
         )
 
     @classmethod
@@ -186,9 +198,13 @@ class WorldStereoCameraPath(io.ComfyNode):
         start_pitch,
         scene=None,
         start=None,
+        guess_pitch=False,
     ) -> io.NodeOutput:
         move = Move(preset, degrees, distance, keyframes, easing, look_at_centre)
-        cameras, picture = plan_path(image, move, lens, lens_value, scene_depth, start_pitch, scene, start)
+        cameras, picture, assumed = plan_path(
+            image, move, lens, lens_value, scene_depth, start_pitch, scene, start, guess_pitch
+        )
+        show_on_node(cls, assumed)
         return io.NodeOutput(cameras, picture, ui=ui.PreviewImage(picture, cls=cls))
 
 
@@ -263,7 +279,7 @@ class WorldStereoRender(io.ComfyNode):
                     round=0.0001,
                     advanced=True,
                     tooltip="Radius of a point, where the shorter side of the picture is 2. The model was "
-                    f"trained with {RADIUS}.",
+                    f"trained with {RADIUS}; below 250 pixels that is drawn larger, so that no gaps show.",
                 ),
                 io.Int.Input(
                     "points_per_pixel",
@@ -359,12 +375,16 @@ class WorldStereoPanorama(io.ComfyNode):
                 Points.Output(display_name="points", tooltip="For depth of Render and scene of Camera Path."),
                 Cameras.Output(display_name="camera", tooltip="The start picture's camera, for start of Camera Path."),
             ],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
     def execute(cls, moge_geometry, yaw, pitch, fov, width, height) -> io.NodeOutput:
         camera = pinhole(width, height, focal_length(LENSES[1], fov, width), yaw, pitch)
         cloud = points_of_panorama(moge_geometry)
+        if warning := too_coarse(moge_geometry["image"].shape[2], camera):
+            logging.warning("WorldStereo Panorama: %s.", warning)
+            show_on_node(cls, warning)
         return io.NodeOutput(view_of_panorama(moge_geometry["image"], camera), cloud, camera)
 
 

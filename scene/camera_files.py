@@ -1,4 +1,5 @@
-"""Reads the camera files people have: camera.json, COLMAP's text model and NeRF's transforms.json, told by content."""
+"""Reads the camera files people have, told by content: camera.json, NeRF's transforms.json, and the text files of
+COLMAP and RealEstate10K."""
 
 import json
 import logging
@@ -12,6 +13,8 @@ from .cameras import Cameras, cameras_from_json, quaternion_to_rotation, rigid_i
 
 # COLMAP camera models: how many focal lengths come before cx, cy; what follows them is lens distortion.
 COLMAP_FOCALS = {"SIMPLE_PINHOLE": 1, "PINHOLE": 2, "SIMPLE_RADIAL": 1, "RADIAL": 1, "OPENCV": 2, "FULL_OPENCV": 2}
+REALESTATE_NUMBERS = 19  # a line
+REALESTATE_HEIGHT, MAX_SIDE = 720, 1 << 16  # pixels
 OPENGL_TO_OPENCV = torch.diag(torch.tensor([1.0, -1.0, -1.0, 1.0], dtype=torch.float64))  # camera axes
 
 
@@ -26,14 +29,14 @@ def files_of(path: Path) -> list[Path]:
 def read_cameras(path: str | Path) -> tuple[Cameras, str]:
     """The cameras of a file and, in words, what it was read as.
 
-    A JSON with `extrinsic` is a camera.json, one with `frames` a NeRF transforms.json; a text file is COLMAP's
-    images.txt, whose cameras.txt lies beside it. Raises ValueError that names the file and what to do.
+    A JSON with `extrinsic` is a camera.json, one with `frames` a NeRF transforms.json; a text file of
+    19 numbers a line is RealEstate10K's, any other COLMAP's images.txt, whose cameras.txt lies beside it. Raises ValueError that names the file and what to do.
     """
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8-sig")
         if path.suffix.lower() != ".json":
-            return _colmap(text, path)
+            return _realestate(text) if _is_realestate(text) else _colmap(text, path)
         try:
             content = json.loads(text)
         except json.JSONDecodeError as error:
@@ -55,12 +58,58 @@ def _of_one_size(w2c, K, sizes, width, height) -> Cameras:
     return Cameras(w2c, torch.tensor(K, dtype=torch.float64) * scale[:, :, None], width, height)
 
 
+def _is_realestate(text: str) -> bool:
+    """Whether the first line of numbers, at most one line in, has RealEstate10K's 19."""
+    return any(len(line.split()) == REALESTATE_NUMBERS and _numbers(line) for line in text.splitlines()[:2])
+
+
+def _numbers(line: str) -> list[float] | None:
+    try:
+        return [float(field) for field in line.split()]
+    except ValueError:
+        return None
+
+
+def _realestate(text: str) -> tuple[Cameras, str]:
+    """RealEstate10K's camera file, as CameraCtrl takes it too: the video's address on the first line (or none), then a
+    line a frame: time, fx, fy, cx, cy as shares of the picture's width and height, two zeros, and the 12 numbers of the
+    world-to-camera pose by rows.
+
+    The picture's size is not in it; pixels are taken to be square, which gives its shape. Raises ValueError.
+    """
+    lines = text.splitlines()
+    if lines and len(lines[0].split()) != REALESTATE_NUMBERS:
+        lines[0] = ""
+    rows = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        values = _numbers(line)
+        if values is None or len(values) != REALESTATE_NUMBERS:
+            raise ValueError(
+                f"Line {number} is no RealEstate10K camera: {REALESTATE_NUMBERS} numbers, a time, fx fy cx cy, two "
+                "zeros and a 3x4 pose."
+            )
+        rows.append(values)
+    values = torch.tensor(rows, dtype=torch.float64)
+    fx, fy, cx, cy = values[:, 1:5].unbind(1)
+    if not ((fx > 0) & (fy > 0) & (values[:, 1:5].abs() < 100).all(1)).all():
+        raise ValueError("fx, fy, cx and cy must be shares of the picture's width and height, fx and fy above 0.")
+    height = REALESTATE_HEIGHT
+    width = max(1, round(min(height * (fy[0] / fx[0]).item(), MAX_SIDE)))
+    w2c = torch.eye(4, dtype=torch.float64).repeat(len(rows), 1, 1)
+    w2c[:, :3] = values[:, 7:].view(-1, 3, 4)
+    K = torch.eye(3, dtype=torch.float64).repeat(len(rows), 1, 1)
+    K[:, 0, 0], K[:, 1, 1], K[:, 0, 2], K[:, 1, 2] = fx * width, fy * height, cx * width, cy * height
+    return Cameras(w2c, K, width, height), "RealEstate10K; the picture's size is not in the file, its pixels are square"
+
+
 def _colmap(text: str, path: Path) -> tuple[Cameras, str]:
     """COLMAP's images.txt: a pose line and a line of 2-D points by turns; poses are world-to-camera in OpenCV axes."""
     cameras_path = files_of(path)[-1]
     if cameras_path == path:
         raise ValueError(
-            "A text file is read as COLMAP's images.txt, whose intrinsics stand in cameras.txt: put both "
+            "A text file is read as RealEstate10K's (19 numbers a line) or else as COLMAP's images.txt, whose intrinsics stand in cameras.txt: put both "
             "into the input folder (room_images.txt and room_cameras.txt will do) and choose the images."
         )
     intrinsics = _colmap_intrinsics(cameras_path)

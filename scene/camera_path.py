@@ -1,5 +1,6 @@
 """Camera paths from presets, the lens and the pose they start with, and a drawing of where the cameras go."""
 
+import logging
 import math
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from .cameras import Cameras, centres, quaternion_to_rotation, rigid_inverse
 from .depth import depth_of_moge, points_from_depth
+from .level import guess_pitch
 from .pictures import resize_pictures
 from .pointcloud import OPENCV_TO_Y_UP, PointCloud
 
@@ -257,11 +259,26 @@ def plan_path(
     start_pitch: float,
     scene: dict | PointCloud | None,
     start: Cameras | dict | None,
-) -> tuple[Cameras, torch.Tensor]:
-    """A path for the picture [1, H, W, C], and its drawing [1, h, w, 3]. The arguments are those of `beginning`."""
+    guess: bool = False,
+) -> tuple[Cameras, torch.Tensor, str]:
+    """A path for the picture [1, H, W, C], its drawing [1, h, w, 3], and what was assumed, in words. The arguments are
+    those of `beginning`; guess: take the pitch from the normals of MoGe's geometry, where start_pitch would count."""
+    assumed = []
+    if guess and start is None:
+        found = guess_pitch(scene["normal"][0]) if isinstance(scene, dict) and "normal" in scene else None
+        if found is None:
+            assumed.append(f"no pitch could be guessed: start_pitch, {start_pitch:g} degrees, is used")
+        else:
+            start_pitch = found
+            assumed.append(f"the camera is taken to look {found:+.0f} degrees up")
     first, depth, cloud = beginning(image, lens, lens_value, scene_depth, start_pitch, scene, start)
+    if scene is None and not scene_depth and not isinstance(start, dict):
+        assumed.append("no scene is connected: its depth is taken for 1. Connect MoGe's geometry to scene")
+        logging.warning("WorldStereo Camera Path: %s.", assumed[-1])
+    else:
+        assumed.append(f"scene depth {depth:.3g}")
     cameras = move_on(first, move, depth)
-    return cameras, draw_path(cameras, depth, cloud)
+    return cameras, draw_path(cameras, depth, cloud), "\n".join(assumed)
 
 
 def extent(cameras: Cameras) -> float:
@@ -273,22 +290,21 @@ def extent(cameras: Cameras) -> float:
 # The drawing
 
 PANEL = 512  # pixels a side of each view
-MARGIN = 36
+MARGIN = 56
+TEXT = 26  # readable where a node shows the drawing at 40 %
+DOT = 8  # radius of the marks at start and end
 FRUSTA = 21  # more would hide each other
 INK, PAPER, GRID = (225, 225, 225), (24, 24, 27), (70, 70, 75)
 
 
 def draw_path(cameras: Cameras, depth: float, cloud: PointCloud | None = None) -> torch.Tensor:
     """The path from above and from the side, [1, PANEL, 2 PANEL, 3] in 0..1: cameras as frusta, coloured from the
-    first (blue) to the last (red), over the scene's points, with the scale in scene units."""
-    views = [
-        ("from above", (0, 2), (1, -1), "x right, z forward"),
-        ("from the side", (2, 1), (1, 1), "z forward, y down"),
-    ]
+    first (blue, "start") to the last (red, "end"), over the scene's points, with the scale in scene units."""
+    views = [("from above", (0, 2), (1, -1)), ("from the side, forward to the right", (2, 1), (1, 1))]
     panels = []
     cameras = cameras.thinned(FRUSTA)
     frusta = _frusta(cameras, 0.12 * depth)
-    for title, axes, signs, names in views:
+    for title, axes, signs in views:
         sign = np.array(signs)
         lines = frusta[..., axes].numpy() * sign
         shown = lines.reshape(-1, 2)
@@ -311,12 +327,21 @@ def draw_path(cameras: Cameras, depth: float, cloud: PointCloud | None = None) -
         colors = turbo(torch.linspace(0.1, 0.9, len(cameras))[:, None, None]).reshape(-1, 3).mul(255).byte().tolist()
         for line, color in zip(place(lines), colors):
             draw.line([tuple(xy) for xy in line], fill=tuple(color), width=2)
-        draw.line([tuple(xy) for xy in place(lines[:, 0])], fill=INK)
-        font = ImageFont.load_default(14)
+        track = [tuple(xy) for xy in place(lines[:, 0])]
+        draw.line(track, fill=INK, width=2)
+        font = ImageFont.load_default(TEXT)
+        for name, (x, y), color in (("start", track[0], colors[0]), ("end", track[-1], colors[-1])):
+            draw.ellipse((x - DOT, y - DOT, x + DOT, y + DOT), fill=tuple(color), outline=INK, width=2)
+            above = name == "end"  # so that the two names do not cover each other
+            place_of_name = (min(max(x, MARGIN), PANEL - MARGIN), y - DOT - 2 if above else y + DOT + 2)
+            anchor = "ms" if above else "mt"
+            draw.text(place_of_name, name, fill=INK, font=font, anchor=anchor, stroke_width=3, stroke_fill=PAPER)
         unit = 10 ** math.floor(math.log10((PANEL - 2 * MARGIN) / scale / 2))
         draw.line([(MARGIN, PANEL - 16), (MARGIN + unit * scale, PANEL - 16)], fill=INK, width=3)
-        draw.text((MARGIN, PANEL - 34), f"{unit:g}", fill=INK, font=font)
-        draw.text((MARGIN, 8), f"{title} ({names})", fill=INK, font=font)
+        draw.text(
+            (MARGIN, PANEL - 20), f"{unit:g}", fill=INK, font=font, anchor="ls", stroke_width=3, stroke_fill=PAPER
+        )
+        draw.text((12, 8), title, fill=INK, font=font, stroke_width=3, stroke_fill=PAPER)
         draw.line([(PANEL - 1, 0), (PANEL - 1, PANEL)], fill=GRID)
         panels.append(np.asarray(image))
     return torch.from_numpy(np.concatenate(panels, axis=1).astype(np.float32) / 255)[None]

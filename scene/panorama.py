@@ -12,6 +12,9 @@ import torch.nn.functional as F
 from .cameras import Cameras
 from .depth import points_kept
 from .pointcloud import PointCloud
+from .render import RADIUS
+
+NEARER = 2.0  # as many times as near as the start may what is seen come without gaps
 
 
 def directions(height: int, width: int) -> torch.Tensor:
@@ -34,6 +37,20 @@ def points_of_panorama(geometry: dict) -> PointCloud:
     keep, kept = points_kept(distance.where(geometry["mask"][0].cpu(), torch.inf))
     points = directions(*distance.shape)[keep] * kept[:, None]
     return PointCloud(points, picture[keep])
+
+
+def too_coarse(panorama_width: int, camera: Cameras) -> str | None:
+    """What to say of a panorama whose points stand too far apart for renders of the (first) camera, from half as far
+    away too: their splats would leave gaps. None where it is wide enough."""
+    focal, side = camera.K[0, 0, 0].item(), min(camera.width, camera.height)
+    gap = 2 * math.pi * focal / panorama_width  # pixels between points in the middle of the view
+    wanted = math.ceil(2 * math.pi * focal * NEARER * math.sqrt(2) / (RADIUS * side))
+    if panorama_width >= wanted:
+        return None
+    return (
+        f"the panorama is {panorama_width} pixels wide: in this view its points stand {gap:.1f} pixels apart, and gaps "
+        f"open as the camera comes near. About {math.ceil(wanted / 64) * 64} wide would do: enlarge it before MoGe"
+    )
 
 
 def view_of_panorama(panorama: torch.Tensor, camera: Cameras) -> torch.Tensor:

@@ -18,6 +18,7 @@ from .pictures import resize_pictures, same_shape, warn_of_stretch
 from .pointcloud import PointCloud
 
 RADIUS = 0.008  # of a splat, in units in which the shorter side of the picture spans 2
+SMALLEST_PIXELS = 1.0  # a splat's radius: of less, a grid of points a pixel apart shows gaps and moiré
 POINTS_PER_PIXEL = 20
 BACKGROUND = (0.5, 0.5, 0.5)  # the original composites colours in -1..1 over 0
 TILE_PIXELS = 1 << 16  # pixels composited at a time
@@ -42,7 +43,8 @@ def render_start(
     """The render and holes for a picture [1, H, W, C] that the first camera took, and the points they show.
 
     scene: core's MOGE_GEOMETRY, a grey depth picture (`depth.depth_of_picture`), or the points themselves. The first
-    frame is the picture, without holes. Raises ValueError for more than one picture and for unusable depth.
+    frame is the picture, without holes. The trained radius grows at sizes where it is less than SMALLEST_PIXELS; any
+    other is taken as it is. Raises ValueError for more than one picture and for unusable depth.
     """
     if len(image) != 1:
         raise ValueError(f"image holds {len(image)} pictures; WorldStereo starts from one.")
@@ -57,6 +59,8 @@ def render_start(
                 "they have different shapes. Take the depth of this very picture, uncropped."
             )
         scene = points_from_depth(picture[0], depth, cameras.w2c[0], cameras.K[0])
+    if radius == RADIUS:
+        radius = max(RADIUS, 2 * SMALLEST_PIXELS / min(width, height))
     video, holes = render(scene, cameras, radius, points_per_pixel, background, device, progress)
     video[0], holes[0] = picture[0], 0
     return video, holes, scene

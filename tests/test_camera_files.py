@@ -163,3 +163,31 @@ def test_text_that_is_no_camera_file_is_named(tmp_path):
     (tmp_path / "picture.json").write_bytes(b"\xff\xd8\xff\xe0")
     with pytest.raises(ValueError, match="No cameras could be read from picture.json"):
         read_cameras(tmp_path / "picture.json")
+
+
+@pytest.mark.parametrize("head", ["https://example.org/video\n", "", "\n"])
+def test_realestate_has_shares_of_the_picture_and_world_to_camera_poses(tmp_path, head):
+    first = "0 0.5 0.8888888889 0.5 0.5 0 0 1 0 0 0 0 1 0 0 0 0 1 0"
+    second = "33333 0.5 0.8888888889 0.5 0.5 0 0 1 0 0 0.25 0 1 0 0 0 0 1 -0.5"
+    (tmp_path / "poses.txt").write_text(f"{head}{first}\n{second}\n")
+    cameras, kind = read_cameras(tmp_path / "poses.txt")
+    assert (len(cameras), cameras.width, cameras.height) == (2, 1280, 720) and kind.startswith("RealEstate10K")
+    torch.testing.assert_close(cameras.K[0], torch.tensor([[640.0, 0, 640], [0, 640, 360], [0, 0, 1]]))
+    torch.testing.assert_close(cameras.w2c[1, :3, 3], torch.tensor([0.25, 0, -0.5]))
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("0 0.5 0.9 0.5 0.5 0 0 1 0 0 0 0 1 0 0 0 0 1", "Line 3 is no RealEstate10K camera"),
+        ("0 0.5 0.9 0.5 0.5 0 0 1 0 0 0 0 1 0 0 0 0 x 0", "Line 3 is no RealEstate10K camera"),
+        ("0 0 0.9 0.5 0.5 0 0 1 0 0 0 0 1 0 0 0 0 1 0", "shares of the picture"),
+        ("0 640 640 640 360 0 0 1 0 0 0 0 1 0 0 0 0 1 0", "shares of the picture"),
+        ("0 0.5 0.9 0.5 0.5 0 0 2 0 0 0 0 1 0 0 0 0 1 0", "Camera 1 of 2.*orthonormal"),
+        ("0 0.5 0.9 0.5 nan 0 0 1 0 0 0 0 1 0 0 0 0 1 0", "shares of the picture"),
+    ],
+)
+def test_bad_realestate_lines_are_named(tmp_path, line, message):
+    (tmp_path / "poses.txt").write_text(f"address\n0 0.5 0.9 0.5 0.5 0 0 1 0 0 0 0 1 0 0 0 0 1 0\n{line}\n")
+    with pytest.raises(ValueError, match=f"poses.txt.*{message}"):
+        read_cameras(tmp_path / "poses.txt")

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from worldstereo_fp8.scene import sample
 from worldstereo_fp8.scene.camera_path import (
     DEFAULT_FOV,
     EASINGS,
@@ -214,10 +215,10 @@ def test_the_scenes_depth_is_the_median_of_what_the_camera_sees():
 def test_a_chained_orbit_goes_round_what_the_last_camera_sees():
     scene, lens = PointCloud(torch.tensor([[0.0, 0.0, 4.0]]), torch.ones(1, 3)), ("auto", 60.0, 0.0, 0.0)
     image, moves = torch.zeros(1, 48, 64, 3), {"keyframes": 3, "easing": "linear", "look_at_centre": "auto"}
-    near, _ = plan_path(image, Move("dolly in", 0.0, 0.5, **moves), *lens, scene, None)
-    orbit, _ = plan_path(image, Move("orbit left", 90.0, 0.0, **moves), *lens, scene, near)
+    near, _, _ = plan_path(image, Move("dolly in", 0.0, 0.5, **moves), *lens, scene, None)
+    orbit, _, _ = plan_path(image, Move("orbit left", 90.0, 0.0, **moves), *lens, scene, near)
     torch.testing.assert_close(centres(orbit.w2c)[-1].abs(), torch.tensor([2.0, 0, 4]), atol=1e-5, rtol=0)
-    away, _ = plan_path(image, Move("pan left", 170.0, 0.0, **moves), *lens, scene, near)
+    away, _, _ = plan_path(image, Move("pan left", 170.0, 0.0, **moves), *lens, scene, near)
     assert depth_of_scene(scene, away) == 4  # sees nothing: what the first camera saw
 
 
@@ -239,5 +240,21 @@ def test_a_scene_out_of_sight_needs_a_depth():
     move = Move("dolly in", 0.0, 0.5, 3, "linear", "auto")
     with pytest.raises(ValueError, match="sees none of the scene's points.*or give scene_depth"):
         plan_path(torch.zeros(1, 48, 64, 3), move, "auto", 60.0, 0.0, 0.0, behind, None)
-    cameras, _ = plan_path(torch.zeros(1, 48, 64, 3), move, "auto", 60.0, 2.0, 0.0, behind, None)
+    cameras, _, _ = plan_path(torch.zeros(1, 48, 64, 3), move, "auto", 60.0, 2.0, 0.0, behind, None)
     assert centres(cameras.w2c)[-1, 2].item() == pytest.approx(1.0)  # half of the depth
+
+
+def test_a_path_says_what_it_assumes(caplog):
+    """Without a scene a warning; with MoGe's normals the guessed pitch, by which an orbit stays level."""
+    image, geometry, _, _, _ = sample.sample()
+    move = Move("orbit left", 40.0, 0.0, 3, "linear", "auto")
+    arguments = (image, move, "auto", 60.0, 0.0, 0.0)
+    assert plan_path(*arguments, None, None)[2].startswith("no scene is connected")
+    assert "no scene is connected" in caplog.text
+    tilted = sample.geometry(pinhole(104, 60, 80, pitch=-25))
+    cameras, _, said = plan_path(tilted["image"], *arguments[1:], tilted, None, True)
+    assert "-25 degrees up" in said and "scene depth" in said
+    assert centres(cameras.w2c)[:, 1].abs().max() < 0.05  # level, where the tilted camera's orbit would climb
+    torch.testing.assert_close(cameras.w2c[0], pinhole(104, 60, 80, pitch=-25).w2c[0], rtol=0, atol=0.02)
+    without = {key: value for key, value in geometry.items() if key != "normal"}
+    assert plan_path(*arguments, without, None, True)[2].startswith("no pitch could be guessed")

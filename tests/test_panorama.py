@@ -3,8 +3,11 @@
 import pytest
 import torch
 from comfy.ldm.moge.panorama import _uv_grid, spherical_uv_to_directions
+from worldstereo_fp8.scene import sample
 from worldstereo_fp8.scene.camera_path import LENSES, focal_length, pinhole
-from worldstereo_fp8.scene.panorama import directions, points_of_panorama, view_of_panorama
+from worldstereo_fp8.scene.cameras import Cameras
+from worldstereo_fp8.scene.panorama import directions, points_of_panorama, too_coarse, view_of_panorama
+from worldstereo_fp8.scene.render import render
 
 HEIGHT, WIDTH = 64, 128
 CORE_TO_OPENCV = torch.tensor([[0.0, 1, 0], [0, 0, -1], [-1, 0, 0]])  # core: x backward, y right, z up
@@ -58,3 +61,19 @@ def test_a_view_shows_what_lies_in_its_direction(yaw, pitch, forward):
     pixel = torch.tensor([40.5, 5.5, 1])
     ray = torch.nn.functional.normalize(camera.w2c[0, :3, :3].T @ torch.linalg.inv(camera.K[0]) @ pixel, dim=0)
     torch.testing.assert_close(direction[5, 40], ray, atol=0.02, rtol=0)
+
+
+def test_a_panorama_too_small_for_its_splats_is_told_the_width_that_would_do():
+    """And it is so: half-way to the wall, its points leave gaps, and those of the wide one do not."""
+    camera = pinhole(384, 240, focal_length(LENSES[1], 120.0, 384), yaw=-90)
+    nearer = Cameras(camera.w2c.clone(), camera.K, 384, 240)
+    nearer.w2c[0, :3, 3] = -camera.w2c[0, :3, :3] @ torch.tensor([-2.0, 0.0, 0.0])  # the wall is 4 away
+    holes = {}
+    for width in (512, 1088):
+        picture, distance = sample.panorama(width // 2)
+        mask = torch.ones_like(distance, dtype=torch.bool)
+        cloud = points_of_panorama({"image": picture[None], "depth": distance[None], "mask": mask[None]})
+        holes[width] = render(cloud, nearer)[1][0, 100:140, 172:212].mean()  # of the wall
+    message = too_coarse(512, camera)
+    assert "512 pixels wide" in message and "About 1088 wide" in message and too_coarse(1088, camera) is None
+    assert holes[512] > 0.05 and holes[1088] == 0

@@ -6,6 +6,7 @@ from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from toy import GOLDEN
 from worldstereo_fp8.scene import render as render_module
+from worldstereo_fp8.scene.camera_path import Move, move_on, pinhole
 from worldstereo_fp8.scene.cameras import Cameras, quaternion_to_rotation
 from worldstereo_fp8.scene.depth import DEPTH_PICTURES, points_from_depth
 from worldstereo_fp8.scene.pictures import resize_pictures
@@ -211,3 +212,18 @@ def test_frames_that_are_mostly_holes_are_named():
 def test_a_picture_and_its_depth_must_belong_together(count, shape, message):
     with pytest.raises(ValueError, match=message):
         start_of(torch.zeros(count, 48, 64, 3), torch.zeros(1, *shape, 3), cameras_of(1))
+
+
+@pytest.mark.parametrize(
+    "size, radius, holes", [((96, 56), 0.008, False), ((96, 56), 0.0081, True), ((832, 480), 0.008, False)]
+)
+def test_the_trained_radius_grows_where_a_small_render_would_show_gaps(size, radius, holes):
+    """A wall, seen from a little to the right; another radius is taken as it is."""
+    width, height = size
+    wall = {"depth": torch.full((1, height, width), 2.0), "intrinsics": torch.eye(3)[None]}
+    cameras = move_on(pinhole(width, height, float(width)), Move("truck right", 0, 0.005, 2, "linear", "off"), 2.0)
+    image = torch.rand(1, height, width, 3)
+    settings = (DEPTH_PICTURES[0], 1.0, 10.0, width, height, radius, 20, (0.5, 0.5, 0.5), "cpu", lambda frames: None)
+    _, masks, _ = render_start(image, wall, cameras, *settings)
+    seen = masks[1, 2:-2, 8:-8]
+    assert seen.mean() > 0.5 if holes else not seen.any()
