@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 import aiohttp
@@ -17,7 +18,8 @@ ROOT = Path(__file__).resolve().parent.parent
 START_SECONDS = 180
 PREVIEW_IMAGE = bytes([0, 0, 0, 1])  # core's kind of a binary message
 # Inputs of these types, and combos, are widgets; all others are sockets.
-WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COMFY_DYNAMICCOMBO_V3", "COLOR")
+DYNAMIC_COMBO = "COMFY_DYNAMICCOMBO_V3"
+WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", DYNAMIC_COMBO, "COLOR")
 
 
 class ServerError(RuntimeError):
@@ -136,6 +138,26 @@ def refusal(answer: dict, prompt: dict) -> str:
     return "\n".join(lines)
 
 
+def widget_values(declared: dict, values: Iterator, prefix: str = "") -> dict:
+    """The values of a node's widgets by their names in the API form, taken from the list that a saved workflow has.
+
+    declared: {"required": {name: [type, options]}, "optional": …} in the node's order. A dynamic combo is followed by
+    the widgets of the option it has, `name.inner`, and those may be dynamic combos again.
+    """
+    inputs = {}
+    for kind in ("required", "optional"):
+        for name, (type_, *options) in declared.get(kind, {}).items():
+            if not isinstance(type_, list) and type_ not in WIDGETS:
+                continue
+            value = inputs[prefix + name] = next(values)
+            if options and options[0].get("control_after_generate"):
+                next(values)
+            if type_ == DYNAMIC_COMBO:
+                chosen = next(option for option in options[0]["options"] if option["key"] == value)
+                inputs |= widget_values(chosen["inputs"], values, f"{prefix}{name}.")
+    return inputs
+
+
 def to_api(workflow: dict, object_info: dict) -> dict:
     """The API form of a workflow saved by the web page, as the page's own graphToPrompt makes it.
 
@@ -149,15 +171,11 @@ def to_api(workflow: dict, object_info: dict) -> dict:
         if node["type"] not in object_info or node.get("mode", 0) != 0:
             raise ValueError(f"Node {node['id']}, a {node['type']}, is missing, switched off or not supported here.")
         info = object_info[node["type"]]
-        values = iter(node.get("widgets_values", []))
-        inputs = {}
-        for kind in ("required", "optional"):
-            for name in info["input_order"].get(kind, []):
-                type_, *options = info["input"][kind][name]
-                if isinstance(type_, list) or type_ in WIDGETS:
-                    inputs[name] = next(values)
-                    if options and options[0].get("control_after_generate"):
-                        next(values)
+        declared = {
+            kind: {name: info["input"][kind][name] for name in info["input_order"].get(kind, [])}
+            for kind in ("required", "optional")
+        }
+        inputs = widget_values(declared, iter(node.get("widgets_values", [])))
         for slot in node.get("inputs", []):
             if slot["link"] is not None:
                 inputs[slot["name"]] = links[slot["link"]]

@@ -1,5 +1,6 @@
 """ComfyUI's web page in a headless browser."""
 
+import re
 import shutil
 from contextlib import contextmanager
 
@@ -12,6 +13,17 @@ CHROMIUM_FLAGS = (
 # What ComfyUI's page itself reports as an error on a fresh server, without any custom node: it asks for the user's own
 # files, of which there are none, for its graph too early, and for the sizes of the models of its own first workflow.
 PAGES_OWN_ERRORS = ("/user.css", "/userdata", "ComfyApp graph accessed before initialization", "/missingModelDownload-")
+
+
+def is_pages_own(text: str, url: str, address: str) -> bool:
+    """Whether a console error is one of ComfyUI's page itself: see above, and what it asks of other hosts, which a
+    machine without a network does not reach."""
+    if any(own in f"{text} ({url})" for own in PAGES_OWN_ERRORS):
+        return True
+    asked = re.match(r"Access to .* at '(https?://[^/']+)", text)
+    if asked is None and not text.startswith("Failed to load resource"):
+        return False
+    return not (asked[1] if asked else url).startswith(f"http://{address}")
 
 
 def launch_browser(sync_api, playwright):
@@ -36,9 +48,9 @@ def page_of(comfyui, errors):
         page = browser.new_page(viewport={"width": 2160, "height": 1500})
 
         def on_console(message):
-            error = f"{message.text} ({message.location['url']})"
-            if message.type == "error" and not any(own in error for own in PAGES_OWN_ERRORS):
-                errors.append(error)
+            url = message.location["url"]
+            if message.type == "error" and not is_pages_own(message.text, url, comfyui.address):
+                errors.append(f"{message.text} ({url})")
 
         page.on("console", on_console)
         page.on("pageerror", lambda error: errors.append(str(error)))

@@ -1,0 +1,49 @@
+"""What the tests of real servers and pages rest on."""
+
+import pytest
+from web_page import is_pages_own
+from worldstereo_fp8.demo.server import to_api
+
+CRF = ["FLOAT", {"default": 23.0}]
+ENCODING = {"options": [{"key": "auto", "inputs": {}}, {"key": "re-encode", "inputs": {"required": {"crf": CRF}}}]}
+CODEC = {
+    "options": [
+        {"key": "auto", "inputs": {"required": {}}},
+        {"key": "h264", "inputs": {"optional": {"encoding": ["COMFY_DYNAMICCOMBO_V3", ENCODING]}}},
+    ]
+}
+SAVE_VIDEO = {
+    "input": {"required": {"video": ["VIDEO"], "prefix": ["STRING", {}], "codec": ["COMFY_DYNAMICCOMBO_V3", CODEC]}},
+    "input_order": {"required": ["video", "prefix", "codec"]},
+    "display_name": "Save Video",
+}
+
+
+@pytest.mark.parametrize(
+    "values, inputs",
+    [
+        (["auto"], {"codec": "auto"}),
+        (["h264", "auto"], {"codec": "h264", "codec.encoding": "auto"}),
+        (["h264", "re-encode", 18], {"codec": "h264", "codec.encoding": "re-encode", "codec.encoding.crf": 18}),
+    ],
+)
+def test_nested_dynamic_combos(values, inputs):
+    """As core's Save Video has them, and as the page writes them."""
+    node = {"id": 3, "type": "SaveVideo", "widgets_values": ["v", *values], "inputs": [{"name": "video", "link": 1}]}
+    prompt = to_api({"nodes": [node], "links": [[1, 2, 0, 3, 0, "VIDEO"]]}, {"SaveVideo": SAVE_VIDEO})
+    assert prompt["3"]["inputs"] == {"video": ["2", 0], "prefix": "v"} | inputs
+
+
+@pytest.mark.parametrize(
+    "text, url, own",
+    [
+        ("Failed to load resource: net::ERR_NAME_NOT_RESOLVED", "https://api.example.org/features", True),
+        ("Failed to load resource: net::ERR_CONNECTION_REFUSED", "http://127.0.0.1:9/x.js", True),
+        ("Failed to load resource: the server responded with a status of 404", "http://127.0.0.1:8188/user.css", True),
+        ("Failed to load resource: status of 404", "http://127.0.0.1:8188/extensions/pack/js/ours.js", False),
+        ("Access to fetch at 'https://example.org/a' from origin 'http://127.0.0.1:8188' is blocked", "", True),
+        ("TypeError: x is undefined at https://example.org", "http://127.0.0.1:8188/assets/a.js", False),
+    ],
+)
+def test_whose_error_it_is(text, url, own):
+    assert is_pages_own(text, url, "127.0.0.1:8188") == own
