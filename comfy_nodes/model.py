@@ -26,23 +26,23 @@ class LoadWorldStereoFP8(io.ComfyNode):
             node_id="LoadWorldStereoFP8",
             display_name="Load WorldStereo FP8",
             category=CATEGORY,
-            description="Loads a WorldStereo checkpoint (camera, memory or memory-dmd; scaled FP8 or BF16, any naming) "
+            description="Loads a WorldStereo checkpoint (camera, memory or memory-dmd; scaled FP8, INT8 or BF16, any naming) "
             "as an ordinary MODEL for ComfyUI's samplers, LoRA loaders and offloading.",
-            search_aliases=["worldstereo", "fp8", "wan", "novel view"],
+            search_aliases=["worldstereo", "fp8", "int8", "wan", "novel view"],
             inputs=[
                 io.Combo.Input(
                     "model_name",
                     options=diffusion_models(),
-                    tooltip="A WorldStereo .safetensors file in models/diffusion_models. The scaled-FP8 "
+                    tooltip="A WorldStereo .safetensors file in models/diffusion_models. An FP8 or INT8 "
                     "file takes 20 GB of disk, the BF16 source 35 GB.",
                 ),
                 io.Combo.Input(
                     "compute",
                     options=list(COMPUTE),
                     default=COMPUTE[0],
-                    tooltip="How FP8 layers multiply. auto: native FP8 where the card has it (GeForce RTX "
-                    "40, Hopper and newer), else the weight is upcast for each product. fp8: "
-                    "native, or an error. bf16: always upcast.",
+                    tooltip="How quantised layers multiply. auto: as they are stored where the card can (FP8: GeForce RTX "
+                    "40, Hopper and newer; INT8: RTX 20 and newer), else the weight is upcast for each product. fp8: "
+                    "as they are stored, or an error. bf16: always upcast.",
                 ),
                 io.Combo.Input(
                     "base_model",

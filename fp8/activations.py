@@ -211,6 +211,8 @@ class Triton(Eager):
 
     @classmethod
     def layer_norm_modulate(cls, x, shift, scale, eps):
+        if scale.dtype == x.dtype and Kitchen.refusal(x.device) is None:  # faster, but it rounds the scale to x's dtype
+            return Kitchen.layer_norm_modulate(x, shift, scale, eps)
         out = x.new_empty(x.shape)
         shift, scale = (_dense(t).expand(x.shape) for t in (shift, scale))
         kernels.layer_norm_(_dense(x), shift, scale, eps, out, None)

@@ -5,7 +5,7 @@ import functools
 import comfy.model_management
 import pytest
 import torch
-from toy import GOLDEN, cooked, golden_inputs, golden_weights, relative_error, run, save
+from toy import GOLDEN, cooked, forward, golden_inputs, golden_weights, relative_error, run, save
 from worldstereo_fp8.fp8 import activations, arithmetic, int8_matmul, linear
 from worldstereo_fp8.fp8.recipe import FP8, dequantise, scale_name
 from worldstereo_fp8.loaders import load_worldstereo
@@ -207,3 +207,25 @@ def test_tokens_in_parts_give_what_all_at_once_give(compute, native, monkeypatch
     assert len(blocks.spans(480, 128)) == 4 and len(blocks.spans(288, 128)) == 3
     # In FP8 a last bit of difference in one layer may round a token of the next to the neighbouring number.
     assert relative_error(run(patcher, inputs), whole) < (1e-5 if compute == "bf16" else 1e-2)
+
+
+@pytest.mark.parametrize("chunk", [blocks.CHUNK, 128])
+def test_the_last_block_leaves_the_references(memory, monkeypatch, chunk):
+    """Nothing reads them afterwards: the same picture with less work, and all of it where a patch may look."""
+    inputs, _ = golden_inputs("memory_dmd")
+    inputs = larger(inputs)
+    monkeypatch.setattr(blocks, "CHUNK", chunk)
+    monkeypatch.setattr(blocks, "UPCAST_QUERIES", chunk)
+    seen = []
+    feed_forward = blocks.add_feed_forward
+    monkeypatch.setattr(
+        blocks, "add_feed_forward", lambda ffn, x, *a: (seen.append(x.shape[1]), feed_forward(ffn, x, *a))
+    )
+    comfy.model_management.load_models_gpu([memory])
+    less = forward(memory, inputs)
+    assert seen == [480, 288]  # five frames' tokens of 96, then the three targets'
+    patch = {"patches": {"double_block": [lambda args: args]}}
+    model = memory.model.diffusion_model
+    monkeypatch.setattr(model, "forward", functools.partial(model.forward, transformer_options=patch))
+    assert relative_error(less, forward(memory, inputs)) < 1e-5
+    assert seen[2:] == [480, 480]

@@ -39,11 +39,11 @@ def to_tokens(x: torch.Tensor) -> torch.Tensor:
     return x.flatten(2).transpose(1, 2)
 
 
-def spans(length: int, chunk: int) -> list[slice]:
-    """Parts of at most `chunk` tokens, about equal, in whole tiles of 128."""
-    count = max(math.ceil(length / chunk), 1)
-    step = math.ceil(length / count / 128) * 128
-    return [slice(start, min(start + step, length)) for start in range(0, length, step)]
+def spans(length: int, chunk: int, first: int = 0) -> list[slice]:
+    """The tokens from `first` to `length` in parts of at most `chunk`, about equal, in whole tiles of 128."""
+    count = max(math.ceil((length - first) / chunk), 1)
+    step = math.ceil((length - first) / count / 128) * 128
+    return [slice(start, min(start + step, length)) for start in range(first, length, step)]
 
 
 def part_of(x: Tokens, span: slice) -> Tokens:
@@ -75,8 +75,9 @@ def as_input(x: torch.Tensor, layer: nn.Module, done: Tokens | None = None) -> T
 class SelfAttention(WanSelfAttention):
     """Wan's self-attention, added to the residual stream in spans of queries."""
 
-    def add_to(self, x, h: Tokens, gate, freqs, transformer_options):
-        """x += gate · attention(h), in place. x: [1,L,C], h: its normed tokens, gate: [1,1,C], freqs: [1,L,1,d/2,2,2].
+    def add_to(self, x, h: Tokens, gate, freqs, transformer_options, first: int = 0):
+        """x += gate · attention(h), in place, for the tokens from `first` on; all are attended to. x: [1,L,C], h: its
+        normed tokens, gate: [1,1,C], freqs: [1,L,1,d/2,2,2].
 
         With an `attn1_patch`, which wants whole tensors, x may have a batch and is not split.
         """
@@ -87,11 +88,11 @@ class SelfAttention(WanSelfAttention):
         with self.v.fetched(x.device, x.dtype) as product:
             v = product(h)
         queries = UPCAST_QUERIES if isinstance(h, torch.Tensor) else CHUNK
-        parts = [slice(0, x.shape[1])] if patches else spans(x.shape[1], queries)
+        parts = [slice(0, x.shape[1])] if patches else spans(x.shape[1], queries, first)
         attended = []
         with self.q.fetched(x.device, x.dtype) as product:
             for span in parts:
-                part = h if len(parts) == 1 else part_of(h, span)
+                part = h if len(parts) == 1 and not first else part_of(h, span)
                 q = rms_rope(product(part), norm_q, freqs[:, span], self.num_heads, self.eps)
                 y = optimized_attention(q, k, v, heads=self.num_heads, transformer_options=transformer_options)
                 for patch in patches:
@@ -189,8 +190,10 @@ class Block(WanAttentionBlock):
         self.self_attn = SelfAttention(dim, num_heads, eps=eps, operation_settings=operation_settings)
         self.cross_attn = CrossAttention(dim, num_heads, eps=eps, operation_settings=operation_settings)
 
-    def forward(self, x, e, freqs, kv: list[KeysValues], ref_len=0, transformer_options={}):
+    def forward(self, x, e, freqs, kv: list[KeysValues], ref_len=0, transformer_options={}, targets_only=False):
         """x: [B, ref_len + F·n, C], references first; overwritten with the result. e: [B,1,6,C]. kv: of each sample.
+
+        targets_only: the references are attended to, and are left as they are: nothing reads them afterwards.
 
         What a patch has seen or returned is its own, here and in the model's forward: it is copied before it is
         overwritten.
@@ -199,12 +202,13 @@ class Block(WanAttentionBlock):
         modulation = cast_to(self.modulation, dtype=x.dtype, device=x.device).unsqueeze(0) + e
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = modulation.unbind(2)
         # One sample at a time, so that a batch (CFG) needs no more memory than one; patches want the batch whole.
+        first = ref_len if targets_only else 0
         samples = [slice(0, len(x))] if patches.get("attn1_patch") else [slice(b, b + 1) for b in range(len(x))]
         for sample in samples:
             part = x[sample]
             h = normed(part, shift[sample], scale[sample], self.eps, self.self_attn.q)
             self.self_attn.add_to(
-                part, h, gate[sample], freqs if len(freqs) == 1 else freqs[sample], transformer_options
+                part, h, gate[sample], freqs if len(freqs) == 1 else freqs[sample], transformer_options, first
             )
             del h
         for b in range(len(x)):
@@ -213,5 +217,7 @@ class Block(WanAttentionBlock):
             x = patch({"x": x, "transformer_options": transformer_options}).clone()
         for b in range(len(x)):
             sample = slice(b, b + 1)
-            add_feed_forward(self.ffn, x[sample], ffn_shift[sample], ffn_scale[sample], ffn_gate[sample], self.eps)
+            add_feed_forward(
+                self.ffn, x[sample, first:], ffn_shift[sample], ffn_scale[sample], ffn_gate[sample], self.eps
+            )
         return x

@@ -210,7 +210,9 @@ class WorldStereoModel(WanModel):
         others_code = runs_others_code(transformer_options)
         run_control = functools.partial(untraced, add_control) if others_code else add_control
         for i, block in enumerate(self.blocks):
-            run_block = functools.partial(untraced, block) if others_code else block
+            # The head reads the targets alone, and so does nobody else but a patch. Not traced: one graph for all blocks.
+            targets_only = ref_len > 0 and i == len(self.blocks) - 1 and not others_code
+            run_block = functools.partial(untraced, block) if others_code or targets_only else block
             transformer_options["block_index"] = control_options["block_index"] = i
             if references is not None and i > 0:
                 x[:, :ref_len] = references
@@ -241,6 +243,7 @@ class WorldStereoModel(WanModel):
                     [prompt.blocks[i] for prompt in prompts],
                     ref_len=ref_len,
                     transformer_options=transformer_options,
+                    targets_only=targets_only,
                 )
 
             if control is not None and i < len(self.controlnet.controlnet_blocks):
