@@ -98,8 +98,16 @@ def points_from_depth(picture: torch.Tensor, depth: torch.Tensor, w2c: torch.Ten
     height, width = picture.shape[:2]
     depth = F.interpolate(depth[None, None].float(), (height, width), mode="nearest-exact")[0, 0]
     keep, depth = points_kept(depth)
-    y, x = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")
-    pixels = torch.stack([x[keep], y[keep], torch.ones_like(x[keep])])
+    return unproject(picture, depth, keep, w2c, K)
+
+
+def unproject(
+    picture: torch.Tensor, depth: torch.Tensor, keep: torch.Tensor, w2c: torch.Tensor, K: torch.Tensor
+) -> PointCloud:
+    """The points at the centres of the P pixels that `keep` [H, W] marks, coloured by picture [H, W, 3] in 0..1, at
+    depth [P] in front of the camera (w2c [4, 4], K [3, 3] in pixels of the picture)."""
+    y, x = keep.nonzero(as_tuple=True)
+    pixels = torch.stack([x + 0.5, y + 0.5, torch.ones_like(x)])
     camera = (torch.linalg.inv(K.double()) @ pixels.double()) * depth.double()
     world = w2c[:3, :3].double().T @ (camera - w2c[:3, 3:].double())
     return PointCloud(world.T.float().contiguous(), picture[keep].float().cpu())

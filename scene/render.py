@@ -117,11 +117,20 @@ def render(
     return pictures, holes
 
 
-def _visible(points, w2c, K, height, width, radius):
-    """Pixel coordinates u, v of the points whose splats reach the picture, near to far, and their indices."""
+def project(
+    points: torch.Tensor, w2c: torch.Tensor, K: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Pixel coordinates u, v [P] and depths z [P] of points [P, 3]; pixel (0, 0) has its centre at u = v = 0.5. u and v
+    mean nothing where z is not above 0."""
     x, y, z = points.unbind(1)
     x, y, z = (a * x + b * y + c * z + d for a, b, c, d in w2c[:3].tolist())
     u, v = ((a * x + b * y) / z + c for a, b, c in K[:2].tolist())
+    return u, v, z
+
+
+def _visible(points, w2c, K, height, width, radius):
+    """Pixel coordinates u, v of the points whose splats reach the picture, near to far, and their indices."""
+    u, v, z = project(points, w2c, K)
     inside = (z > 0) & (u > -radius) & (u < width + radius) & (v > -radius) & (v < height + radius)
     index = inside.nonzero().squeeze(1)
     index = index[z[index].sort(stable=True).indices]

@@ -1,0 +1,322 @@
+"""The cloud that grows with every clip: new frames' depth fitted to the cloud's, and the points they add to it.
+
+A depth model gives a frame's depth only up to scale and, some of them, shift. What the cloud already shows in that
+camera settles both (HY-World's and WorldStereo's global geometric memory).
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from comfy.model_management import throw_exception_if_processing_interrupted
+from scipy.spatial import cKDTree
+
+from .cameras import Cameras
+from .depth import draw_in, on_edge, unproject
+from .pointcloud import PointCloud
+from .render import RADIUS, project
+
+POINTS_LIMIT = 2_000_000
+RESIDUAL_LIMIT = 0.08  # median relative error of the fitted depth above which a frame is refused
+OVERLAP_LIMIT, SAMPLES_LIMIT = 0.02, 100  # the least share of a frame's pixels, and of points, that a fit takes
+SAME_SURFACE = 0.02  # relative: depths nearer to each other are one surface, where the residual is no larger
+SPECKLE = 0.1  # relative distance of a depth from the median of the 3x3 around it
+FIT_SCALE = 0.05  # relative error that counts in full against a guess of scale and shift
+FIT_SAMPLES, FIT_GUESSES, FIT_ROUNDS = 20_000, 512, 20
+SHIFT_GAIN = 0.7  # a shift is taken where it brings the residual below this share of that without
+NEIGHBOURS, DEVIATIONS = 20, 2.0
+VOXEL_TOLERANCE, VOXEL_ROUNDS, VOXEL_BITS = 0.2, 40, 20
+
+
+@dataclass(frozen=True)
+class FrameFit:
+    """How one frame was fitted: cloud depth = scale * depth + shift. overlap is the share of the frame's valid pixels
+    that the cloud covered, residual the median relative error there, added the number of points, refused the reason or
+    an empty text. Without a fit, scale is 0 and residual infinite."""
+
+    name: str
+    overlap: float
+    scale: float = 0.0
+    shift: float = 0.0
+    residual: float = float("inf")
+    added: int = 0
+    refused: str = ""
+
+    @property
+    def same(self) -> float:
+        """The relative distance within which this frame's depths and others' are one surface."""
+        return max(SAME_SURFACE, 3 * self.residual)
+
+
+@dataclass(frozen=True)
+class FuseReport:
+    """Points before and after; points dropped since other frames see through them, and since they lie far from their
+    neighbours; the voxel size of the thinning (0: none); and a fit for each frame."""
+
+    before: int
+    after: int
+    seen_through: int
+    outliers: int
+    voxel: float
+    frames: tuple[FrameFit, ...]
+
+    def __str__(self):
+        fitted = [frame for frame in self.frames if not frame.refused]
+        lines = [f"{self.before:,} points before, {self.after:,} after"]
+        if fitted:
+            overlap = sum(frame.overlap for frame in fitted) / len(fitted)
+            worst = max(frame.residual for frame in fitted)
+            lines.append(f"{len(fitted)} frames fitted, overlap {overlap:.0%}, residual at most {worst:.1%}")
+        return "\n".join(
+            [*lines, *(f"{frame.name} refused: {frame.refused}" for frame in self.frames if frame.refused)]
+        )
+
+
+def fuse(
+    cloud: PointCloud,
+    frames: torch.Tensor | Sequence[torch.Tensor],
+    depths: Sequence[torch.Tensor],
+    cameras: Cameras,
+    *,
+    names: Sequence[str] | None = None,
+    shift: bool = True,
+    limit: int = POINTS_LIMIT,
+    device: str | torch.device = "cpu",
+    progress: Callable[[int], None] = lambda frames: None,
+) -> tuple[PointCloud, FuseReport]:
+    """The cloud with the points that new frames add, and the report of it. `cloud` itself is left as it was.
+
+    frames N pictures [H, W, 3], uint8 or float in 0..1; depths N maps [h, w] in units of their own, NaN, infinite or
+    <= 0 where there is none, brought to the picture's size by nearest values; cameras N, of any picture size. names are
+    for the report. One frame after the other is fitted to the depth of the cloud so far (`fit_depth`; shift False fits
+    the scale alone), and its points are added where the cloud has a hole or lies behind. Depth edges and speckles give
+    no points, far depths are drawn in. At last, new points that at least as many frames see through as see (things that moved)
+    and those far from their neighbours are dropped, and the whole is thinned to about `limit` points.
+
+    A frame that overlaps the cloud too little, or whose fitted depth is off by more than RESIDUAL_LIMIT, adds nothing;
+    the report and a warning in the log name it. progress(1) is called after every frame. Raises ValueError for counts
+    that differ and for an empty cloud.
+    """
+    if not len(frames) == len(depths) == len(cameras):
+        raise ValueError(
+            f"There are {len(frames)} frames, {len(depths)} depth maps and {len(cameras)} cameras: each frame needs "
+            "its own depth and camera."
+        )
+    if len(cloud) == 0:
+        raise ValueError("The cloud is empty: there is nothing to fit new depth to.")
+    names = names or [f"frame {number}" for number in range(len(frames))]
+    points, colors, old = cloud.points.cpu(), cloud.colors.cpu(), len(cloud)
+    fits, seen = [], []
+    for name, frame, depth, w2c, K in zip(names, frames, depths, cameras.w2c, cameras.K):
+        throw_exception_if_processing_interrupted()
+        height, width = frame.shape[:2]
+        K = K * K.new_tensor([width / cameras.width, height / cameras.height, 1.0])[:, None]
+        fit, depth, new = _fit_frame(name, points.to(device), depth.to(device), w2c, K, height, width, shift)
+        if fit.refused:
+            logging.warning("WorldStereo: %s adds nothing to the cloud. It was refused: %s", name, fit.refused)
+        else:
+            picture = frame[..., :3].cpu().float() / (255 if frame.dtype == torch.uint8 else 1)
+            added = unproject(picture, depth[new], new, w2c, K)
+            points, colors = torch.cat([points, added.points]), torch.cat([colors, added.colors])
+            seen.append((depth, w2c, K, fit.same))
+        if len(points) > 2 * limit:  # so that the memory stays bounded
+            keep, _ = thin_by_voxels(points, limit)
+            points, colors, old = points[keep], colors[keep], int((keep < old).sum())
+        fits.append(fit)
+        progress(1)
+    known = torch.ones(old, dtype=torch.bool)
+    keep = torch.cat([known, ~_seen_through(points[old:], seen)])
+    seen_through, points, colors = int((~keep).sum()), points[keep], colors[keep]
+    keep = torch.cat([known, ~outliers(points, old)])
+    far_off, points, colors = int((~keep).sum()), points[keep], colors[keep]
+    keep, voxel = thin_by_voxels(points, limit)
+    fused = PointCloud(points[keep], colors[keep])
+    return fused, FuseReport(len(cloud), len(fused), seen_through, far_off, voxel, tuple(fits))
+
+
+def _seen_through(points, seen):
+    """Which of points [P, 3] at least as many frames see through as see: what moved, and errors. seen: each frame's fitted depth
+    [H, W], camera, and the relative distance within which depths are one surface."""
+    votes = torch.zeros(len(points), dtype=torch.int32)
+    for depth, w2c, K, same in seen:
+        throw_exception_if_processing_interrupted()
+        height, width = depth.shape
+        u, v, z = project(points, w2c, K)
+        inside = ((z > 0) & (u >= 0) & (u < width) & (v >= 0) & (v < height)).nonzero().squeeze(1)
+        ratio = depth[v[inside].long(), u[inside].long()] / z[inside]
+        ratio[ratio.isinf()] = 0  # no depth: no vote
+        votes[inside] += (ratio > 1 + same).int() - ((ratio - 1).abs() <= same).int()
+    return votes >= 0
+
+
+def cloud_depth(
+    points: torch.Tensor, w2c: torch.Tensor, K: torch.Tensor, height: int, width: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The depth of the nearest point of points [P, 3] in each pixel [H, W], infinite where there is none, and that
+    point's number (-1 there)."""
+    u, v, z = project(points, w2c, K)
+    index = ((z > 0) & (u >= 0) & (u < width) & (v >= 0) & (v < height)).nonzero().squeeze(1)
+    pixel = v[index].long() * width + u[index].long()
+    key = (z[index].view(torch.int32).long() << 32) | index  # floats above 0 are ordered as their bits
+    none = torch.iinfo(torch.int64).max
+    nearest = key.new_full((height * width,), none).scatter_reduce(0, pixel, key, "amin")
+    number = torch.where(nearest == none, -1, nearest & 0xFFFFFFFF).view(height, width)
+    depth = (nearest >> 32).int().view(torch.float32).masked_fill(nearest == none, torch.inf).view(height, width)
+    return depth, number
+
+
+def _nearest_around(depth, reach):
+    """The nearest depth in the (2 reach + 1)² pixels around each: the surface behind the gaps between points."""
+    return -F.max_pool2d(-depth[None, None], 2 * reach + 1, 1, reach)[0, 0]
+
+
+def fit_depth(depth: torch.Tensor, target: torch.Tensor, shift: bool = True) -> tuple[float, float, float]:
+    """scale, shift and residual of target = scale * depth + shift over pairs [P], both above 0.
+
+    Robust: guesses from one or two pairs each, the best of them (M-estimator sample consensus, Torr and Zisserman 2000)
+    refined by least squares with Tukey's weights, all on the error relative to target. The residual is its median over
+    all pairs. A shift is taken only where it brings the residual well down: on an overlap of one depth it could be
+    anything. Deterministic.
+    """
+    every = torch.linspace(0, len(depth) - 1, min(len(depth), FIT_SAMPLES)).long()
+    depth, target = depth[every.to(depth.device)].double().cpu(), target[every.to(target.device)].double().cpu()
+    drawn = torch.randint(len(depth), (2, FIT_GUESSES), generator=torch.Generator().manual_seed(0))
+    (d0, d1), (z0, z1) = depth[drawn], target[drawn]
+    scales = z0 / d0
+    guesses = torch.stack([scales, torch.zeros_like(scales)], 1)
+    scale, _, residual = _refined(depth, target, guesses, False)
+    best = scale, 0.0, residual
+    if shift:
+        slopes = (z1 - z0) / (d1 - d0)
+        guesses = torch.stack([slopes, z0 - slopes * d0], 1)
+        guesses = guesses[guesses.isfinite().all(1) & (slopes > 0)]
+        if len(guesses):
+            shifted = _refined(depth, target, guesses, True)
+            best = shifted if shifted[0] > 0 and shifted[2] < SHIFT_GAIN * residual else best
+    return best
+
+
+def _refined(depth, target, guesses, shift):
+    """The guess [scale, shift] that most pairs agree with, refined; and its residual."""
+    columns = torch.stack([depth / target, 1 / target], 1)
+    costs = torch.cat([((columns @ some.T - 1).abs() / FIT_SCALE).clamp(max=1).mean(0) for some in guesses.split(32)])
+    answer = guesses[costs.argmin()]
+    used = 2 if shift else 1
+    for _ in range(FIT_ROUNDS):
+        error = columns @ answer - 1
+        spread = (
+            (4.685 * 1.4826 * error[error.abs() < FIT_SCALE].abs().median())
+            .clamp(1e-4, FIT_SCALE)
+            .nan_to_num(FIT_SCALE)
+        )
+        weight = (1 - (error / spread).square()).clamp(min=0)  # the root of Tukey's weight
+        rows = columns[:, :used] * weight[:, None]
+        normal = rows.T @ rows
+        refined = answer.clone()
+        refined[:used] = torch.linalg.lstsq(normal, rows.T @ weight).solution
+        if not refined.isfinite().all() or torch.allclose(refined, answer, rtol=1e-9, atol=0):
+            break
+        answer = refined
+    return answer[0].item(), answer[1].item(), (columns @ answer - 1).abs().median().item()
+
+
+def _fit_frame(name, points, depth, w2c, K, height, width, shift):
+    """The frame's fit and, on the CPU, the fitted depth [H, W] and the pixels [H, W] that give new points."""
+    depth = F.interpolate(depth[None, None].float(), (height, width), mode="nearest-exact")[0, 0]
+    depth, good = _despeckled(depth)
+    seen, number = cloud_depth(points, w2c, K, height, width)
+    close = _nearest_around(seen, 1)  # a hole is where no point lies in the eight pixels around either
+    surface = _nearest_around(seen, max(1, round(RADIUS * min(height, width) / 2)))  # as far as a render's splats reach
+    overlap = ((surface < torch.inf) & good).sum().item() / max(1, good.sum().item())
+    shown = number[(seen <= surface * (1 + FIT_SCALE)) & (number >= 0)]  # not what shines through between points
+    u, v, z = project(points[shown], w2c, K)
+    there = torch.where(good & ~on_edge(1 / depth), 1 / depth, torch.nan)
+    grid = torch.stack([2 * u / width - 1, 2 * v / height - 1], 1)[None, None]
+    sampled = F.grid_sample(there[None, None], grid, padding_mode="border", align_corners=False).flatten()
+    valid = sampled > 0
+    if overlap < OVERLAP_LIMIT or valid.sum() < SAMPLES_LIMIT:
+        reason = f"it sees too little of the cloud to fit its depth to, {overlap:.1%} of its pixels."
+        return FrameFit(name, overlap, refused=reason), None, None
+    scale, offset, residual = fit_depth(1 / sampled[valid], z[valid], shift)
+    if not residual <= RESIDUAL_LIMIT:
+        reason = (
+            f"its depth does not fit the cloud's, residual {residual:.1%} (at most {RESIDUAL_LIMIT:.0%}). Is it of "
+            "this scene, and is this its camera?"
+        )
+        return FrameFit(name, overlap, scale, offset, residual, 0, reason), None, None
+    depth = scale * depth + offset
+    good &= _valid(depth)
+    depth = depth.where(_valid(depth), depth.new_tensor(torch.inf))
+    depth[good] = draw_in(depth[good])
+    fit = FrameFit(name, overlap, scale, offset, residual)
+    new = good & ~on_edge(1 / depth) & (depth < close * (1 - fit.same))
+    fit = replace(fit, added=int(new.sum()))
+    return fit, depth.where(good, torch.inf).cpu(), new.cpu()
+
+
+def _valid(depth):
+    return depth.isfinite() & (depth > 0)
+
+
+def _despeckled(depth):
+    """The depth map [H, W], infinite where there is none and speckles replaced by the median around them, and where it
+    can be trusted: a depth, and no speckle."""
+    height, width = depth.shape
+    depth = depth.where(_valid(depth), depth.new_tensor(torch.inf))
+    padded = F.pad(depth[None, None], (1, 1, 1, 1), mode="replicate")[0, 0]
+    around = torch.stack([padded[y : y + height, x : x + width] for y in range(3) for x in range(3)])
+    median = around.median(0).values
+    speckle = ~((depth / median - 1).abs() <= SPECKLE)
+    good = depth.isfinite() & ~speckle
+    return torch.where(speckle, median, depth), good
+
+
+def outliers(points: torch.Tensor, start: int = 0) -> torch.Tensor:
+    """Which of points[start:] [P, 3] lie off: their mean distance to their 20 nearest neighbours among all points is
+    above the mean of those distances by more than 2 deviations. bool [P - start]."""
+    if len(points) - start < 2 or len(points) <= NEIGHBOURS:
+        return torch.zeros(len(points) - start, dtype=torch.bool)
+    every = points.numpy()
+    tree = cKDTree(every, balanced_tree=False, compact_nodes=False)
+    mean = np.empty(len(every) - start, np.float32)
+    for first in range(0, len(mean), 1 << 16):
+        throw_exception_if_processing_interrupted()
+        part = every[start + first : start + first + (1 << 16)]
+        mean[first : first + len(part)] = tree.query(part, NEIGHBOURS + 1, workers=-1)[0][:, 1:].mean(1)
+    return torch.from_numpy(mean > mean.mean() + DEVIATIONS * mean.std())
+
+
+def thin_by_voxels(points: torch.Tensor, limit: int) -> tuple[torch.Tensor, float]:
+    """The numbers, rising, of the points [P, 3] that stay where each voxel keeps its first, and the voxel's size.
+
+    The size is found by bisection, so that at most `limit` points stay and at least 80 % of that (fewer only where
+    points coincide). 0 and all points where there are no more than that.
+    """
+    if len(points) <= limit:
+        return torch.arange(len(points)), 0.0
+    low = points.min(0).values
+    extent = (points.max(0).values - low).max().item()
+    small, large = extent / (1 << VOXEL_BITS), extent
+    size, keep = large, _first_of_voxels(points, low, 2 * extent + 1)
+    for _ in range(VOXEL_ROUNDS):
+        throw_exception_if_processing_interrupted()
+        middle = (small * large) ** 0.5
+        kept = _first_of_voxels(points, low, middle)
+        if len(kept) > limit:
+            small = middle
+            continue
+        size, keep, large = middle, kept, middle
+        if len(kept) >= (1 - VOXEL_TOLERANCE) * limit:
+            break
+    return keep, size
+
+
+def _first_of_voxels(points, low, size):
+    x, y, z = ((points - low) / size).long().unbind(1)
+    key, order = (((x << VOXEL_BITS + 1) | y) << VOXEL_BITS + 1 | z).sort(stable=True)
+    first = torch.ones_like(key, dtype=torch.bool)
+    first[1:] = key[1:] != key[:-1]
+    return order[first].sort().values
