@@ -6,10 +6,12 @@ from pathlib import Path, PureWindowsPath
 import folder_paths
 
 from ..files.atomic import new_file
+from ..files.text import shown
 from ..fp8.files import INDEX_SUFFIX, SHARD
 
 SAFETENSORS = (".safetensors", ".sft")
 CAMERA_FILES = (".json", ".txt")
+MAX_NAME = 200  # characters of a file's name; file systems take 255 bytes, suffixes included
 TEMP_FILES = 16  # kept in one folder of the temp folder
 
 
@@ -36,8 +38,10 @@ def cook_sources() -> list[str]:
 def file_name(name: str, suffix: str) -> str:
     """A file's name with the suffix. Raises ValueError for one that has path parts, on any system."""
     stem = name.removesuffix(suffix)
-    if not stem.strip(". ") or PureWindowsPath(name).name != name:
-        raise ValueError(f"{name!r} is no file name: give a name alone, without a folder.")
+    if not stem.strip(". ") or PureWindowsPath(name).name != name or not name.isprintable() or len(name) > MAX_NAME:
+        raise ValueError(
+            f"'{shown(name)}' is no file name: give a name alone, without a folder, of at most {MAX_NAME} characters."
+        )
     return stem + suffix
 
 
