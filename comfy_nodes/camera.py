@@ -22,9 +22,10 @@ from ..scene.camera_path import (
 )
 from ..scene.depth import DEPTH_PICTURES
 from ..scene.panorama import points_of_panorama, too_coarse, view_of_panorama
+from ..scene.pictures import stretches, within
 from ..scene.render import POINTS_PER_PIXEL, RADIUS, render_start, summary
+from ..worldstereo.comfy_model import config_of
 from ..worldstereo.conditioning import keyframe_size
-from ..worldstereo.config import WorldStereoConfig
 from .common import CATEGORY, Cameras, MoGeGeometry, Points, color_of, show_on_node
 from .files import camera_file, camera_files
 
@@ -204,7 +205,10 @@ class WorldStereoCameraPath(io.ComfyNode):
         cameras, picture, assumed = plan_path(
             image, move, lens, lens_value, scene_depth, start_pitch, scene, start, guess_pitch
         )
-        show_on_node(cls, assumed)
+        sizes = {"start's picture": (cameras.height, cameras.width)}
+        if isinstance(scene, dict):
+            sizes["scene"] = scene["depth"].shape[1:3]
+        show_on_node(cls, assumed, stretches(*image.shape[1:3], **sizes))
         return io.NodeOutput(cameras, picture, ui=ui.PreviewImage(picture, cls=cls))
 
 
@@ -257,8 +261,8 @@ class WorldStereoRender(io.ComfyNode):
                     max=8192,
                     step=16,
                     advanced=True,
-                    tooltip="Of the render, in pixels. If width or height is 0, both are the model's size "
-                    "nearest to the picture's shape.",
+                    tooltip="Of the render, in pixels. If width or height is 0: the model's size for this picture, or, "
+                    "without model, the picture's own size (a large one's reduced).",
                 ),
                 io.Int.Input(
                     "height",
@@ -267,8 +271,8 @@ class WorldStereoRender(io.ComfyNode):
                     max=8192,
                     step=16,
                     advanced=True,
-                    tooltip="Of the render, in pixels. If width or height is 0, both are the model's size "
-                    "nearest to the picture's shape.",
+                    tooltip="Of the render, in pixels. If width or height is 0: the model's size for this picture, or, "
+                    "without model, the picture's own size (a large one's reduced).",
                 ),
                 io.Float.Input(
                     "radius",
@@ -296,6 +300,12 @@ class WorldStereoRender(io.ComfyNode):
                     tooltip="Colour behind the points: of the holes, and what thin splats fade to. The model was "
                     "trained with mid-grey (#808080).",
                 ),
+                io.Model.Input(
+                    "model",
+                    optional=True,
+                    tooltip="From Load WorldStereo FP8: gives the size. Not needed for a picture from WorldStereo "
+                    "Picture, which has it already.",
+                ),
             ],
             outputs=[
                 io.Image.Output(display_name="render_video"),
@@ -307,10 +317,23 @@ class WorldStereoRender(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, image, depth, cameras, depth_picture, near, far, width, height, radius, points_per_pixel, background
+        cls,
+        image,
+        depth,
+        cameras,
+        depth_picture,
+        near,
+        far,
+        width,
+        height,
+        radius,
+        points_per_pixel,
+        background,
+        model=None,
     ) -> io.NodeOutput:
         if not width or not height:
-            height, width = keyframe_size(WorldStereoConfig(), *image.shape[1:3])
+            size = image.shape[1:3]
+            height, width = within(*size) if model is None else keyframe_size(config_of(model), *size)
         progress = comfy.utils.ProgressBar(len(cameras))
         video, holes, cloud = render_start(
             image,
@@ -327,7 +350,9 @@ class WorldStereoRender(io.ComfyNode):
             comfy.model_management.get_torch_device(),
             progress.update,
         )
-        show_on_node(cls, summary(cloud, holes))
+        sizes = {"image": image.shape[1:3], "cameras' picture": (cameras.height, cameras.width)}
+        size = f"{len(video)} frames of {width}×{height}"
+        show_on_node(cls, f"{size}\n{summary(cloud, holes)}", stretches(height, width, **sizes))
         return io.NodeOutput(video, holes, cloud)
 
 

@@ -1,5 +1,8 @@
 """What the nodes share: their category, the types of their links, and what they show on themselves."""
 
+import logging
+from collections.abc import Sequence
+
 from comfy_api.latest import io
 from PIL import ImageColor
 from server import PromptServer
@@ -12,8 +15,11 @@ Scene = io.Custom("WORLDSTEREO_SCENE")  # scene.scene.Scene
 MoGeGeometry = io.Custom("MOGE_GEOMETRY")  # core's dict of comfy_extras/nodes_moge.py
 
 
-def show_on_node(node: type[io.ComfyNode], text: str):
-    """Shows a text on the node that runs."""
+def show_on_node(node: type[io.ComfyNode], text: str, remarks: Sequence[str] = ()):
+    """Shows a text on the node that runs, and below it remarks, which are logged as warnings too."""
+    for remark in remarks:
+        logging.warning("%s: %s.", node.define_schema().display_name, remark)
+    text = "\n".join([text, *remarks])
     if node.hidden.unique_id:
         PromptServer.instance.send_progress_text(text, node.hidden.unique_id)
 

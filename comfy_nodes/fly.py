@@ -4,8 +4,7 @@ from comfy_api.latest import io
 
 from ..scene.camera_path import DEFAULT_FOV, LENSES
 from ..scene.fly_path import DEFAULT_PATH, plan_flight
-from ..worldstereo.conditioning import keyframe_size
-from ..worldstereo.config import WorldStereoConfig
+from ..scene.pictures import within
 from .common import CATEGORY, Cameras, MoGeGeometry, Points
 from .files import keep_in_temp
 
@@ -92,7 +91,7 @@ class WorldStereoFlyPath(io.ComfyNode):
 
     @classmethod
     def execute(cls, image, path, lens, lens_value, scene_depth, start_pitch, scene=None, start=None) -> io.NodeOutput:
-        height, width = keyframe_size(WorldStereoConfig(), *image.shape[1:3])
+        height, width = within(*image.shape[1:3])
         cameras, picture, shown = plan_flight(
             image, path, lens, lens_value, scene_depth, start_pitch, scene, start, width, height
         )

@@ -10,10 +10,10 @@ from ..fp8.files import state_if_there
 from ..fp8.linear import COMPUTE
 from ..loaders import load_worldstereo
 from ..worldstereo.comfy_model import config_of
-from ..worldstereo.conditioning import References, condition, decode_keyframes, encode_keyframes
+from ..worldstereo.conditioning import References, condition, decode_keyframes, encode_keyframes, keyframe_size, remarks
 from ..worldstereo.config import CONFIG_FILE
 from ..worldstereo.schedule import dmd_sigmas
-from .common import CATEGORY, Cameras
+from .common import CATEGORY, Cameras, show_on_node
 from .files import diffusion_models
 
 NO_BASE = "none"
@@ -114,7 +114,11 @@ class WorldStereoConditioning(io.ComfyNode):
                     "cameras. More than the model's 21 keyframes are thinned "
                     "evenly. The first frame is replaced by the picture.",
                 ),
-                io.Mask.Input("render_mask", tooltip="For each frame of the render, 1 (white) where no point fell."),
+                io.Mask.Input(
+                    "render_mask",
+                    tooltip="For each frame of the render, 1 (white) where no point fell. Frame 0, the picture itself, "
+                    "is taken without holes.",
+                ),
                 Cameras.Input("cameras", tooltip="One camera a frame: world-to-camera, OpenCV axes."),
                 io.ClipVisionOutput.Input(
                     "clip_vision_output",
@@ -125,7 +129,7 @@ class WorldStereoConditioning(io.ComfyNode):
                 io.Image.Input(
                     "reference_images",
                     optional=True,
-                    tooltip="Memory variants: other views of the scene, as many as keyframes at most. "
+                    tooltip="Memory variants: other views of the scene, at most one for each keyframe after the first. "
                     "Without them the picture itself is the reference.",
                 ),
                 Cameras.Input(
@@ -135,10 +139,11 @@ class WorldStereoConditioning(io.ComfyNode):
                 ),
                 io.String.Input(
                     "reference_index",
+                    display_name="reference_keyframes",
                     default="",
                     optional=True,
-                    tooltip="For each reference the keyframe it stands nearest to, from 0, separated by "
-                    "commas: 0, 5, 12",
+                    tooltip="For each reference the keyframe that it matches best, separated by commas: 1, 5, 12. "
+                    "Keyframes are numbered from 0, the picture itself, which no reference is matched with.",
                 ),
             ],
             outputs=[
@@ -146,6 +151,7 @@ class WorldStereoConditioning(io.ComfyNode):
                 io.Conditioning.Output(display_name="negative"),
                 io.Latent.Output(display_name="latent"),
             ],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -165,7 +171,11 @@ class WorldStereoConditioning(io.ComfyNode):
         reference_index="",
     ) -> io.NodeOutput:
         references = References.of(reference_images, reference_cameras, reference_index)
-        values, latent = condition(config_of(model), vae, image, render_video, render_mask, cameras, references)
+        config = config_of(model)
+        values, latent = condition(config, vae, image, render_video, render_mask, cameras, references)
+        height, width = keyframe_size(config, *image.shape[1:3])
+        size = f"{width}×{height}, {latent.shape[2]} keyframes of {len(render_video)} frames"
+        show_on_node(cls, size, remarks(config, image, render_video, render_mask, cameras, references))
         if clip_vision_output is not None:
             values["clip_vision_output"] = clip_vision_output
         return io.NodeOutput(

@@ -1,15 +1,16 @@
 """Pictures, [N, H, W, C] in 0..1: resizing, comparing their shapes, and laying them out to be looked at."""
 
-import logging
 import math
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from .cameras import Cameras, thin
+from .cameras import thin
 
 SHAPE_TOLERANCE = 0.05  # relative, of height/width: what rounding sides to whole pixels or patches may change
+STRETCH_TOLD = 0.01  # relative: a smaller stretch is not worth a word
+MOST_PIXELS = 1 << 19  # of a render whose size nothing says
 SHEET_WIDTH = 1680  # pixels
 
 
@@ -26,18 +27,21 @@ def same_shape(height: int, width: int, other_height: int, other_width: int) -> 
     return abs(height / width / (other_height / other_width) - 1) <= SHAPE_TOLERANCE
 
 
-def warn_of_stretch(cameras: Cameras, image: torch.Tensor):
-    """Logs a warning where the cameras are of a picture of another shape than image [N,H,W,C]."""
-    height, width = image.shape[1:3]
-    if not same_shape(cameras.height, cameras.width, height, width):
-        logging.warning(
-            "cameras are of a %dx%d picture and image is %dx%d: the shapes differ, so the intrinsics are "
-            "stretched to the image. Give the cameras of this very picture, or crop it as they expect.",
-            cameras.width,
-            cameras.height,
-            width,
-            height,
-        )
+def stretches(height: int, width: int, **sizes: tuple[int, int]) -> list[str]:
+    """A line for each thing of a size (height, width) that another shape, height x width, stretches."""
+    lines = []
+    for name, (own_height, own_width) in sizes.items():
+        wider = (width / height) / (own_width / own_height) - 1
+        if abs(wider) > STRETCH_TOLD:
+            by = f"{wider:.0%} wider" if wider > 0 else f"{1 / (1 + wider) - 1:.0%} taller"
+            lines.append(f"{name} {own_width}×{own_height} is stretched to {width}×{height}: {by}")
+    return lines
+
+
+def within(height: int, width: int, pixels: int = MOST_PIXELS) -> tuple[int, int]:
+    """A picture's own height and width, or smaller ones of its shape where it has more pixels."""
+    scale = min(1.0, (pixels / (height * width)) ** 0.5)
+    return max(1, round(height * scale)), max(1, round(width * scale))
 
 
 def side_by_side(frames: torch.Tensor, beside: torch.Tensor) -> torch.Tensor:

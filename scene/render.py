@@ -14,7 +14,7 @@ from comfy.model_management import throw_exception_if_processing_interrupted
 
 from .cameras import Cameras
 from .depth import depth_of_moge, depth_of_picture, points_from_depth
-from .pictures import resize_pictures, same_shape, warn_of_stretch
+from .pictures import resize_pictures, same_shape
 from .pointcloud import PointCloud
 
 RADIUS = 0.008  # of a splat, in units in which the shorter side of the picture spans 2
@@ -49,7 +49,6 @@ def render_start(
     if len(image) != 1:
         raise ValueError(f"image holds {len(image)} pictures; WorldStereo starts from one.")
     picture = resize_pictures(image, height, width)
-    warn_of_stretch(cameras, image)
     cameras = cameras.scaled_to(width, height)
     if not isinstance(scene, PointCloud):
         depth = depth_of_moge(scene) if isinstance(scene, dict) else depth_of_picture(scene, depth_picture, near, far)

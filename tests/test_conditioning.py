@@ -18,6 +18,7 @@ from worldstereo_fp8.worldstereo.conditioning import (
     decode_keyframes,
     encode_keyframes,
     keyframe_size,
+    remarks,
 )
 from worldstereo_fp8.worldstereo.config import WorldStereoConfig
 from worldstereo_fp8.worldstereo.schedule import dmd_sigmas
@@ -89,10 +90,32 @@ def test_what_the_conditioning_holds(vae):
     assert torch.allclose(values["render_latent"][:, :, 1:2], second, atol=1e-5)
 
 
-@pytest.mark.parametrize("height, warns", [(40, False), (41, False), (64, True)])
-def test_cameras_of_another_shape_are_a_warning(vae, caplog, height, warns):
-    condition(CONFIG, vae, **(inputs() | {"cameras": path(5, height=height)}))
-    assert (f"cameras are of a 64x{height} picture and image is 64x40" in caplog.text) == warns
+def test_what_may_be_no_intention_is_remarked():
+    assert remarks(CONFIG, **inputs() | {"image": torch.rand(1, 32, 48, 3), "mask": torch.zeros(5, 32, 48)}) == [
+        "render_video 64×40 is stretched to 48×32: 7% taller",
+        "cameras' picture 64×40 is stretched to 48×32: 7% taller",
+    ]
+    fitting = {
+        "image": torch.rand(1, 32, 48, 3),
+        "render": torch.rand(5, 64, 96, 3),
+        "mask": torch.zeros(5, 32, 48),
+        "cameras": path(5, 48, 32),
+    }
+    assert remarks(CONFIG, **fitting) == []
+    inverted = remarks(CONFIG, **fitting | {"mask": torch.ones(5, 32, 48)})
+    assert len(inverted) == 1 and inverted[0].startswith("render_mask has holes in 100% of frame 0")
+    colours = torch.rand(5, 32, 48)
+    colours[0] = 0
+    told = remarks(CONFIG, **fitting | {"mask": colours})
+    assert len(told) == 1 and "render_mask is no hole mask: 6" in told[0]
+
+
+def test_frame_0_has_no_holes_whatever_comes_in(vae):
+    values, _ = condition(CONFIG, vae, **(inputs() | {"mask": torch.ones(5, 40, 64)}))
+    assert values["render_mask"][0, 0].mean((1, 2)).tolist() == [0, 1, 1, 1, 1]
+    kernel = WorldStereoConfig(scale_map=SIZES, nframe=5, mask_downsample=4, camera_mlp_dim=0)
+    values, _ = condition(kernel, vae, **(inputs(3) | {"mask": torch.ones(3, 40, 64)}))
+    assert values["render_mask"][0, 0].mean((1, 2)).tolist() == [0, 0, 0, 0, 1, 1, 1, 1, 1]
 
 
 @pytest.mark.parametrize("mode", ["full_vae", "first_frame_only"])
@@ -139,7 +162,7 @@ def test_a_mask_kernel_over_time_sees_every_frame(vae):
 def test_references(vae):
     references = References.of(torch.rand(2, 20, 20, 3), path(9)[[3, 7]], "1, 4")
     values, _ = condition(CONFIG, vae, **inputs(), references=references)
-    assert values["ref_index"].tolist() == [[1, 4]]
+    assert values["ref_index"].tolist() == [[0, 3]]  # WorldStereo's: the matched keyframe less 1
     assert values["reference_latent"].shape == (1, 16, 2, 4, 6) and values["camera_qt_ref"].shape == (1, 2, 7)
     assert References.of(None, None, "  ") is None
 
@@ -157,10 +180,14 @@ def test_references(vae):
             "reference_images 2, reference_cameras 1",
         ),
         (
-            {"references": References(torch.rand(1, 20, 20, 3), path(1), (5,))},
-            "reference_index 5 is no keyframe.*0 to 4",
+            {"references": References.of(torch.rand(1, 20, 20, 3), path(1), "5")},
+            "reference_index 5 is no keyframe.*1 to 4",
         ),
-        ({"references": References(torch.rand(6, 20, 20, 3), path(6), tuple(range(6)))}, "6 views for 5 keyframes"),
+        (
+            {"references": References.of(torch.rand(2, 20, 20, 3), path(2), "1, 0")},
+            "reference_index 0 is no keyframe.*keyframe 0 is the picture itself",
+        ),
+        ({"references": References(torch.rand(5, 20, 20, 3), path(5), (0, 1, 2, 3, 3))}, "5 views for 5 keyframes"),
     ],
 )
 def test_bad_inputs_are_named_before_anything_is_encoded(edit, message, vae, monkeypatch):
@@ -174,7 +201,7 @@ def test_bad_inputs_are_named_before_anything_is_encoded(edit, message, vae, mon
     [
         ((torch.rand(1, 8, 8, 3), None, "0"), "reference_cameras missing"),
         ((torch.rand(1, 8, 8, 3), path(1), ""), "reference_index missing"),
-        ((torch.rand(1, 8, 8, 3), path(1), "0, x"), "whole numbers"),
+        ((torch.rand(1, 8, 8, 3), path(1), "0, x"), "give keyframe numbers separated by commas"),
     ],
 )
 def test_references_are_given_whole(given, message):

@@ -385,11 +385,11 @@ def test_an_example_workflow_runs_at_toy_size(comfyui, name):
         for widget, value in {
             "LoadWorldStereoFP8": ("model_name", model),
             "VAELoader": ("vae_name", job.VAE),
-            "KSampler": ("steps", 2),
+            "BasicScheduler": ("steps", 2),
         }.items():
             if kind == widget:
                 inputs[value[0]] = value[1]
-        if kind == "WorldStereoRender":
+        if kind == "WorldStereoPanorama":
             inputs |= {"width": 256, "height": 160}
     prompt = {number: node for number, node in prompt.items() if node["class_type"] != "LoadMoGeModel"}
     path = job.saved_video(comfyui.base, comfyui.run(prompt))

@@ -191,13 +191,6 @@ def test_the_first_frame_is_the_picture():
     torch.testing.assert_close(again, video)
 
 
-def test_cameras_of_another_shape_are_a_warning(caplog):
-    start_of(torch.zeros(1, 48, 64, 3), cloud_of(10), cameras_of(1, width=64, height=48))
-    assert not caplog.text
-    start_of(torch.zeros(1, 48, 64, 3), cloud_of(10), cameras_of(1, width=64, height=64))
-    assert "cameras are of a 64x64 picture and image is 64x48" in caplog.text
-
-
 def test_frames_that_are_mostly_holes_are_named():
     holes = torch.zeros(4, 2, 4)
     holes[1] = 1

@@ -10,18 +10,22 @@ from comfy.ldm.wan.vae import WanVAE
 from comfy.model_management import throw_exception_if_processing_interrupted
 from comfy.taesd.taehv import TAEHV
 
+from ..files.text import shown
 from ..scene.cameras import Cameras, normalise, plucker, quaternions_and_translations, thin
-from ..scene.pictures import resize_pictures, warn_of_stretch
+from ..scene.pictures import resize_pictures, stretches
 from .config import LATENT_CHANNELS, SPATIAL_DOWNSCALE, WorldStereoConfig
 
 GREY = 0.5  # 0 in the VAE's −1..1
 TEMPORAL_DOWNSCALE = 4  # of the Wan VAE on a video
 MASK_THRESHOLD = 0.5
+NO_MASK = 0.05  # share of a mask that may be neither black nor white: a video's rims are far less
+FIRST_HOLES = 0.01  # share of frame 0 that may be holes
 
 
 @dataclass(frozen=True)
 class References:
-    """Reference views. images: [R,H,W,3] in 0..1. cameras: R of them. indices: the keyframe each stands nearest to."""
+    """Reference views. images: [R,H,W,3] in 0..1. cameras: R of them. indices: of the keyframe that each was matched
+    with, less 1 (WorldStereo's ref_index, 0 to F−2): keyframe 0 is the picture itself and is matched with none."""
 
     images: torch.Tensor
     cameras: Cameras
@@ -29,7 +33,7 @@ class References:
 
     @classmethod
     def of(cls, images: torch.Tensor | None, cameras: Cameras | None, index: str) -> "References | None":
-        """References as the node takes them, or None without any. index: keyframe numbers separated by commas.
+        """References as the node takes them, or None without any. index: keyframe numbers from 1, separated by commas.
 
         Raises ValueError where only some of the three are given, and for an index that is no whole number.
         """
@@ -44,10 +48,10 @@ class References:
             missing = ", ".join(name for name, there in given.items() if not there)
             raise ValueError(f"{missing} missing: references need pictures, cameras and keyframe numbers.")
         try:
-            indices = tuple(int(number) for number in index.split(","))
+            indices = tuple(int(number) - 1 for number in index.split(","))
         except ValueError as e:
             raise ValueError(
-                f"reference_index is {index!r}: give whole numbers separated by commas, such as 0, 5, 12."
+                f"reference_index is {shown(repr(index))}: give keyframe numbers separated by commas, such as 1, 5, 12."
             ) from e
         return cls(images, cameras, indices)
 
@@ -156,14 +160,47 @@ def _check(config: WorldStereoConfig, vae, image, render, mask, cameras, referen
         listed = ", ".join(f"{name} {count}" for name, count in counts.items())
         raise ValueError(f"The reference counts differ: {listed}. Each reference has one picture, camera and index.")
     frames = len(_frames(config, len(render))[0])
-    if len(references.indices) > frames:
+    if len(references.indices) > frames - 1:
         raise ValueError(
             f"reference_images holds {len(references.indices)} views for {frames} keyframes; give at "
-            "most one a keyframe."
+            "most one for each after the first."
         )
-    outside = [i for i in references.indices if not 0 <= i < frames]
+    outside = [i + 1 for i in references.indices if not 0 <= i < frames - 1]
     if outside:
-        raise ValueError(f"reference_index {outside[0]} is no keyframe: they are numbered 0 to {frames - 1}.")
+        raise ValueError(
+            f"reference_index {outside[0]} is no keyframe that a reference can be matched with: they are numbered 1 to "
+            f"{frames - 1}, and keyframe 0 is the picture itself."
+        )
+
+
+def remarks(
+    config: WorldStereoConfig,
+    image: torch.Tensor,
+    render: torch.Tensor,
+    mask: torch.Tensor,
+    cameras: Cameras,
+    references: References | None = None,
+) -> list[str]:
+    """What `condition` does to these inputs that may be no intention: shapes it stretches, a mask that is none."""
+    height, width = keyframe_size(config, *image.shape[1:3])
+    sizes = {"image": image.shape[1:3], "render_video": render.shape[1:3], "render_mask": mask.shape[1:3]}
+    sizes["cameras' picture"] = cameras.height, cameras.width
+    if references is not None:
+        sizes["reference_images"] = references.images.shape[1:3]
+    lines = stretches(height, width, **sizes)
+    grey = ((mask > 0.1) & (mask < 0.9)).float().mean().item()
+    if grey > NO_MASK:
+        lines.append(
+            f"render_mask is no hole mask: {grey:.0%} of it is neither black nor white. Give white where the render "
+            "has no point, black elsewhere"
+        )
+    first = (mask[0] >= MASK_THRESHOLD).float().mean().item()
+    if first > FIRST_HOLES:
+        lines.append(
+            f"render_mask has holes in {first:.0%} of frame 0, which is the picture itself and is taken without: is it "
+            "another path's, or white where points are?"
+        )
+    return lines
 
 
 def condition(
@@ -178,19 +215,19 @@ def condition(
     """What to put into the conditioning, and the empty latent to sample.
 
     image: [1,H,W,3] in 0..1. render: [N,Hr,Wr,3] in 0..1. mask: [N,Hm,Wm], 1 where nothing was rendered. cameras: N.
-    More frames than the model takes are thinned. Without references, a memory variant is given the picture as its
-    reference, at keyframe 0.
+    More frames than the model takes are thinned. Frame 0 is the picture, whatever render and mask hold there. Without
+    references, a memory variant is given the picture as its only one, with ref_index 0.
 
     Returns the values by the names `WorldStereo.extra_conds` reads, and zeros [1,16,F,h,w].
     Raises ValueError, naming the input, before anything is encoded.
     """
     _check(config, vae, image, render, mask, cameras, references)
-    warn_of_stretch(cameras, image)
     keyframes, dense = _frames(config, len(render))
     height, width = keyframe_size(config, *image.shape[1:3])
     image = resize_pictures(image, height, width)
     render = torch.cat([image, resize_pictures(render[keyframes[1:]], height, width, antialias=False)])
     mask = torch.nn.functional.interpolate(mask[dense, None].float(), (height, width), mode="nearest")
+    mask[dense == 0] = 0
     cameras = cameras.scaled_to(width, height)
     seen, repeated = dense.unique(return_inverse=True)
 

@@ -12,14 +12,15 @@ from comfy_api.latest import ComfyExtension, io
 
 
 class TextEncoder:
-    """What CLIPTextEncode needs of a CLIP: one random vector for each word, zero-padded to [1, 512, 4096]."""
+    """What CLIPTextEncode and WorldStereo Prompt need of a CLIP: one random vector for each word, zero-padded to
+    [1, 512, 4096]."""
 
-    def tokenize(self, text: str) -> list[str]:
-        return text.split()[:512]
+    def tokenize(self, text: str) -> dict[str, list]:
+        return {"umt5xxl": [[(word, 1.0) for word in text.split()]]}
 
-    def encode_from_tokens_scheduled(self, tokens: list[str]):
+    def encode_from_tokens_scheduled(self, tokens: dict[str, list]):
         embedding = torch.zeros(1, 512, 4096)
-        for position, word in enumerate(tokens):
+        for position, (word, _) in enumerate(tokens["umt5xxl"][0][:512]):
             seed = int.from_bytes(hashlib.sha256(word.encode()).digest()[:8], "little")
             embedding[0, position] = torch.randn(4096, generator=torch.Generator().manual_seed(seed))
         return [[embedding, {}]]

@@ -1,0 +1,68 @@
+"""Pictures [N, H, W, C] in 0..1 brought into another shape: cropped, padded or stretched, without transparent parts."""
+
+import torch
+
+from .pictures import resize_pictures, stretches, within
+
+FITS = ("crop", "pad", "stretch")
+LEFT_OUT = 0.35  # brightness of what a crop leaves out, where the crop is shown
+
+
+def lay_on(pictures: torch.Tensor, transparency: torch.Tensor | None, colour: tuple) -> tuple[torch.Tensor, bool]:
+    """Pictures [N, H, W, 3 or 4] without their transparent parts, [N, H, W, 3], and whether there were any.
+
+    transparency: [1 or N, h, w], 1 where nothing is, as core's Load Image gives it; a fourth channel is the opacity.
+    """
+    opacity = torch.ones_like(pictures[..., :1])
+    if pictures.shape[-1] == 4:
+        opacity = pictures[..., 3:]
+    if transparency is not None and transparency.any():
+        size = pictures.shape[1:3]
+        mask = torch.nn.functional.interpolate(transparency[:, None].float(), size, mode="bilinear", antialias=True)
+        opacity = opacity * (1 - mask.clamp(0, 1)).movedim(1, -1).to(opacity)
+    laid = pictures[..., :3] * opacity + pictures.new_tensor(colour) * (1 - opacity)
+    return laid, bool((opacity < 1).any())
+
+
+def fit_pictures(
+    pictures: torch.Tensor,
+    height: int,
+    width: int,
+    fit: str,
+    position: float = 0.5,
+    colour: tuple[float, float, float] = (0.5, 0.5, 0.5),
+) -> tuple[torch.Tensor, torch.Tensor, str]:
+    """Pictures [N, H, W, 3] brought to [N, height, width, 3], a picture of how, [1, h, w, 3], and a line that says it.
+
+    fit: "crop" leaves out what is too wide or too high, "pad" adds colour, "stretch" keeps all and changes the shape.
+    position, 0 (left, top) to 1: where the part that is kept lies in the picture, or the picture in the padded one.
+    """
+    own_height, own_width = pictures.shape[1:3]
+    line = f"{own_width}×{own_height} to {width}×{height}: "
+    if fit == "stretch":
+        fitted = resize_pictures(pictures, height, width)
+        told = stretches(height, width, picture=(own_height, own_width))
+        return fitted, fitted[:1], line + (told[0].rpartition(": ")[2] if told else "not stretched")
+    if fit == "pad":
+        scale = min(height / own_height, width / own_width)
+        inner_height, inner_width = max(1, round(own_height * scale)), max(1, round(own_width * scale))
+        rows, columns, told = _place(inner_height, inner_width, height, width, position)
+        fitted = pictures.new_tensor(colour).float().repeat(len(pictures), height, width, 1)
+        fitted[:, rows, columns] = resize_pictures(pictures, inner_height, inner_width)
+        return fitted, fitted[:1], line + (f"padded with {told}" if told else "nothing padded")
+    scale = min(own_height / height, own_width / width)
+    kept_height, kept_width = max(1, round(height * scale)), max(1, round(width * scale))
+    rows, columns, told = _place(kept_height, kept_width, own_height, own_width, position)
+    preview = pictures[:1] * LEFT_OUT
+    preview[:, rows, columns] = pictures[:1, rows, columns]
+    preview = resize_pictures(preview, *within(own_height, own_width))
+    fitted = resize_pictures(pictures[:, rows, columns], height, width)
+    return fitted, preview, line + (f"cropped by {told}" if told else "nothing cropped")
+
+
+def _place(height: int, width: int, outer_height: int, outer_width: int, position: float) -> tuple[slice, slice, str]:
+    """The rows and columns of a rectangle in a larger one, and how many pixels lie outside it on each side."""
+    top, left = (round((outer - inner) * position) for outer, inner in ((outer_height, height), (outer_width, width)))
+    outside = {"left": left, "right": outer_width - width - left, "top": top, "bottom": outer_height - height - top}
+    told = ", ".join(f"{pixels} px {side}" for side, pixels in outside.items() if pixels)
+    return slice(top, top + height), slice(left, left + width), told

@@ -1,0 +1,54 @@
+"""Captions as WorldStereo was trained on them: cleaned, plain text, of a bounded number of tokens."""
+
+import html
+import re
+import unicodedata
+
+from .comfy_model import TEXT_TOKENS
+
+ENCODER = "umt5xxl"  # core's name for the text encoder of Wan
+STRAIGHT = str.maketrans("\u2018\u2019\u201a\u201b\u201c\u201d\u201e\u201f", "''''\"\"\"\"")
+
+
+def clean_caption(text: str) -> str:
+    """A caption without web entities, wrongly decoded letters, curly quotes and runs of white space.
+
+    Diffusers' `prompt_clean` has these from ftfy and html; of ftfy this is the part that captions need: UTF-8 that was
+    read as Windows-1252, quotes, and NFC.
+    """
+    text = _decoded(html.unescape(html.unescape(text)))
+    return re.sub(r"\s+", " ", unicodedata.normalize("NFC", text.translate(STRAIGHT))).strip()
+
+
+def _decoded(text: str) -> str:
+    """UTF-8 that was read as Windows-1252 ("cafÃ©"), read anew; any other text as it is."""
+    try:
+        return b"".join(_byte(letter) for letter in text).decode("utf-8")
+    except UnicodeError:
+        return text
+
+
+def _byte(letter: str) -> bytes:
+    """The byte that Windows-1252 shows as a letter; the five that it lacks are shown as control characters."""
+    return letter.encode("latin-1" if "\x80" <= letter <= "\x9f" else "cp1252")
+
+
+def encode_caption(clip, text: str) -> tuple[list, int, list[str]]:
+    """A caption through UMT5-XXL: the CONDITIONING, how many tokens it has, its end among them, and what to say of it.
+
+    Core reads parentheses as weights; escaped they are text. More than 512 tokens are cut, their end kept, as the
+    original's tokenizer does. Raises ValueError for another text encoder.
+    """
+    caption = clean_caption(text)
+    tokens = clip.tokenize(caption.replace("(", r"\(").replace(")", r"\)"))
+    if ENCODER not in tokens:
+        raise ValueError(
+            f"clip is {', '.join(tokens)}; WorldStereo needs UMT5-XXL. Choose umt5_xxl in Load CLIP, with the type wan."
+        )
+    batch = tokens[ENCODER][0]
+    count = sum(1 for token in batch if token[0] != 0)  # 0 pads
+    remarks = []
+    if len(batch) > TEXT_TOKENS:
+        tokens = {ENCODER: [batch[: TEXT_TOKENS - 1] + batch[-1:]]}
+        remarks.append(f"the caption has {count} tokens; the last {count - TEXT_TOKENS} are left out")
+    return clip.encode_from_tokens_scheduled(tokens), count, remarks
