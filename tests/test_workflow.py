@@ -158,6 +158,8 @@ def upload_cameras(comfyui, files, ending):
             page.evaluate("""() => {
                 const node = window.LiteGraph.createNode("WorldStereoLoadCamera");
                 window.app.graph.add(node);
+                const redraw = node.setDirtyCanvas;
+                node.setDirtyCanvas = (...layers) => { window.redrawn = true; redraw.apply(node, layers); };
                 node.widgets.find(widget => widget.name === "upload camera file").callback();
             }""")
         chooser.value.set_files(files)
@@ -166,6 +168,7 @@ def upload_cameras(comfyui, files, ending):
                 .map(widget => String(widget.value)).find(value => value.endsWith(ending))""",
             arg=ending,
         ).json_value()
+        page.wait_for_function("window.redrawn")
     assert errors == []
     return chosen
 

@@ -37,6 +37,7 @@ app.registerExtension({
           if (!camera.options.values.includes(name)) camera.options.values.push(name);
           camera.value = name;
           camera.callback?.(name);
+          node.setDirtyCanvas(true, true); // the chosen name is drawn anew
         }
       } catch (error) {
         app.extensionManager.toast.add({ severity: "error", summary: "Upload failed", detail: error.message });
