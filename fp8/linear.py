@@ -7,6 +7,7 @@ each token, or the weight upcast.
 
 import contextlib
 import functools
+import types
 from collections.abc import Callable
 
 import comfy.model_management
@@ -94,7 +95,8 @@ def operations(storage_dtype: torch.dtype, refusal: Callable[[torch.dtype, torch
 
             def is_wrapped(self) -> bool:
                 """Whether something stands in for `forward` (core's bypass LoRAs) or hooks onto it."""
-                own = getattr(self.forward, "__func__", None) is type(self).forward
+                # torch.compile takes a getattr with a default for that default.
+                own = isinstance(self.forward, types.MethodType) and self.forward.__func__ is type(self).forward
                 return not own or bool(self._forward_hooks or self._forward_pre_hooks)
 
             def arithmetic(self, device: torch.device) -> Upcast | NativeFP8 | NativeINT8:

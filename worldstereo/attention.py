@@ -40,3 +40,8 @@ def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int) -> to
 @_attend.register_fake
 def _(q, k, v, heads):
     return torch.empty_like(q, memory_format=torch.contiguous_format)
+
+
+def wants_whole_tensors(transformer_options: dict) -> bool:
+    """Whether another's attention override is set. It may need as many queries as keys, so they are not split."""
+    return transformer_options.get("optimized_attention_override", prefer_cudnn) is not prefer_cudnn

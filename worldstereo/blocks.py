@@ -19,8 +19,10 @@ from comfy.ldm.wan.model import WanAttentionBlock, WanI2VCrossAttention, WanSelf
 from comfy.model_management import cast_to
 from torch import nn
 
-from ..fp8.activations import gated_add_, rms_rope
+from ..fp8.activations import gated_add_, layer_norm_modulate, rms_rope
 from ..fp8.arithmetic import Tokens
+from .attention import wants_whole_tensors
+from .object_patches import forward_is_replaced
 from .prompt_cache import KeysValues
 
 ROPE_THETA = 10000.0
@@ -75,12 +77,22 @@ def as_input(x: torch.Tensor, layer: nn.Module, done: Tokens | None = None) -> T
 class SelfAttention(WanSelfAttention):
     """Wan's self-attention, added to the residual stream in spans of queries."""
 
+    def normed(self, x, shift, scale, eps: float) -> Tokens:
+        """LayerNorm(x)·(1 + scale) + shift, as `add_to` takes it. x: [B,L,C]; shift, scale: [B,1,C]."""
+        if forward_is_replaced(self):
+            return layer_norm_modulate(x, shift, scale, eps)
+        return normed(x, shift, scale, eps, self.q)
+
     def add_to(self, x, h: Tokens, gate, freqs, transformer_options, first: int = 0):
         """x += gate · attention(h), in place, for the tokens from `first` on; all are attended to. x: [1,L,C], h: its
         normed tokens, gate: [1,1,C], freqs: [1,L,1,d/2,2,2].
 
-        With an `attn1_patch`, which wants whole tensors, x may have a batch and is not split.
+        What wants whole tensors (an `attn1_patch`, a replaced `forward`, another's attention override) gets them: x may
+        then have a batch and is not split.
         """
+        if forward_is_replaced(self):
+            gated_add_(x, self(h, freqs, transformer_options=transformer_options), gate)
+            return
         patches = transformer_options.get("patches", {}).get("attn1_patch", [])
         norm_q, norm_k = norm_weights(self.norm_q, x)[0], norm_weights(self.norm_k, x)[0]
         with self.k.fetched(x.device, x.dtype) as product:
@@ -88,7 +100,8 @@ class SelfAttention(WanSelfAttention):
         with self.v.fetched(x.device, x.dtype) as product:
             v = product(h)
         queries = UPCAST_QUERIES if isinstance(h, torch.Tensor) else CHUNK
-        parts = [slice(0, x.shape[1])] if patches else spans(x.shape[1], queries, first)
+        whole = patches or wants_whole_tensors(transformer_options)
+        parts = [slice(0, x.shape[1])] if whole else spans(x.shape[1], queries, first)
         attended = []
         with self.q.fetched(x.device, x.dtype) as product:
             for span in parts:
@@ -128,7 +141,7 @@ class CrossAttention(WanI2VCrossAttention):
         weight, bias = norm_weights(norm, x)
         scale, shift = (weight.float() - 1)[None, None], bias[None, None]
         norm_q = norm_weights(self.norm_q, x)[0]
-        parts = spans(x.shape[1], CHUNK)
+        parts = [slice(0, x.shape[1])] if wants_whole_tensors(transformer_options) else spans(x.shape[1], CHUNK)
         attended = []
         with self.q.fetched(x.device, x.dtype) as product:
             for span in parts:
@@ -137,7 +150,12 @@ class CrossAttention(WanI2VCrossAttention):
                 y = optimized_attention(q, kv.k, kv.v, heads=self.num_heads, transformer_options=transformer_options)
                 if kv.k_img is not None:
                     y = y + optimized_attention(
-                        q, kv.k_img, kv.v_img, heads=self.num_heads, transformer_options=transformer_options
+                        q,
+                        kv.k_img,
+                        kv.v_img,
+                        heads=self.num_heads,
+                        transformer_options=transformer_options,
+                        low_precision_attention=False,  # as core has it: SageAttention gives NaNs here
                     )
                 attended.append(as_input(y, self.o))
         del h, q, y
@@ -148,6 +166,9 @@ class CrossAttention(WanI2VCrossAttention):
 
 def add_feed_forward(ffn: nn.Sequential, x, shift, scale, gate, eps: float):
     """x += gate · ffn(LayerNorm(x)·(1 + scale) + shift), in place. x: [B,L,C]; the others [B,1,C]."""
+    if forward_is_replaced(ffn):
+        gated_add_(x, ffn(layer_norm_modulate(x, shift, scale, eps)), gate)
+        return
     first, _, second = ffn
     parts = spans(x.shape[1], CHUNK)
     hidden = []
@@ -190,9 +211,22 @@ class Block(WanAttentionBlock):
         self.self_attn = SelfAttention(dim, num_heads, eps=eps, operation_settings=operation_settings)
         self.cross_attn = CrossAttention(dim, num_heads, eps=eps, operation_settings=operation_settings)
 
-    def forward(self, x, e, freqs, kv: list[KeysValues], ref_len=0, transformer_options={}, targets_only=False):
+    def forward(
+        self,
+        x,
+        e,
+        freqs,
+        kv: list[KeysValues] | None,
+        ref_len=0,
+        context=None,
+        image_len=None,
+        transformer_options={},
+        targets_only=False,
+    ):
         """x: [B, ref_len + F·n, C], references first; overwritten with the result. e: [B,1,6,C]. kv: of each sample.
 
+        context: [B, I+T, C], picture and text embedded, and image_len I (None without a picture): for a replaced
+        `cross_attn.forward`, which computes keys and values itself.
         targets_only: the references are attended to, and are left as they are: nothing reads them afterwards.
 
         What a patch has seen or returned is its own, here and in the model's forward: it is copied before it is
@@ -202,21 +236,26 @@ class Block(WanAttentionBlock):
         modulation = cast_to(self.modulation, dtype=x.dtype, device=x.device).unsqueeze(0) + e
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = modulation.unbind(2)
         # One sample at a time, so that a batch (CFG) needs no more memory than one; patches want the batch whole.
+        whole, each = [slice(0, len(x))], [slice(b, b + 1) for b in range(len(x))]
         first = ref_len if targets_only else 0
-        samples = [slice(0, len(x))] if patches.get("attn1_patch") else [slice(b, b + 1) for b in range(len(x))]
-        for sample in samples:
+        for sample in whole if patches.get("attn1_patch") or forward_is_replaced(self.self_attn) else each:
             part = x[sample]
-            h = normed(part, shift[sample], scale[sample], self.eps, self.self_attn.q)
+            h = self.self_attn.normed(part, shift[sample], scale[sample], self.eps)
             self.self_attn.add_to(
                 part, h, gate[sample], freqs if len(freqs) == 1 else freqs[sample], transformer_options, first
             )
             del h
-        for b in range(len(x)):
-            self.cross_attn.add_to(x[b : b + 1, ref_len:], self.norm3, kv[b], transformer_options)
+        if forward_is_replaced(self.cross_attn):
+            targets = x[:, ref_len:]
+            targets += self.cross_attn(
+                self.norm3(targets), context, context_img_len=image_len, transformer_options=transformer_options
+            )
+        else:
+            for b in range(len(x)):
+                self.cross_attn.add_to(x[b : b + 1, ref_len:], self.norm3, kv[b], transformer_options)
         for patch in patches.get("attn2_patch", []):
             x = patch({"x": x, "transformer_options": transformer_options}).clone()
-        for b in range(len(x)):
-            sample = slice(b, b + 1)
+        for sample in whole if forward_is_replaced(self.ffn) else each:
             add_feed_forward(
                 self.ffn, x[sample, first:], ffn_shift[sample], ffn_scale[sample], ffn_gate[sample], self.eps
             )

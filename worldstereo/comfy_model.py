@@ -1,6 +1,7 @@
 """WorldStereo as a ComfyUI model: conditions, memory estimate and model configuration, as ComfyUI's samplers see them."""
 
 import json
+import logging
 import weakref
 
 import comfy.conds
@@ -13,6 +14,7 @@ from comfy.model_base import convert_tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..fp8.arithmetic import UPCAST
+from . import object_patches
 from .blocks import CHUNK, UPCAST_QUERIES
 from .config import CONFIG_TENSOR, MASK_CAM_CHANNELS, PATCH, SPATIAL_DOWNSCALE, WorldStereoConfig, config_content
 from .model import WorldStereoModel
@@ -47,7 +49,14 @@ class WorldStereo(comfy.model_base.WAN21):
         self.image_to_video = True
         self.use_prompt_cache = True  # see prompt_cache.py
         self._moved = WeakTensorKeyDictionary()
+        self._said: set[str] = set()
         self.memory_usage_factor_conds = ("reference_latent",)
+
+    def say_once(self, remark: str):
+        """Logs a warning, the first time it is true of this model."""
+        if remark not in self._said:
+            self._said.add(remark)
+            logging.warning(remark)
 
     # Core's own signature; beside core's it tells the diffusion model which weights it runs with.
     def _apply_model(self, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options={}, **kwargs):
@@ -127,8 +136,12 @@ class WorldStereo(comfy.model_base.WAN21):
 
 
 def _changes_the_model(patcher) -> bool:
-    """Whether it runs another model than its weights' uuid says: hooks, injections (bypass LoRAs), patched modules."""
-    patched = any(name.startswith("diffusion_model") for name in patcher.object_patches)
+    """Whether the prompt cache would hold of another model than its weights' uuid says: hooks, injections (bypass
+    LoRAs), patched modules."""
+    patched = any(
+        name.startswith("diffusion_model") and not object_patches.KEEP_CACHE.fullmatch(name)
+        for name in patcher.object_patches
+    )
     return patched or bool(patcher.current_hooks or patcher.injections)
 
 

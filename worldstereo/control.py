@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from .blocks import CHUNK, SelfAttention, add_feed_forward, norm_weights, normed, rope_embedder, spans, to_tokens
+from .blocks import CHUNK, SelfAttention, add_feed_forward, norm_weights, rope_embedder, spans, to_tokens
 from .config import IN_CHANNELS, MASK_CAM_CHANNELS, PATCH, SPATIAL_DOWNSCALE, WorldStereoConfig
 
 NORM_EPS = 1e-5  # LayerNorms of the control branch
@@ -53,7 +53,7 @@ class ControlBlock(nn.Module):
     def forward(self, x, modulation, freqs, transformer_options):
         """x: [1, F·n, D]; overwritten with the result."""
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = modulation
-        h = normed(x, shift, scale, NORM_EPS, self.self_attn.q)
+        h = self.self_attn.normed(x, shift, scale, NORM_EPS)
         self.self_attn.add_to(x, h, gate, freqs, transformer_options)
         add_feed_forward(self.ffn, x, ffn_shift, ffn_scale, ffn_gate, NORM_EPS)
         return x

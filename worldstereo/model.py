@@ -9,7 +9,7 @@ import torch
 from comfy.ldm.wan.model import MLPProj, WanModel, sinusoidal_embedding_1d
 from torch import nn
 
-from .attention import prefer_cudnn
+from .attention import wants_whole_tensors
 from .blocks import Block, to_tokens
 from .config import (
     CAMERA_QT,
@@ -21,6 +21,7 @@ from .config import (
     WorldStereoConfig,
 )
 from .control import ControlBranch, add_control
+from .object_patches import forward_is_replaced
 from .prompt_cache import COMING_TIMESTEPS, WEIGHTS, KeysValues, Prompt, PromptCache, Time
 
 
@@ -32,8 +33,8 @@ def untraced(function, *args, **kwargs):
 def runs_others_code(transformer_options) -> bool:
     """Whether patches or an attention override run inside the blocks. They may look at the block's number, and core's
     TorchCompileModel traces without regard to transformer_options: the first block's number would stand for all."""
-    override = transformer_options.get("optimized_attention_override", prefer_cudnn)
-    return override is not prefer_cudnn or any(transformer_options.get(key) for key in ("patches", "patches_replace"))
+    patched = any(transformer_options.get(key) for key in ("patches", "patches_replace"))
+    return patched or wants_whole_tensors(transformer_options)
 
 
 class WorldStereoModel(WanModel):
@@ -207,7 +208,9 @@ class WorldStereoModel(WanModel):
         transformer_options["block_type"] = "double"
         # Patches are written for the backbone's tokens; an attention override serves both.
         control_options = {k: v for k, v in transformer_options.items() if not k.startswith("patches")}
-        others_code = runs_others_code(transformer_options)
+        others_code = runs_others_code(transformer_options) or self._replaced_forwards()
+        context = torch.cat([prompt.context for prompt in prompts]) if others_code else None
+        image_len = None if clip_fea is None else clip_fea.shape[1]
         run_control = functools.partial(untraced, add_control) if others_code else add_control
         for i, block in enumerate(self.blocks):
             # The head reads the targets alone, and so does nobody else but a patch. Not traced: one graph for all blocks.
@@ -218,22 +221,22 @@ class WorldStereoModel(WanModel):
                 x[:, :ref_len] = references
 
             if ("double_block", i) in blocks_replace:
-                txt = torch.cat([prompt.context for prompt in prompts])
 
-                def run(args, block=block, run_block=run_block):
-                    kv = self._keys_values(block, args["txt"], clip_fea)
+                def run(args, i=i, run_block=run_block):
                     return {
                         "img": run_block(
                             args["img"].clone(),
                             args["vec"],
                             args["pe"],
-                            kv,
+                            self._keys_values(i, args["txt"], image_len, prompts),
                             ref_len=ref_len,
+                            context=args["txt"],
+                            image_len=image_len,
                             transformer_options=args["transformer_options"],
                         )
                     }
 
-                args = {"img": x, "txt": txt, "vec": e, "pe": freqs, "transformer_options": transformer_options}
+                args = {"img": x, "txt": context, "vec": e, "pe": freqs, "transformer_options": transformer_options}
                 x = blocks_replace[("double_block", i)](args, {"original_block": run})["img"].clone()
             else:
                 x = run_block(
@@ -242,6 +245,8 @@ class WorldStereoModel(WanModel):
                     freqs,
                     [prompt.blocks[i] for prompt in prompts],
                     ref_len=ref_len,
+                    context=context,
+                    image_len=image_len,
                     transformer_options=transformer_options,
                     targets_only=targets_only,
                 )
@@ -276,7 +281,7 @@ class WorldStereoModel(WanModel):
         weights = transformer_options.get(WEIGHTS)
         if weights is None:
             return PromptCache()
-        self.prompt_cache.use_weights(weights)
+        self.prompt_cache.use_weights((weights, [forward_is_replaced(block.cross_attn) for block in self.blocks]))
         return self.prompt_cache
 
     @torch.compiler.disable
@@ -303,12 +308,30 @@ class WorldStereoModel(WanModel):
         text = self.text_embedding(context)
         image = None if clip_fea is None else self.img_emb(clip_fea)
         embedded = text if image is None else torch.cat([image, text], dim=1)
-        return Prompt(embedded, [block.cross_attn.keys_values(text, image) for block in self.blocks])
-
-    def _keys_values(self, block: Block, context, clip_fea) -> list[KeysValues]:
-        """Of a patched, embedded context [B, I+T, C], for each sample."""
-        image_len = 0 if clip_fea is None else clip_fea.shape[1]
-        return [
-            block.cross_attn.keys_values(sample[:, image_len:], sample[:, :image_len] if image_len else None)
-            for sample in context.split(1)
+        blocks = [
+            None if forward_is_replaced(block.cross_attn) else block.cross_attn.keys_values(text, image)
+            for block in self.blocks
         ]
+        return Prompt(embedded, blocks)
+
+    def _keys_values(self, i: int, context, image_len: int | None, prompts: list[Prompt]) -> list[KeysValues | None]:
+        """Of block i for each sample of a context [B, I+T, C] that a patch may have changed: the prompts' own where it
+        has not."""
+        attention = self.blocks[i].cross_attn
+        image_len = image_len or 0
+        kv = []
+        for sample in context.split(1):
+            unchanged = [prompt.blocks[i] for prompt in prompts if torch.equal(prompt.context, sample)]
+            if unchanged or forward_is_replaced(attention):
+                kv.append(unchanged[0] if unchanged else None)
+            else:
+                kv.append(attention.keys_values(sample[:, image_len:], sample[:, :image_len] if image_len else None))
+        return kv
+
+    def _replaced_forwards(self) -> bool:
+        """Whether patches stand in for modules of the backbone's blocks."""
+        return any(
+            forward_is_replaced(module)
+            for block in self.blocks
+            for module in (block.self_attn, block.cross_attn, block.ffn)
+        )

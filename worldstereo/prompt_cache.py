@@ -46,15 +46,16 @@ class KeysValues:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A sample's prompt and picture. context: [1, I+T, C], embedded. blocks: one KeysValues for each block."""
+    """A sample's prompt and picture. context: [1, I+T, C], embedded. blocks: one KeysValues for each block, None where
+    a patch's cross-attention computes its own."""
 
     context: torch.Tensor
-    blocks: list[KeysValues]
+    blocks: list[KeysValues | None]
 
     def to(self, device: torch.device) -> "Prompt":
         """The same on another device."""
         blocks = [
-            KeysValues(*(None if t is None else t.to(device) for t in (kv.k, kv.v, kv.k_img, kv.v_img)))
+            kv and KeysValues(*(None if t is None else t.to(device) for t in (kv.k, kv.v, kv.k_img, kv.v_img)))
             for kv in self.blocks
         ]
         return Prompt(self.context.to(device), blocks)

@@ -1,0 +1,48 @@
+"""Forwards that other packs replace (ComfyUI's object patches): which of them run, and what is said of the others.
+
+What they look like: KJNodes' WanVideoNAG, Wan Chunk FeedForward, Enhance-A-Video and SageAttention patches, all written
+for ComfyUI's own Wan (`comfy.ldm.wan.model`).
+"""
+
+import re
+import types
+from collections import Counter
+
+import torch
+
+BLOCK = r"blocks\.\d+"
+# Object patches that leave alone what the prompt cache keeps: keys and values, and what follows from the timesteps.
+KEEP_CACHE = re.compile(rf"diffusion_model\.({BLOCK}\.(self_attn\..+|cross_attn\.forward|ffn\..+)|rope_embedder)")
+# Modules that are computed from their weights, together with other layers.
+FORWARD_NOT_CALLED = re.compile(
+    rf"{BLOCK}\.(norm[123]|(self|cross)_attn\.norm_q|self_attn\.norm_k|ffn\.1)"
+    rf"|controlnet\.controlnet_{BLOCK}\.(norm[12]\.norm|self_attn\.norm_[qk]|ffn\.1)"
+)
+SELF_ATTENTION = re.compile(rf"{BLOCK}\.self_attn")
+
+
+def forward_is_replaced(module: torch.nn.Module) -> bool:
+    """Whether something stands in for the module's `forward` or hooks onto it."""
+    forward = module.forward
+    # Written so that torch.compile traces it right, which a getattr with a default is not.
+    own = isinstance(forward, types.MethodType) and forward.__func__ is type(module).forward
+    return not own or bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def remarks(diffusion_model: torch.nn.Module) -> list[str]:
+    """What to say about replaced forwards that do not run, or not as they would in ComfyUI's Wan."""
+    unused, attention = Counter(), Counter()
+    for name, module in diffusion_model.named_modules():
+        uncalled = FORWARD_NOT_CALLED.fullmatch(name)
+        sees_references = SELF_ATTENTION.fullmatch(name) and diffusion_model.config.has_memory
+        if (uncalled or sees_references) and forward_is_replaced(module):
+            (unused if uncalled else attention)[re.sub(r"\.\d+\.", ".N.", name)] += 1
+    return [
+        f"A model patch replaces {name}.forward (in {count} places), which WorldStereo computes together with other "
+        "layers: that patch has no effect."
+        for name, count in unused.items()
+    ] + [
+        f"A model patch replaces {name}.forward (in {count} places). It runs, but its tokens are those of the "
+        "reference views followed by those of the keyframes: a patch that counts frames may fail or mix them up."
+        for name, count in attention.items()
+    ]
