@@ -251,7 +251,9 @@ class TestAttentionOverride:
         monkeypatch.setattr(blocks, "CHUNK", 16)
         monkeypatch.setattr(blocks, "UPCAST_QUERIES", 8)
         monkeypatch.setattr(
-            blocks, "spans", lambda length, chunk: [slice(i, min(i + chunk, length)) for i in range(0, length, chunk)]
+            blocks,
+            "spans",
+            lambda length, chunk, first=0: [slice(i, min(i + chunk, length)) for i in range(first, length, chunk)],
         )
         calls = []
 
