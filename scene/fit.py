@@ -2,7 +2,7 @@
 
 import torch
 
-from .pictures import resize_pictures, stretches, within
+from .pictures import resize_pictures, stretch, within
 
 FITS = ("crop", "pad", "stretch")
 LEFT_OUT = 0.35  # brightness of what a crop leaves out, where the crop is shown
@@ -41,8 +41,7 @@ def fit_pictures(
     line = f"{own_width}×{own_height} to {width}×{height}: "
     if fit == "stretch":
         fitted = resize_pictures(pictures, height, width)
-        told = stretches(height, width, picture=(own_height, own_width))
-        return fitted, fitted[:1], line + (told[0].rpartition(": ")[2] if told else "not stretched")
+        return fitted, fitted[:1], line + (stretch(height, width, own_height, own_width) or "not stretched")
     if fit == "pad":
         scale = min(height / own_height, width / own_width)
         inner_height, inner_width = max(1, round(own_height * scale)), max(1, round(own_width * scale))

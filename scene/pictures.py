@@ -27,15 +27,24 @@ def same_shape(height: int, width: int, other_height: int, other_width: int) -> 
     return abs(height / width / (other_height / other_width) - 1) <= SHAPE_TOLERANCE
 
 
+def stretch(height: int, width: int, own_height: int, own_width: int) -> str:
+    """By how much a picture of its own size is stretched in another, such as "16% wider"; empty where it hardly is."""
+    wider = (width / height) / (own_width / own_height) - 1
+    if abs(wider) <= STRETCH_TOLD:
+        return ""
+    return f"{wider:.0%} wider" if wider > 0 else f"{1 / (1 + wider) - 1:.0%} taller"
+
+
 def stretches(height: int, width: int, **sizes: tuple[int, int]) -> list[str]:
-    """A line for each thing of a size (height, width) that another shape, height x width, stretches."""
-    lines = []
-    for name, (own_height, own_width) in sizes.items():
-        wider = (width / height) / (own_width / own_height) - 1
-        if abs(wider) > STRETCH_TOLD:
-            by = f"{wider:.0%} wider" if wider > 0 else f"{1 / (1 + wider) - 1:.0%} taller"
-            lines.append(f"{name} {own_width}×{own_height} is stretched to {width}×{height}: {by}")
-    return lines
+    """A line for each size (height, width) that another shape, height x width, stretches, with what has it."""
+    names = {}
+    for name, size in sizes.items():
+        names.setdefault(tuple(size), []).append(name)
+    return [
+        f"{', '.join(named)} {own_width}×{own_height} stretched to {width}×{height}: {by}"
+        for (own_height, own_width), named in names.items()
+        if (by := stretch(height, width, own_height, own_width))
+    ]
 
 
 def within(height: int, width: int, pixels: int = MOST_PIXELS) -> tuple[int, int]:

@@ -92,8 +92,7 @@ def test_what_the_conditioning_holds(vae):
 
 def test_what_may_be_no_intention_is_remarked():
     assert remarks(CONFIG, **inputs() | {"image": torch.rand(1, 32, 48, 3), "mask": torch.zeros(5, 32, 48)}) == [
-        "render_video 64×40 is stretched to 48×32: 7% taller",
-        "cameras' picture 64×40 is stretched to 48×32: 7% taller",
+        "render_video, cameras' picture 64×40 stretched to 48×32: 7% taller"
     ]
     fitting = {
         "image": torch.rand(1, 32, 48, 3),

@@ -76,9 +76,12 @@ def test_transparent_parts_are_laid_on_the_colour():
 
 def test_what_another_shape_stretches_is_told():
     assert stretches(480, 832, image=(512, 768), render_video=(960, 1664), cameras=(483, 832)) == [
-        "image 768×512 is stretched to 832×480: 16% wider"
+        "image 768×512 stretched to 832×480: 16% wider"
     ]
-    assert stretches(480, 832, image=(100, 200)) == ["image 200×100 is stretched to 832×480: 15% taller"]
+    assert stretches(480, 832, image=(512, 768), cameras=(512, 768)) == [
+        "image, cameras 768×512 stretched to 832×480: 16% wider"
+    ]
+    assert stretches(480, 832, image=(100, 200)) == ["image 200×100 stretched to 832×480: 15% taller"]
 
 
 def test_a_large_picture_is_reduced_in_its_shape():
