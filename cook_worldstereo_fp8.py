@@ -210,8 +210,9 @@ def main(arguments: list[str] | None = None) -> int:
                 raise FileExistsError(
                     f"{folder} holds {', '.join(there)} already. Choose another folder, or --overwrite."
                 )
-            if folder and os.path.lexists(folder) and not folder.is_dir():
-                raise FileExistsError(f"{folder} is not a folder. Choose another one.")
+            there = [path for path in (folder, *folder.parents) if os.path.lexists(path)] if folder else []
+            if there and not there[0].is_dir():
+                raise FileExistsError(f"{there[0]} is not a folder. Choose another one for {folder}.")
         if given.compare:
             report = compare(given.first, given.second, _Line())
             print(report.as_text())

@@ -138,7 +138,7 @@ def open_files(path: str | Path) -> TensorFiles:
         return TensorFiles(path, (path,), tensors, metadata, (state,))
     weight_map = _weight_map(path)
     files = tuple(path.parent / shard for shard in sorted(set(weight_map.values())))
-    missing = [file.name for file in files if not file.is_file()]
+    missing = [file.name for file in files if not os.path.isfile(file)]
     if missing:
         raise FileNotFoundError(
             f"{name} names {len(files)} shards; of them {first_few(missing)} is missing beside it. "

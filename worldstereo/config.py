@@ -297,11 +297,6 @@ def read_config(shapes: dict[str, tuple[int, ...]], config: dict) -> WorldStereo
         "mask_downsample": size(mask_proj, 2, default.mask_downsample),
         "main_camera_embedding": has_camera_mlp,
     }
-    for key, value in sizes.items():
-        if control.get(key) not in (None, value):
-            raise ConfigMismatch(
-                f"config: controlnet_cfg.{key} is {shown(control[key])}, but the tensors say {value!r}"
-            )
     freq_dim = size("time_embedding.0.weight", 1, default.freq_dim)
     # Groups of 8 channels in the GroupNorm after the mask kernel; cosines and sines in the time embedding.
     if sizes["mid_channels"] % 8 or sizes["mask_downsample"] > MAX_MASK_KERNEL:
@@ -311,6 +306,11 @@ def read_config(shapes: dict[str, tuple[int, ...]], config: dict) -> WorldStereo
         )
     if freq_dim % 2:
         raise WrongShapes(f"time_embedding.0.weight has {freq_dim} columns, expected an even number")
+    for key, value in sizes.items():
+        if control.get(key) not in (None, value):
+            raise ConfigMismatch(
+                f"config: controlnet_cfg.{key} is {shown(control[key])}, but the tensors say {value!r}"
+            )
 
     default_type = MEMORY_DMD if has_camera_mlp else CAMERA
     model_type = _setting(config, "model_type", default_type, MODEL_TYPES.__contains__, " or ".join(MODEL_TYPES))
