@@ -12,16 +12,19 @@ CATEGORY = "WorldStereo"
 Cameras = io.Custom("WORLDSTEREO_CAMERAS")  # scene.cameras.Cameras
 Points = io.Custom("WORLDSTEREO_POINTS")  # scene.pointcloud.PointCloud
 Scene = io.Custom("WORLDSTEREO_SCENE")  # scene.scene.Scene
+SceneReferences = io.Custom("WORLDSTEREO_REFERENCES")  # worldstereo.conditioning.References
+MoGeModel = io.Custom("MOGE_MODEL")
 MoGeGeometry = io.Custom("MOGE_GEOMETRY")  # core's dict of comfy_extras/nodes_moge.py
 
 
 def show_on_node(node: type[io.ComfyNode], text: str, remarks: Sequence[str] = ()):
-    """Shows a text on the node that runs, and below it remarks, which are logged as warnings too."""
+    """Shows a text on the node that runs, and below it remarks, which are logged as warnings too. The text of a node
+    that another one was expanded into ("12.0.0.left.add") is shown on that one."""
     for remark in remarks:
         logging.warning("%s: %s.", node.define_schema().display_name, remark)
     text = "\n".join([text, *remarks])
     if node.hidden.unique_id:
-        PromptServer.instance.send_progress_text(text, node.hidden.unique_id)
+        PromptServer.instance.send_progress_text(text, node.hidden.unique_id.partition(".")[0])
 
 
 def color_of(text: str) -> tuple[float, float, float]:

@@ -13,7 +13,7 @@ from ..worldstereo.comfy_model import config_of
 from ..worldstereo.conditioning import References, condition, decode_keyframes, encode_keyframes, keyframe_size, remarks
 from ..worldstereo.config import CONFIG_FILE
 from ..worldstereo.schedule import dmd_sigmas
-from .common import CATEGORY, Cameras, show_on_node
+from .common import CATEGORY, Cameras, SceneReferences, show_on_node
 from .files import diffusion_models
 
 NO_BASE = "none"
@@ -145,6 +145,11 @@ class WorldStereoConditioning(io.ComfyNode):
                     tooltip="For each reference the keyframe that it matches best, separated by commas: 1, 5, 12. "
                     "Keyframes are numbered from 0, the picture itself, which no reference is matched with.",
                 ),
+                SceneReferences.Input(
+                    "references",
+                    optional=True,
+                    tooltip="From WorldStereo Scene Path, in place of the three inputs of references above.",
+                ),
             ],
             outputs=[
                 io.Conditioning.Output(display_name="positive"),
@@ -169,8 +174,9 @@ class WorldStereoConditioning(io.ComfyNode):
         reference_images=None,
         reference_cameras=None,
         reference_index="",
+        references=None,
     ) -> io.NodeOutput:
-        references = References.of(reference_images, reference_cameras, reference_index)
+        references = References.of(reference_images, reference_cameras, reference_index, references)
         config = config_of(model)
         values, latent = condition(config, vae, image, render_video, render_mask, cameras, references)
         height, width = keyframe_size(config, *image.shape[1:3])

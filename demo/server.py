@@ -85,17 +85,22 @@ class Server:
         return requests.get(f"http://{self.address}/object_info", timeout=60).json()
 
     def run(
-        self, prompt: dict, progress=lambda title, value, maximum: None, preview=lambda jpeg: None, **extra_data
+        self,
+        prompt: dict,
+        progress=lambda title, value, maximum: None,
+        preview=lambda jpeg: None,
+        event=lambda message: None,
+        **extra_data,
     ) -> dict:
         """Run a workflow in API form to its end and return its outputs by node id.
 
         `progress` is called with the title of a node when it starts, and with its steps as it advances; `preview` with
-        the JPEG file of each preview picture; `extra_data` goes to ComfyUI with the prompt. Raises ServerError with
+        the JPEG file of each preview picture; `event` with every message about this run; `extra_data` goes to ComfyUI with the prompt. Raises ServerError with
         ComfyUI's own words if the workflow is refused or fails.
         """
-        return asyncio.run(self._run(prompt, progress, preview, extra_data))
+        return asyncio.run(self._run(prompt, progress, preview, event, extra_data))
 
-    async def _run(self, prompt: dict, progress, preview, extra_data: dict) -> dict:
+    async def _run(self, prompt: dict, progress, preview, event, extra_data: dict) -> dict:
         client = uuid.uuid4().hex
         outputs = {}
         order = {"prompt": prompt, "client_id": client, "extra_data": extra_data}
@@ -110,21 +115,22 @@ class Server:
                         preview(message.data[8:])  # after 4 bytes that say JPEG
                     if message.type != aiohttp.WSMsgType.TEXT:
                         continue
-                    event = json.loads(message.data)
-                    data = event["data"]
+                    received = json.loads(message.data)
+                    data = received["data"]
                     if data.get("prompt_id") != answer["prompt_id"]:
                         continue
+                    event(received)
                     node = prompt.get(data.get("node"), {}).get("_meta", {}).get("title")
-                    if event["type"] in ("executing", "progress") and node:
+                    if received["type"] in ("executing", "progress") and node:
                         progress(node, data.get("value", 0), data.get("max", 0))
-                    elif event["type"] == "executed":
+                    elif received["type"] == "executed":
                         outputs[data["node"]] = data["output"]
-                    elif event["type"] == "execution_error":
+                    elif received["type"] == "execution_error":
                         error = f"{data['exception_type']}: {data['exception_message']}"
                         raise ServerError(f"{data['node_type']} failed: {error}")
-                    elif event["type"] == "execution_interrupted":
+                    elif received["type"] == "execution_interrupted":
                         raise ServerError("The run was interrupted.")
-                    elif event["type"] == "execution_success":
+                    elif received["type"] == "execution_success":
                         return outputs
         raise ServerError(f"ComfyUI went away. The end of {self.log}:\n{self.log_tail()}")
 

@@ -30,6 +30,16 @@ def depth_of_moge(geometry: dict) -> torch.Tensor:
     return depth[0].where(geometry["mask"][0].cpu(), torch.inf) if "mask" in geometry else depth[0]
 
 
+def depths_of_moge(geometry: dict) -> list[torch.Tensor]:
+    """The depths [H, W] of core's MOGE_GEOMETRY of a batch of pictures, infinite where its masks say there is none.
+
+    Raises ValueError for a panorama and for a geometry without depth.
+    """
+    batch = len(geometry.get("depth", ()))
+    parts = [{name: value[i : i + 1] for name, value in geometry.items()} for i in range(batch)]
+    return [depth_of_moge(part) for part in parts or [geometry]]
+
+
 def depth_of_picture(image: torch.Tensor, kind: str, near: float, far: float) -> torch.Tensor:
     """The depth [H, W] that a grey picture [1, H, W, C] in 0..1 stands for, in the units of near and far.
 

@@ -52,13 +52,8 @@ def choose_references(
             )
     if frames < 2:
         return [], []
-
     scores = view_scores(w2c, K, targets_w2c[1:], targets_K[1:], width, height)
-    preferred = scores.clone()
-    for target, view in (ask or {}).items():
-        if target > 0:
-            preferred[target - 1, view] += ASKED
-    chosen = preferred.argmax(1)
+    chosen = best_views(scores, ask)
     if len(chosen.unique()) > limit:
         embedding = None if features is None else torch.as_tensor(features, dtype=torch.float64)[chosen]
         goodness = None if quality is None else torch.as_tensor(quality, dtype=torch.float64)[chosen]
@@ -68,6 +63,15 @@ def choose_references(
     for index, view in enumerate(chosen.tolist()):
         first_use.setdefault(view, index)
     return list(first_use), list(first_use.values())
+
+
+def best_views(scores: torch.Tensor, ask: dict[int, int] | None = None) -> torch.Tensor:
+    """[T]: for each target from 1 on the view of the highest score, scores [T, N]; `ask` as in `choose_references`."""
+    preferred = scores.clone()
+    for target, view in (ask or {}).items():
+        if target > 0:
+            preferred[target - 1, view] += ASKED
+    return preferred.argmax(1)
 
 
 def view_scores(w2c, K, targets_w2c, targets_K, width, height) -> torch.Tensor:

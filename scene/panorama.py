@@ -63,18 +63,28 @@ def view_of_panorama(panorama: torch.Tensor, camera: Cameras) -> torch.Tensor:
     if wanted < panorama.shape[3]:
         size = (max(1, round(panorama.shape[2] * wanted / panorama.shape[3])), round(wanted))
         panorama = F.interpolate(panorama, size, mode="bilinear", antialias=True).clamp(0, 1)
-    y, x = torch.meshgrid(torch.arange(camera.height) + 0.5, torch.arange(camera.width) + 0.5, indexing="ij")
-    pixels = torch.stack([x, y, torch.ones_like(x)]).reshape(3, -1)
-    x, y, z = camera.w2c[0, :3, :3].T @ torch.linalg.inv(camera.K[0]) @ pixels
+    x, y, z = rays(camera)
     longitude, elevation = torch.atan2(x, z), torch.atan2(-y, torch.hypot(x, z))
     panorama = F.pad(panorama, (1, 1, 0, 0), mode="circular")  # so that the seam is interpolated across
     width = panorama.shape[3]
     grid = torch.stack([longitude / math.pi * (width - 2) / width, -elevation / math.pi * 2], dim=-1)
-    view = F.grid_sample(
-        panorama,
-        grid.view(1, camera.height, camera.width, 2),
-        mode="bilinear",
-        padding_mode="border",
-        align_corners=False,
-    )
+    view = F.grid_sample(panorama, grid[None], mode="bilinear", padding_mode="border", align_corners=False)
     return view.movedim(1, -1)
+
+
+def rays(camera: Cameras) -> torch.Tensor:
+    """The rays [3, height, width] of the (first) camera's pixel centres in world axes, 1 long along its z."""
+    y, x = torch.meshgrid(torch.arange(camera.height) + 0.5, torch.arange(camera.width) + 0.5, indexing="ij")
+    pixels = torch.stack([x, y, torch.ones_like(x)]).reshape(3, -1)
+    return (camera.w2c[0, :3, :3].T @ torch.linalg.inv(camera.K[0]) @ pixels).view(3, camera.height, camera.width)
+
+
+def depth_of_view(distance: torch.Tensor, camera: Cameras) -> torch.Tensor:
+    """The depth [height, width] along z that the (first) camera sees from the panorama's centre, the nearest of the
+    distances [H, W] along the panorama's rays."""
+    height, width = distance.shape
+    x, y, z = rays(camera)
+    horizontal = torch.hypot(x, z)
+    column = ((torch.atan2(x, z) / (2 * math.pi) + 0.5) * width).long() % width
+    row = ((0.5 + torch.atan2(y, horizontal) / math.pi) * height).long().clamp(0, height - 1)
+    return distance[row, column] / torch.hypot(horizontal, y)

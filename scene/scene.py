@@ -75,6 +75,13 @@ class Scene:
     def __len__(self):
         return len(self.pictures)
 
+    def __str__(self):
+        with_depth = sum(depth is not None for depth in self.depths)
+        return (
+            f"{len(self)} views of {self.cameras.width}x{self.cameras.height} ({with_depth} with depth), "
+            f"{len(self.paths)} paths, {len(self.cloud):,} points"
+        )
+
     def view(self, name: str) -> int:
         """The number of the view with this name. Raises ValueError."""
         return _number("view", name, self.names)

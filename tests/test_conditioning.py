@@ -164,6 +164,9 @@ def test_references(vae):
     assert values["ref_index"].tolist() == [[0, 3]]  # WorldStereo's: the matched keyframe less 1
     assert values["reference_latent"].shape == (1, 16, 2, 4, 6) and values["camera_qt_ref"].shape == (1, 2, 7)
     assert References.of(None, None, "  ") is None
+    assert References.of(None, None, "", references) is references  # what a scene has chosen
+    with pytest.raises(ValueError, match="references and reference_index are both given"):
+        References.of(None, None, "1", references)
 
 
 @pytest.mark.parametrize(

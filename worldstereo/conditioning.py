@@ -32,18 +32,24 @@ class References:
     indices: tuple[int, ...]
 
     @classmethod
-    def of(cls, images: torch.Tensor | None, cameras: Cameras | None, index: str) -> "References | None":
-        """References as the node takes them, or None without any. index: keyframe numbers from 1, separated by commas.
+    def of(
+        cls, images: torch.Tensor | None, cameras: Cameras | None, index: str, chosen: "References | None" = None
+    ) -> "References | None":
+        """References as the node takes them: the three parts, index being keyframe numbers from 1, separated by
+        commas, or those a scene has chosen; None without any.
 
-        Raises ValueError where only some of the three are given, and for an index that is no whole number.
+        Raises ValueError where both or only some of the three are given, and for an index that is no whole number.
         """
         given = {
             "reference_images": images is not None,
             "reference_cameras": cameras is not None,
             "reference_index": bool(index.strip()),
         }
+        if chosen is not None and any(given.values()):
+            twice = ", ".join(name for name, there in given.items() if there)
+            raise ValueError(f"references and {twice} are both given: disconnect or empty one of them.")
         if not any(given.values()):
-            return None
+            return chosen
         if not all(given.values()):
             missing = ", ".join(name for name, there in given.items() if not there)
             raise ValueError(f"{missing} missing: references need pictures, cameras and keyframe numbers.")

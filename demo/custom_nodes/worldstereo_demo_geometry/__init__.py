@@ -1,4 +1,4 @@
-"""Two nodes for the demo and the tests alone: stand-ins for core's MoGe nodes, whose models cannot be toys."""
+"""Three nodes for the demo and the tests alone: stand-ins for core's MoGe nodes and model, which cannot be toys."""
 
 import torch
 from comfy.ldm.moge.panorama import _uv_grid, spherical_uv_to_directions
@@ -54,9 +54,39 @@ class StandInPanoramaGeometry(io.ComfyNode):
         )
 
 
+class FloorAndWall:
+    """What core's MoGeInference needs of a MoGe model: a floor that runs up into a wall, whatever the pictures show."""
+
+    def infer(self, pictures, **_):
+        count, _, height, width = pictures.shape
+        depth = 1 / torch.linspace(-0.5, 0.5, height).clamp_min(0.15)
+        intrinsics = torch.tensor([[0.9, 0, 0.5], [0, 0.9 * width / height, 0.5], [0, 0, 1]])
+        return {
+            "depth": depth[:, None].expand(count, height, width).clone(),
+            "intrinsics": intrinsics.expand(count, 3, 3),
+            "mask": torch.ones(count, height, width, dtype=torch.bool),
+        }
+
+
+class StandInModel(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="WorldStereoDemoMoGeModel",
+            display_name="Demo stand-in: MoGe model",
+            description="Stands in for the MoGe model in the demo: a floor that runs up into a wall.",
+            category="WorldStereo/demo",
+            outputs=[io.Custom("MOGE_MODEL").Output()],
+        )
+
+    @classmethod
+    def execute(cls) -> io.NodeOutput:
+        return io.NodeOutput(FloorAndWall())
+
+
 class DemoGeometryExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [StandInGeometry, StandInPanoramaGeometry]
+        return [StandInGeometry, StandInPanoramaGeometry, StandInModel]
 
 
 async def comfy_entrypoint() -> DemoGeometryExtension:

@@ -29,11 +29,11 @@ class TextEncoder:
 class VisionEncoder:
     """What CLIPVisionEncode needs of a CLIP vision model: the picture's 16x16 mean colours, projected to [1, 257, 1280]."""
 
-    def encode_image(self, image: torch.Tensor, crop: bool):
-        patches = torch.nn.functional.adaptive_avg_pool2d(image[:1].movedim(-1, 1), 16).flatten(2).mT
+    def encode_image(self, image: torch.Tensor, crop: bool = True):
+        patches = torch.nn.functional.adaptive_avg_pool2d(image.movedim(-1, 1), 16).flatten(2).mT
         projection = torch.randn(3, 1280, generator=torch.Generator().manual_seed(0))
         hidden = torch.cat([patches.mean(1, keepdim=True), patches], dim=1) @ projection
-        return SimpleNamespace(penultimate_hidden_states=hidden, last_hidden_state=hidden)
+        return SimpleNamespace(penultimate_hidden_states=hidden, last_hidden_state=hidden, image_embeds=hidden[:, 0])
 
 
 class StandInTextEncoder(io.ComfyNode):

@@ -1,0 +1,519 @@
+"""A scene that remembers: start it, look along a path, add what was made, go on, and explore it by a list of paths."""
+
+import comfy.model_management
+import comfy.utils
+from comfy_api.latest import io, ui
+from comfy_execution.graph_utils import GraphBuilder
+
+from ..scene.depth import DEPTH_PICTURES, depths_of_moge
+from ..scene.explore import LAST, LISTS, OWN_LIST, read_walks
+from ..scene.fuse import POINTS_LIMIT
+from ..scene.memory import REFERENCES
+from ..scene.pictures import stretches, within
+from ..scene.render import RADIUS, summary
+from ..scene.scene import MAX_POINTS
+from ..scene.start import VIEW_SIZE, is_panorama, scene_of_panorama, scene_of_picture
+from ..scene.walk import ASKING, go_on, look_along, remember_clip
+from ..worldstereo.comfy_model import config_of
+from ..worldstereo.conditioning import References, keyframe_size
+from ..worldstereo.config import WorldStereoConfig
+from .common import CATEGORY, Cameras, MoGeGeometry, MoGeModel, Points, Scene, SceneReferences, show_on_node
+
+
+class WorldStereoStartScene(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="WorldStereoStartScene",
+            display_name="WorldStereo Start Scene",
+            category=CATEGORY,
+            description="Starts a scene that remembers: from one picture and its depth, or from a panorama, of which 27 "
+            "views are cut. Paths through it then see what earlier paths showed.",
+            search_aliases=["world", "scene memory", "explore", "panorama bank", "memory bank"],
+            inputs=[
+                io.Image.Input("image", tooltip="The picture to start from, or an equirectangular panorama."),
+                io.MultiType.Input(
+                    "depth",
+                    types=[MoGeGeometry, io.Image],
+                    tooltip="Of this very picture: MoGe's geometry, or a grey depth or disparity picture. Of a panorama: "
+                    "the geometry from Run MoGe Panorama Inference.",
+                ),
+                Cameras.Input(
+                    "camera",
+                    optional=True,
+                    tooltip="The camera that took the picture. Without it MoGe's lens is used, at the origin, level. "
+                    "A panorama takes none.",
+                ),
+                io.Combo.Input(
+                    "depth_picture",
+                    options=list(DEPTH_PICTURES),
+                    advanced=True,
+                    tooltip="For a depth picture: what its grey means. Depth Anything gives disparity.",
+                ),
+                io.Float.Input(
+                    "near",
+                    default=1.0,
+                    min=0.0,
+                    max=1e6,
+                    step=0.01,
+                    advanced=True,
+                    tooltip="For a depth picture: the depth of its nearest grey, in scene units.",
+                ),
+                io.Float.Input(
+                    "far",
+                    default=10.0,
+                    min=0.0,
+                    max=1e6,
+                    step=0.01,
+                    advanced=True,
+                    tooltip="For a depth picture: the depth of its farthest grey, in scene units.",
+                ),
+                io.Int.Input(
+                    "width",
+                    default=0,
+                    min=0,
+                    max=8192,
+                    step=16,
+                    advanced=True,
+                    tooltip="Of the scene's views, in pixels. If width or height is 0: the model's size for this picture, "
+                    f"or, without model, the picture's own size; of a panorama {VIEW_SIZE[0]}x{VIEW_SIZE[1]}.",
+                ),
+                io.Int.Input(
+                    "height",
+                    default=0,
+                    min=0,
+                    max=8192,
+                    step=16,
+                    advanced=True,
+                    tooltip="Of the scene's views, in pixels; see width.",
+                ),
+                io.Model.Input(
+                    "model",
+                    optional=True,
+                    tooltip="From Load WorldStereo FP8: gives the size. Not needed for a picture from WorldStereo "
+                    "Picture, which has it already.",
+                ),
+            ],
+            outputs=[Scene.Output(display_name="scene")],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(cls, image, depth, depth_picture, near, far, width, height, camera=None, model=None) -> io.NodeOutput:
+        panorama = is_panorama(depth)
+        if not width or not height:
+            size = VIEW_SIZE[::-1] if panorama else image.shape[1:3]
+            height, width = within(*size) if model is None else keyframe_size(config_of(model), *size)
+        if panorama:
+            scene, remarks = scene_of_panorama(depth, width, height), []
+        else:
+            scene = scene_of_picture(image, depth, camera, depth_picture, near, far, width, height)
+            remarks = stretches(height, width, image=image.shape[1:3])
+        show_on_node(cls, str(scene), remarks)
+        return io.NodeOutput(scene, ui=ui.PreviewImage(scene.picture(0), cls=cls))
+
+
+class WorldStereoScenePath(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="WorldStereoScenePath",
+            display_name="WorldStereo Scene Path",
+            category=CATEGORY,
+            description="What a camera path finds in a scene: the render and holes of the scene's points, and the "
+            "views remembered that the model is shown as references.",
+            search_aliases=["memory", "reference views", "retrieval", "point cloud render"],
+            inputs=[
+                Scene.Input("scene"),
+                io.Image.Input("image", tooltip="The picture the path starts with. It is also the first frame."),
+                Cameras.Input("cameras", tooltip="The path, in the scene's world, from Camera Path or a file."),
+                io.Int.Input(
+                    "references",
+                    default=REFERENCES,
+                    min=1,
+                    max=20,
+                    tooltip=f"The most views to show the model. It was trained with up to {REFERENCES}; fewer are "
+                    "faster.",
+                ),
+                io.Combo.Input(
+                    "ask_for",
+                    options=list(ASKING),
+                    tooltip="Prefer the views of an earlier path: for one that this path continues or mirrors.",
+                ),
+                io.String.Input(
+                    "ask_path", default="", tooltip="For ask_for: the name of the earlier path. Empty: the last one."
+                ),
+                io.Float.Input(
+                    "radius",
+                    default=RADIUS,
+                    min=0.0005,
+                    max=0.2,
+                    step=0.0005,
+                    round=0.0001,
+                    advanced=True,
+                    tooltip="Radius of a point, where the shorter side of the picture is 2. The model was trained with "
+                    f"{RADIUS}.",
+                ),
+                io.ClipVision.Input(
+                    "clip_vision",
+                    optional=True,
+                    tooltip="Where more views fit than references allows, those are chosen that look different; "
+                    "without it, those whose cameras differ.",
+                ),
+            ],
+            outputs=[
+                io.Image.Output(display_name="render_video"),
+                io.Mask.Output(display_name="render_mask", tooltip="1 where no point falls."),
+                SceneReferences.Output(display_name="references", tooltip="For WorldStereo Conditioning."),
+                io.Image.Output(display_name="reference_images", tooltip="To look at."),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(cls, scene, image, cameras, references, ask_for, ask_path, radius, clip_vision=None) -> io.NodeOutput:
+        embed = None if clip_vision is None else lambda pictures: clip_vision.encode_image(pictures).image_embeds
+        outlook = look_along(
+            scene,
+            image,
+            cameras,
+            WorldStereoConfig().nframe,
+            references,
+            ask_for,
+            ask_path.strip(),
+            embed,
+            radius,
+            comfy.model_management.get_torch_device(),
+            comfy.utils.ProgressBar(len(cameras)).update,
+        )
+        views, ref_index = list(outlook.views), outlook.ref_index
+        chosen = References(outlook.pictures, scene.cameras[views], ref_index)
+        listed = ", ".join(f"{scene.names[view]} at {index}" for view, index in zip(views, ref_index))
+        show_on_node(cls, f"{summary(scene.cloud, outlook.holes)}\nreferences: {listed}")
+        return io.NodeOutput(outlook.video, outlook.holes, chosen, outlook.pictures)
+
+
+class WorldStereoAddToScene(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="WorldStereoAddToScene",
+            display_name="WorldStereo Add to Scene",
+            category=CATEGORY,
+            description="Remembers a generated path: some of its keyframes as views and, with their depth, the points "
+            "they show. The scene it was given stays as it was: bypass this node to undo it.",
+            search_aliases=["memory", "remember", "fuse", "grow point cloud"],
+            inputs=[
+                Scene.Input("scene"),
+                io.Image.Input("images", tooltip="The keyframes of the path, from WorldStereo Keyframe Decode."),
+                Cameras.Input("cameras", tooltip="The path's cameras; more than images are thinned evenly."),
+                io.String.Input("name", default="", tooltip="Of the path. Empty: path_1, path_2 and so on."),
+                io.Int.Input(
+                    "remember",
+                    default=8,
+                    min=1,
+                    max=100,
+                    tooltip="How many keyframes become views: never the first, always the last.",
+                ),
+                io.Int.Input(
+                    "max_points",
+                    default=POINTS_LIMIT,
+                    min=1000,
+                    max=MAX_POINTS,
+                    step=1000,
+                    advanced=True,
+                    tooltip="The point cloud is thinned to about so many points.",
+                ),
+                MoGeGeometry.Input(
+                    "depth",
+                    optional=True,
+                    tooltip="MoGe's geometry of all the keyframes (it runs on a batch). Its scale is fitted to the "
+                    "scene; frames that do not fit add no points. Without it the point cloud stays as it is.",
+                ),
+            ],
+            outputs=[
+                Scene.Output(display_name="scene"),
+                Points.Output(display_name="points", tooltip="The scene's point cloud."),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(cls, scene, images, cameras, name, remember, max_points, depth=None) -> io.NodeOutput:
+        grown, report = remember_clip(
+            scene,
+            images,
+            cameras,
+            name,
+            remember,
+            None if depth is None else depths_of_moge(depth),
+            max_points,
+            comfy.model_management.get_torch_device(),
+            comfy.utils.ProgressBar(len(images)).update,
+        )
+        show_on_node(cls, f"{grown}\n{report or 'no depth given: the point cloud stays as it is'}")
+        return io.NodeOutput(grown, grown.cloud)
+
+
+class WorldStereoContinue(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="WorldStereoContinue",
+            display_name="WorldStereo Continue",
+            category=CATEGORY,
+            description="Goes on from a view of the scene: its picture for image and its camera for start of Camera "
+            "Path, and the scene's points.",
+            search_aliases=["extend", "last frame", "next path", "walk on"],
+            inputs=[
+                Scene.Input("scene"),
+                io.String.Input(
+                    "view",
+                    default=LAST,
+                    tooltip="last: the last frame of the last path. first: the scene's first view. Or a view by name, "
+                    "such as path_1/0012 or panorama/0003.",
+                ),
+            ],
+            outputs=[
+                io.Image.Output(display_name="image", tooltip="The start picture."),
+                Cameras.Output(display_name="camera", tooltip="For start of WorldStereo Camera Path."),
+                Points.Output(display_name="points", tooltip="For scene of WorldStereo Camera Path."),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(cls, scene, view) -> io.NodeOutput:
+        number = go_on(scene, view.strip())
+        picture = scene.picture(number)
+        show_on_node(cls, f"{scene.names[number]}, one of {len(scene)} views")
+        return io.NodeOutput(picture, scene.cameras[number], scene.cloud, ui=ui.PreviewImage(picture, cls=cls))
+
+
+class WorldStereoExploreScene(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        def linked(type_, name, **options):
+            return type_.Input(name, raw_link=True, **options)  # handed on, so that ComfyUI's cache knows the source
+
+        return io.Schema(
+            node_id="WorldStereoExploreScene",
+            display_name="WorldStereo Explore Scene",
+            category=CATEGORY,
+            description="Takes a list of paths through a scene, one after the other, each with the memory of those "
+            "before. It becomes ordinary nodes as it runs: a finished path is not computed again, also after an "
+            "interruption.",
+            search_aliases=["world", "explore", "walk through", "all paths", "scene trajectory"],
+            inputs=[
+                linked(Scene, "scene", tooltip="From Start Scene, Load Scene or Add to Scene."),
+                linked(io.Model, "model", tooltip="A memory variant, from Load WorldStereo FP8."),
+                linked(io.Conditioning, "positive"),
+                linked(io.Conditioning, "negative"),
+                linked(io.Vae, "vae", tooltip="The Wan 2.1 VAE."),
+                linked(io.Sampler, "sampler", tooltip="euler for memory-dmd."),
+                linked(io.Sigmas, "sigmas", tooltip="From WorldStereo DMD Sigmas for memory-dmd."),
+                linked(
+                    io.ClipVision,
+                    "clip_vision",
+                    optional=True,
+                    tooltip="CLIP ViT-H: each path's start picture through it, as the model expects, and the choice "
+                    "among many references.",
+                ),
+                linked(
+                    MoGeModel,
+                    "moge_model",
+                    optional=True,
+                    tooltip="From core's Load MoGe Model: the depth of each new path goes into the scene's point cloud. "
+                    "Without it the cloud stays that of the start.",
+                ),
+                io.Combo.Input(
+                    "paths",
+                    options=[*LISTS, OWN_LIST],
+                    tooltip="Which paths to take. The lists with fewer headings are quicker.",
+                ),
+                io.String.Input(
+                    "own_list",
+                    multiline=True,
+                    default="left from first: orbit left 25\non: dolly in 0.2",
+                    tooltip=f"For {OWN_LIST}: a line a path, NAME [from VIEW]: PRESET AMOUNT [asks PATH | mirrors PATH]. "
+                    "Without a view it goes on from the path before. AMOUNT: degrees, or units of the scene's depth.",
+                ),
+                io.Int.Input(
+                    "stop_after",
+                    default=0,
+                    min=0,
+                    max=100,
+                    tooltip="Take only so many paths of the list; 0: all. Raise it to go on from there.",
+                ),
+                io.Int.Input("keyframes", default=21, min=2, max=21, tooltip="Of each path."),
+                io.Int.Input(
+                    "references",
+                    default=REFERENCES,
+                    min=1,
+                    max=20,
+                    tooltip="The most remembered views that each path is shown.",
+                ),
+                io.Int.Input(
+                    "noise_seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    control_after_generate=io.ControlAfterGenerate.fixed,
+                    tooltip="Of the first path; each next has one more. Keep it fixed, or every path is new each time.",
+                ),
+                io.Float.Input(
+                    "cfg", default=1.0, min=0.0, max=100.0, step=0.1, tooltip="1 for memory-dmd, 5 for memory."
+                ),
+                io.String.Input(
+                    "video_prefix",
+                    default="video/scene",
+                    tooltip="Every path's keyframes are saved as a video under this name in ComfyUI's output folder. "
+                    "Empty: not saved, only shown.",
+                ),
+            ],
+            outputs=[
+                Scene.Output(display_name="scene"),
+                io.Image.Output(display_name="images", tooltip="The keyframes of the last path."),
+                Points.Output(display_name="points", tooltip="The scene's point cloud."),
+            ],
+            enable_expand=True,
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(cls, paths, own_list, stop_after, noise_seed, **inputs) -> io.NodeOutput:
+        walks = read_walks(own_list if paths == OWN_LIST else LISTS[paths])
+        walks = walks[: stop_after or len(walks)]
+        graph = GraphBuilder()
+        scene = inputs.pop("scene")
+        for number, walk in enumerate(walks):
+            scene, images, points = cls.take_path(graph, walk, scene, noise_seed + number, **inputs)
+        show_on_node(cls, f"{len(walks)} paths: {', '.join(walk.name for walk in walks)}")
+        return io.NodeOutput(scene, images, points, expand=graph.finalize())
+
+    @staticmethod
+    def take_path(
+        graph,
+        walk,
+        scene,
+        seed,
+        model,
+        positive,
+        negative,
+        vae,
+        sampler,
+        sigmas,
+        keyframes,
+        references,
+        cfg,
+        video_prefix,
+        clip_vision=None,
+        moge_model=None,
+    ):
+        """Puts the nodes of one path into the graph. Returns the links to the scene with it, its keyframes, the points."""
+
+        def node(class_type, step, **values):
+            given = {name: value for name, value in values.items() if value is not None}
+            return graph.node(class_type, f"{walk.name}.{step}", **given).out
+
+        start = node("WorldStereoContinue", "start", scene=scene, view=walk.view)
+        seen = None
+        if clip_vision is not None:
+            seen = node("CLIPVisionEncode", "picture", clip_vision=clip_vision, image=start(0), crop="center")(0)
+        cameras = node(
+            "WorldStereoCameraPath",
+            "cameras",
+            image=start(0),
+            start=start(1),
+            scene=start(2),
+            preset=walk.preset,
+            degrees=walk.degrees,
+            distance=walk.distance,
+            keyframes=keyframes,
+            easing="linear",
+            look_at_centre="auto",
+            lens="auto",
+            lens_value=60.0,
+            scene_depth=0.0,
+            start_pitch=0.0,
+        )(0)
+        look = node(
+            "WorldStereoScenePath",
+            "look",
+            scene=scene,
+            image=start(0),
+            cameras=cameras,
+            references=references,
+            ask_for=walk.ask,
+            ask_path=walk.asked,
+            radius=RADIUS,
+            clip_vision=clip_vision,
+        )
+        conditioned = node(
+            "WorldStereoConditioning",
+            "conditioning",
+            model=model,
+            positive=positive,
+            negative=negative,
+            vae=vae,
+            image=start(0),
+            render_video=look(0),
+            render_mask=look(1),
+            cameras=cameras,
+            clip_vision_output=seen,
+            references=look(2),
+        )
+        sampled = node(
+            "SamplerCustom",
+            "sample",
+            model=model,
+            add_noise=True,
+            noise_seed=seed % 2**64,
+            cfg=cfg,
+            positive=conditioned(0),
+            negative=conditioned(1),
+            sampler=sampler,
+            sigmas=sigmas,
+            latent_image=conditioned(2),
+        )
+        images = node("WorldStereoKeyframeDecode", "decode", samples=sampled(0), vae=vae)(0)
+        depth = None
+        if moge_model is not None:
+            depth = node(
+                "MoGeInference",
+                "depth",
+                moge_model=moge_model,
+                image=images,
+                resolution_level=9,
+                fov_x_degrees=0.0,
+                batch_size=4,
+                force_projection=True,
+                apply_mask=True,
+            )(0)
+        added = node(
+            "WorldStereoAddToScene",
+            "add",
+            scene=scene,
+            images=images,
+            cameras=cameras,
+            name=walk.name,
+            remember=8,
+            max_points=POINTS_LIMIT,
+            depth=depth,
+        )
+        if video_prefix.strip():
+            video = node("CreateVideo", "video", images=images, fps=16.0)(0)
+            prefix = f"{video_prefix.strip()}_{walk.name}"
+            node("SaveVideo", "save", video=video, filename_prefix=prefix, format="auto", codec="auto")
+        else:
+            node("WorldStereoPreviewClip", "show", images=images, render_video=look(0), fps=16.0)
+        return added(0), images, added(1)
+
+
+NODES = [
+    WorldStereoStartScene,
+    WorldStereoScenePath,
+    WorldStereoAddToScene,
+    WorldStereoContinue,
+    WorldStereoExploreScene,
+]

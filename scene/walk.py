@@ -1,0 +1,160 @@
+"""A path through a scene: what its cameras see of the cloud, what memory gives them, and what is kept of the result."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from .cameras import Cameras
+from .fuse import FuseReport, fuse
+from .memory import asked_views, best_views, choose_references, frames_to_remember, picture_quality, view_scores
+from .pictures import resize_pictures
+from .render import BACKGROUND, POINTS_PER_PIXEL, render_start
+from .scene import Scene, to_bytes
+
+FIRST, LAST = "first", "last"  # views to start from
+ASK_NOTHING, ASK_SPARSELY, ASK_OFTEN, ASK_MIRRORED = ASKING = (
+    "nothing",
+    "continue it (now and then)",
+    "continue it (mostly)",
+    "mirror it",
+)
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """What a path finds. video [N, H, W, 3] in 0..1 and holes [N, H, W]: the cloud seen by each camera, the first frame
+    being the picture. views: the scene's views that are its references, with the pictures [R, H, W, 3] and ref_index of
+    each."""
+
+    video: torch.Tensor
+    holes: torch.Tensor
+    pictures: torch.Tensor
+    views: tuple[int, ...]
+    ref_index: tuple[int, ...]
+
+
+def look_along(
+    scene: Scene,
+    image: torch.Tensor,
+    cameras: Cameras,
+    keyframes: int,
+    references: int,
+    ask: str,
+    ask_path: str,
+    embed: Callable[[torch.Tensor], torch.Tensor] | None,
+    radius: float,
+    device: str | torch.device,
+    progress: Callable[[int], None],
+) -> Outlook:
+    """The render and references of a path that starts with the picture image [1, H, W, C], at the scene's size.
+
+    keyframes: how many of the cameras the model takes; references are chosen for these. references: at most so many.
+    ask: one of ASKING, ask_path: the earlier path it means, or empty for the last one. embed takes pictures
+    [B, H, W, 3] in 0..1 to embeddings [B, D]; it is called where more than `references` views were chosen. radius: of a point, as in
+    `render.render_start`.
+    """
+    if len(cameras) < 2:
+        raise ValueError("cameras holds one camera; a path needs at least 2.")
+    cameras = cameras.scaled_to(scene.cameras.width, scene.cameras.height)
+    views, ref_index = references_of(scene, cameras.thinned(keyframes), references, ask, ask_path, embed)
+    width, height = cameras.width, cameras.height
+    splats = (radius, POINTS_PER_PIXEL, BACKGROUND, device, progress)
+    video, holes, _ = render_start(image, scene.cloud, cameras, "", 0, 0, width, height, *splats)
+    pictures = torch.cat([scene.picture(view) for view in views])
+    return Outlook(video, holes, pictures, tuple(views), tuple(ref_index))
+
+
+def references_of(scene: Scene, cameras: Cameras, limit: int, ask: str, ask_path: str, embed):
+    """`memory.choose_references` for a scene. Pictures are looked at only where more than `limit` views were chosen,
+    and only those."""
+    asked = None
+    if ask != ASK_NOTHING:
+        if not scene.paths:
+            raise ValueError("ask_for: the scene has no earlier path to ask for; choose nothing.")
+        earlier = scene.path(ask_path) if ask_path else scene.paths[-1]
+        asked = asked_views(earlier.views, len(cameras), ask == ASK_MIRRORED, ask != ASK_OFTEN)
+    bank, size = scene.cameras, (scene.cameras.width, scene.cameras.height)
+    features = quality = None
+    scores = view_scores(bank.w2c.double(), bank.K.double(), cameras.w2c[1:].double(), cameras.K[1:].double(), *size)
+    chosen = best_views(scores, asked).unique()
+    if len(chosen) > limit:
+        quality = torch.zeros(len(scene))
+        quality[chosen] = torch.tensor([picture_quality(scene.pictures[view]) for view in chosen])
+        if embed is not None:
+            embedded = embed(torch.cat([scene.picture(view) for view in chosen])).float().cpu().flatten(1)
+            features = torch.zeros(len(scene), embedded.shape[1])
+            features[chosen] = embedded
+    return choose_references(
+        bank.w2c, bank.K, *size, cameras.w2c, cameras.K, features=features, quality=quality, ask=asked, limit=limit
+    )
+
+
+def go_on(scene: Scene, view: str) -> int:
+    """The view to start from: `first`, `last` (the last frame of the last path, or the first view before any), or a
+    name. Raises ValueError."""
+    if view in ("", LAST):
+        return scene.paths[-1].views[-1] if scene.paths else 0
+    return 0 if view == FIRST else scene.view(view)
+
+
+def new_path_name(scene: Scene) -> str:
+    """path_1, path_2, … : the first that the scene does not have."""
+    taken = {path.name for path in scene.paths}
+    return next(name for number in range(1, len(taken) + 2) if (name := f"path_{number}") not in taken)
+
+
+def remember_clip(
+    scene: Scene,
+    images: torch.Tensor,
+    cameras: Cameras,
+    name: str,
+    count: int,
+    depths: list[torch.Tensor] | None,
+    points: int,
+    device: str | torch.device,
+    progress: Callable[[int], None],
+) -> tuple[Scene, FuseReport | None]:
+    """The scene with a clip [N, H, W, C] in 0..1: `count` of its frames as views and, where depths (N maps) are given,
+    the points they show, the cloud thinned to `points`.
+
+    cameras: of the clip's frames; more of them are thinned as the conditioning thins them. The name is the path's, or
+    empty for the next number. A frame whose depth fits the cloud keeps that depth, in the scene's units.
+    Raises ValueError for fewer cameras than frames, and as `Scene` and `fuse` do.
+    """
+    if len(cameras) < len(images):
+        raise ValueError(f"There are {len(images)} images and {len(cameras)} cameras: each keyframe needs its camera.")
+    name = name.strip() or new_path_name(scene)
+    cameras = cameras.thinned(len(images)).scaled_to(scene.cameras.width, scene.cameras.height)
+    frames = frames_to_remember(len(images), count)
+    pictures = to_bytes(resize_pictures(images, cameras.height, cameras.width))
+    report, kept = None, None
+    if depths is not None:
+        if len(depths) != len(images):
+            raise ValueError(f"There are {len(images)} images and depth for {len(depths)}: give each keyframe's depth.")
+        moving = list(range(1, len(images)))  # the first frame is known already
+        names = [f"{name}/{frame:04}" for frame in moving]
+        cloud, report = fuse(
+            scene.cloud,
+            [pictures[frame] for frame in moving],
+            [depths[frame] for frame in moving],
+            cameras[moving],
+            names=names,
+            limit=points,
+            device=device,
+            progress=progress,
+        )
+        fits = dict(zip(moving, report.frames))
+        kept = [fitted_depth(depths[frame], fits[frame], cameras.height, cameras.width) for frame in frames]
+        scene = scene.with_cloud(cloud)
+    return scene.with_path(name, cameras, frames, [pictures[frame] for frame in frames], kept), report
+
+
+def fitted_depth(depth, fit, height, width) -> torch.Tensor | None:
+    """A frame's depth [height, width] in the scene's units by its fit, infinite where there is none; None for a frame
+    that was refused."""
+    if fit.refused:
+        return None
+    depth = torch.nn.functional.interpolate(depth[None, None].float(), (height, width), mode="nearest-exact")[0, 0]
+    fitted = fit.scale * depth + fit.shift
+    return fitted.where(depth.isfinite() & (depth > 0) & (fitted > 0), torch.inf).cpu()

@@ -1,0 +1,253 @@
+"""The scene's nodes on a real ComfyUI server with toy models: paths that remember, and what is not computed again."""
+
+import threading
+from pathlib import Path
+
+import comfy.cli_args
+import numpy as np
+import pytest
+import requests
+from PIL import Image
+from worldstereo_fp8.demo import job, server
+
+COMFYUI = Path(comfy.cli_args.__file__).parents[1]
+WIDTH, HEIGHT, KEYFRAMES = 240, 160, 6  # an entry of the toy model's table
+FILES = {
+    "checkpoint": ("LoadWorldStereoFP8", {"model_name": job.MODEL, "compute": "auto"}),
+    "vae": ("VAELoader", {"vae_name": job.VAE}),
+    "text": ("WorldStereoDemoTextEncoder", {}),
+    "vision": ("WorldStereoDemoVisionEncoder", {}),
+    "prompt": ("CLIPTextEncode", {"clip": ("text", 0), "text": "a room"}),
+    "nothing": ("CLIPTextEncode", {"clip": ("text", 0), "text": ""}),
+    "euler": ("KSamplerSelect", {"sampler_name": "euler"}),
+    "sigmas": ("WorldStereoDMDSigmas", {"model": ("checkpoint", 0)}),
+    "picture": ("LoadImage", {"image": "picture.png"}),
+    "moge": ("WorldStereoDemoGeometry", {"image": ("picture", 0)}),
+    "depth_model": ("WorldStereoDemoMoGeModel", {}),
+}
+
+
+@pytest.fixture(scope="module")
+def comfyui(tmp_path_factory):
+    base = tmp_path_factory.mktemp("comfyui")
+    job.prepare(base)
+    y, x = np.mgrid[:HEIGHT, :WIDTH]
+    checks = ((x // 16 + y // 16) % 2)[..., None] * np.array([120, 60, 20]) + np.stack([x, y, 255 - x], -1) // 2
+    Image.fromarray(checks.astype(np.uint8)).save(base / "input" / "picture.png")
+    with server.Server(COMFYUI, base) as running:
+        running.declared = running.object_info()
+        yield running
+
+
+def graph(comfyui, **nodes):
+    """A prompt of FILES and nodes by name, each (class type, inputs); a link is ("name", output). Other widgets have
+    their defaults."""
+    prompt = {}
+    for name, (kind, inputs) in (FILES | nodes).items():
+        declared = comfyui.declared[kind]["input"]
+        values = {}
+        for key, (type_, *options) in (declared.get("required", {}) | declared.get("optional", {})).items():
+            options = options[0] if options else {}
+            if "default" in options:
+                values[key] = options["default"]
+            elif type_ == "COMBO":
+                values[key] = options["options"][0]
+        values |= {key: list(value) if isinstance(value, tuple) else value for key, value in inputs.items()}
+        prompt[name] = {"class_type": kind, "inputs": values}
+    return prompt
+
+
+def start():
+    return {
+        "start": (
+            "WorldStereoStartScene",
+            {"image": ("picture", 0), "depth": ("moge", 0), "width": WIDTH, "height": HEIGHT},
+        )
+    }
+
+
+def one_path(name, scene, view, preset, seed):
+    """The ordinary nodes of one path through a scene, as a person wires them."""
+    steps = {
+        "from": ("WorldStereoContinue", {"scene": scene, "view": view}),
+        "cameras": (
+            "WorldStereoCameraPath",
+            {
+                "image": (f"{name}_from", 0),
+                "start": (f"{name}_from", 1),
+                "scene": (f"{name}_from", 2),
+                "preset": preset,
+                "degrees": 12.0,
+                "keyframes": KEYFRAMES,
+            },
+        ),
+        "look": (
+            "WorldStereoScenePath",
+            {
+                "scene": scene,
+                "image": (f"{name}_from", 0),
+                "cameras": (f"{name}_cameras", 0),
+                "clip_vision": ("vision", 0),
+            },
+        ),
+        "conditioning": (
+            "WorldStereoConditioning",
+            {
+                "model": ("checkpoint", 0),
+                "positive": ("prompt", 0),
+                "negative": ("nothing", 0),
+                "vae": ("vae", 0),
+                "image": (f"{name}_from", 0),
+                "render_video": (f"{name}_look", 0),
+                "render_mask": (f"{name}_look", 1),
+                "cameras": (f"{name}_cameras", 0),
+                "references": (f"{name}_look", 2),
+            },
+        ),
+        "sample": (
+            "SamplerCustom",
+            {
+                "model": ("checkpoint", 0),
+                "positive": (f"{name}_conditioning", 0),
+                "negative": (f"{name}_conditioning", 1),
+                "sampler": ("euler", 0),
+                "sigmas": ("sigmas", 0),
+                "latent_image": (f"{name}_conditioning", 2),
+                "noise_seed": seed,
+                "cfg": 1.0,
+            },
+        ),
+        "decode": ("WorldStereoKeyframeDecode", {"samples": (f"{name}_sample", 0), "vae": ("vae", 0)}),
+        "depth": ("MoGeInference", {"moge_model": ("depth_model", 0), "image": (f"{name}_decode", 0)}),
+        "add": (
+            "WorldStereoAddToScene",
+            {
+                "scene": scene,
+                "images": (f"{name}_decode", 0),
+                "cameras": (f"{name}_cameras", 0),
+                "depth": (f"{name}_depth", 0),
+                "name": name,
+            },
+        ),
+        "frames": ("SaveImage", {"images": (f"{name}_decode", 0), "filename_prefix": f"{name}_frames"}),
+        "references": ("SaveImage", {"images": (f"{name}_look", 3), "filename_prefix": f"{name}_references"}),
+    }
+    return {f"{name}_{step}": node for step, node in steps.items()}
+
+
+def pictures(comfyui, outputs, node):
+    return [
+        np.asarray(Image.open(comfyui.base / "output" / saved["filename"]), np.float32)
+        for saved in outputs[node]["images"]
+    ]
+
+
+def executed(events):
+    """The nodes that a run executed, by its events."""
+    return {event["data"]["node"] for event in events if event["type"] == "executing" and event["data"]["node"]}
+
+
+def test_the_second_path_is_shown_the_frames_of_the_first(comfyui):
+    first = one_path("one", ("start", 0), "first", "orbit left", 0)
+    nodes = start() | first | one_path("two", ("one_add", 0), "first", "orbit left", 1)
+    outputs = comfyui.run(graph(comfyui, **nodes))
+    frames = pictures(comfyui, outputs, "one_frames")
+    assert len(frames) == KEYFRAMES
+    start_picture = np.asarray(Image.open(comfyui.base / "input" / "picture.png"), np.float32)
+    assert len(pictures(comfyui, outputs, "one_references")) == 1
+    assert abs(pictures(comfyui, outputs, "one_references")[0] - start_picture).max() <= 1
+    # Along the same path each keyframe's nearest view is the frame that was made there.
+    references = pictures(comfyui, outputs, "two_references")
+    assert len(references) == KEYFRAMES - 1
+    for reference, frame in zip(references, frames[1:]):
+        assert abs(reference - frame).max() <= 1
+
+    # A change of the second path leaves the first one's nodes alone; Continue takes the last frame by default.
+    events = []
+    nodes |= one_path("two", ("one_add", 0), "last", "dolly in", 1)
+    outputs = comfyui.run(graph(comfyui, **nodes), event=events.append)
+    unused = {"two_depth", "two_add"}  # nothing asks for the scene with the second path
+    assert executed(events) == {name for name in nodes if name.startswith("two_")} - unused
+    assert abs(pictures(comfyui, outputs, "two_references")[0] - frames[-1]).max() <= 1
+
+
+def explore(**inputs):
+    links = dict(
+        scene=("start", 0),
+        model=("checkpoint", 0),
+        positive=("prompt", 0),
+        negative=("nothing", 0),
+        vae=("vae", 0),
+        sampler=("euler", 0),
+        sigmas=("sigmas", 0),
+        clip_vision=("vision", 0),
+        moge_model=("depth_model", 0),
+        keyframes=KEYFRAMES,
+        paths="picture: left and right",
+    )
+    return {
+        "explore": ("WorldStereoExploreScene", links | inputs),
+        "cloud": ("WorldStereoSavePointCloud", {"points": ("explore", 2)}),
+    }
+
+
+def steps(events):
+    """What ran inside Explore Scene, such as "left.sample"."""
+    inside = (node for node in executed(events) if node.startswith("explore."))
+    return {".".join(node.split(".")[-2:]) for node in inside}
+
+
+def test_explored_paths_are_not_computed_again(comfyui):
+    events = []
+    comfyui.run(graph(comfyui, **start(), **explore(stop_after=1)), event=events.append)
+    work = ("picture", "look", "conditioning", "sample", "decode", "depth", "add", "video", "save")
+    assert {f"left.{step}" for step in work} <= steps(events)
+    assert all(step.startswith("left.") for step in steps(events))
+    events.clear()
+    outputs = comfyui.run(graph(comfyui, **start(), **explore()), event=events.append)
+    assert steps(events) == {f"right.{step}" for step in ("start", "cameras", *work)}
+    assert outputs["cloud"]["3d"]
+    videos = sorted(path.name for path in (comfyui.base / "output" / "video").glob("scene_*"))
+    assert [name.split("_")[1] for name in videos] == ["left", "right"]
+    events.clear()
+    comfyui.run(graph(comfyui, **start(), **explore()), event=events.append)
+    assert executed(events) == set()
+
+
+def test_an_interrupted_exploration_goes_on_where_it_was(comfyui):
+    events = []
+
+    def stop_in_the_second_path(event):
+        events.append(event)
+        if event["type"] == "executing" and str(event["data"]["node"]).endswith("right.sample"):
+            threading.Thread(target=requests.post, args=(f"http://{comfyui.address}/interrupt",)).start()
+
+    prompt = graph(comfyui, **start(), **explore(noise_seed=7))
+    with pytest.raises(server.ServerError, match="interrupted"):
+        comfyui.run(prompt, event=stop_in_the_second_path)
+    assert "left.sample" in steps(events) and "right.add" not in steps(events)
+    events.clear()
+    comfyui.run(prompt, event=events.append)
+    assert not any(step.startswith("left.") for step in steps(events))
+    assert {"right.sample", "right.add"} <= steps(events)
+
+
+def test_a_wrong_list_is_a_clear_error(comfyui):
+    prompt = graph(comfyui, **start(), **explore(paths="my own list", own_list="left from first: moonwalk 3"))
+    with pytest.raises(server.ServerError, match="(?s)line 1.*moonwalk.*orbit left"):
+        comfyui.run(prompt)
+    prompt = graph(comfyui, **start(), **explore(paths="my own list", own_list="on from path_9/0003: dolly in 0.2"))
+    with pytest.raises(server.ServerError, match="no view named 'path_9/0003'.*'start'"):
+        comfyui.run(prompt)
+
+
+def test_a_panorama_starts_a_scene_of_27_views(comfyui):
+    room = "WorldStereoDemoPanoramaGeometry"
+    nodes = {
+        "moge": (room, {"image": ("picture", 0)}),
+        **start(),
+        **one_path("turn", ("start", 0), "panorama/0004", "pan right", 3),
+    }
+    outputs = comfyui.run(graph(comfyui, **nodes))
+    references = pictures(comfyui, outputs, "turn_references")
+    assert 1 <= len(references) <= 5 and references[0].shape == (HEIGHT, WIDTH, 3)
