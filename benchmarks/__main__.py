@@ -1,21 +1,23 @@
 """Benchmarks, each in a process of its own:
 
     python dev.py bench                      all of them
-    python dev.py bench linear [--quick]     the FP8 Linear, the kernels around it, attention
+    python dev.py bench linear [--quick]     the FP8 and INT8 Linear, the kernels around it, attention
     python dev.py bench step [arguments]     denoising steps of the whole model
+    python dev.py bench drift [arguments]    what FP8 and INT8 change of the whole model's result
+    python dev.py bench multigpu             core's MultiGPU CFG Split; needs two GPUs, and is no part of "all"
     python dev.py bench workflow [arguments] the example workflow at full size on the ComfyUI server
     python dev.py bench render               the point-cloud render
     python dev.py bench cook [arguments]     Cook FP8 against cp; needs 30 GB of disk, and is no part of "all"
 
-linear, step and workflow need a CUDA GPU; the first two print Markdown tables.
+linear, step, drift and workflow need a CUDA GPU; all but workflow print Markdown tables.
 """
 
 import subprocess
 import sys
 from pathlib import Path
 
-ALL = ("linear", "step", "workflow", "render")
-BENCHMARKS = (*ALL, "cook")
+ALL = ("linear", "step", "drift", "workflow", "render")
+BENCHMARKS = (*ALL, "multigpu", "cook")
 
 
 def main() -> int:

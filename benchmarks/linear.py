@@ -1,4 +1,4 @@
-"""The FP8 Linear against BF16 and other FP8 Linears, the kernels around it, and attention, at the 14 B model's shapes.
+"""The FP8 and the INT8 Linear against BF16 and other FP8 Linears, the kernels around it, and attention, at the 14 B model's shapes.
 
     python benchmarks/linear.py [--quick]
 
@@ -11,6 +11,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -21,13 +22,16 @@ import conftest  # noqa: F401  makes ComfyUI and the pack importable
 # isort: split
 import comfy.ldm.flux.math
 import comfy.ops
+import comfy_kitchen
 import torch
+from comfy_kitchen.tensor.int8 import TensorWiseINT8Layout
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from worldstereo_fp8.fp8 import activations
+from worldstereo_fp8.fp8 import activations, int8, int8_matmul
 from worldstereo_fp8.fp8.activations import BACKENDS, QuantisedTokens, quantise
 from worldstereo_fp8.fp8.matmul import scaled_linear
 from worldstereo_fp8.fp8.recipe import FP8, FP8_MAX, quantise_weight
+from worldstereo_fp8.fp8.rotation import GROUP
 
 SHAPES = ((5120, 5120), (5120, 13824), (13824, 5120))
 TOKENS = 32760  # of the Linear
@@ -37,6 +41,7 @@ CHUNKS = (4224, 8448)  # with tiles of 128×256 whole waves on 132 multiprocesso
 ERROR_TOKENS = 2048
 CALLS = 3  # in a row, each timing
 DEVICE = torch.device("cuda")
+INT8_SHARED = "ours, INT8, one quantisation for three products"
 ACTIVATIONS = {
     "plain": lambda x: x,
     "outliers": lambda x: x * torch.where(torch.arange(x.shape[1], device=x.device) % 197 == 0, 30, 1),
@@ -95,6 +100,7 @@ class Layer:
         self.weight, scale = quantise_weight(self.exact)
         self.scale = scale.float()
         self.one = torch.ones((), device=DEVICE)
+        self.int8 = {group: int8.quantise_weight(self.exact, group) for group in (GROUP, 0)}
         self.comfy = comfy.ops.mixed_precision_ops({}, torch.bfloat16).Linear(in_features, out_features)
         self.comfy.load_state_dict(
             {
@@ -128,6 +134,29 @@ class Layer:
     def upcast(self, x):
         """As on a GPU without FP8 matmul."""
         return F.linear(x, self.comfy.weight.dequantize(), self.bias)
+
+    def int8_linear(self, x, group: int = GROUP):
+        return int8_matmul.int8_linear(x, *self.int8[group], self.bias, group)
+
+    def int8_kitchen(self, x):
+        """Its public function."""
+        return comfy_kitchen.int8_linear(
+            x, *self.int8[GROUP], self.bias, x.dtype, convrot=True, convrot_groupsize=GROUP
+        )
+
+    def int8_shared(self, x):
+        """As for q, k and v."""
+        x = int8_matmul.quantise(x)
+        for _ in range(3):
+            self.int8_linear(x)
+
+    def int8_upcast(self, x):
+        """As on a GPU without INT8 units."""
+        values, scale = self.int8[GROUP]
+        params = TensorWiseINT8Layout.Params(
+            scale=scale, orig_dtype=x.dtype, orig_shape=tuple(values.shape), convrot=True, convrot_groupsize=GROUP
+        )
+        return F.linear(x, TensorWiseINT8Layout.dequantize(values, params), self.bias)
 
     def product(self, x: QuantisedTokens, bias: bool = True):
         return scaled_linear(x, self.weight, self.scale, self.bias if bias else None)
@@ -166,6 +195,7 @@ def linear(rounds: int, backends: list[str]):
         activations.forced = None
         by_token, by_tensor = quantise(x), whole_tensor(x)
         padded_tokens = padded(by_token)
+        int8_tokens = int8_matmul.quantise(x)
         best = backends[0]
         candidates = {
             "BF16": lambda: layer.bf16(x),
@@ -173,6 +203,13 @@ def linear(rounds: int, backends: list[str]):
             "ComfyUI's FP8": lambda: layer.comfy(x),
             **{f"**ours, {name}**": lambda name=name: layer.ours(x, name) for name in backends},
             "**ours, upcast**": lambda: layer.upcast(x),
+            "**ours, INT8 with rotation**": lambda: layer.int8_linear(x),
+            "ours, INT8 without rotation": lambda: layer.int8_linear(x, 0),
+            "ours, INT8 upcast": lambda: layer.int8_upcast(x),
+            "comfy-kitchen's INT8 Linear with rotation": lambda: layer.int8_kitchen(x),
+            INT8_SHARED: lambda: layer.int8_shared(x),
+            "INT8 product alone": lambda: layer.int8_linear(int8_tokens),
+            "INT8 rotation and quantisation alone": lambda: int8_matmul.quantise(x),
             f"ours, {best}, one quantisation for three products": lambda: layer.shared(x, best),
             **{f"ours, {best}, in chunks of {n} tokens": lambda n=n: layer.in_chunks(x, n) for n in CHUNKS},
             "product alone, a scale a token": lambda: layer.product(by_token),
@@ -184,9 +221,10 @@ def linear(rounds: int, backends: list[str]):
         times = time_in_turns(candidates, rounds)
         shared = f"ours, {best}, one quantisation for three products"
         times[shared] /= 3
+        times[INT8_SHARED] /= 3
         for name, ms in times.items():
             rows.setdefault(name, [name]).extend([f"{ms:.3f}", f"{times['BF16'] / ms:.2f}"])
-        del x, by_token, by_tensor, padded_tokens, candidates
+        del x, by_token, by_tensor, padded_tokens, int8_tokens, candidates
         errors += linear_errors(layer, in_features, out_features, backends)
         del layer
     headings = [f"Linear, {TOKENS} tokens"]
@@ -202,6 +240,9 @@ def linear(rounds: int, backends: list[str]):
             "BF16",
             "fixed scale of 1",
             *(f"ours, {name}" for name in backends),
+            "ours, INT8",
+            "INT8 without rotation",
+            "INT8 from the FP8 weight",
         ],
         errors,
     )
@@ -214,6 +255,7 @@ def layer_quantise(x, backend: str):
 
 def linear_errors(layer: Layer, in_features: int, out_features: int, backends: list[str]) -> list[list[str]]:
     rows, layer.bias = [], None  # which would hide the errors of small activations
+    from_fp8 = int8.quantise_weight(layer.weight.float() * layer.scale)
     for name, change in ACTIVATIONS.items():
         x = change(torch.randn(ERROR_TOKENS, in_features, device=DEVICE)).bfloat16()
         reference = x.double() @ layer.exact.double().t()
@@ -222,6 +264,9 @@ def linear_errors(layer: Layer, in_features: int, out_features: int, backends: l
             layer.bf16(x),
             layer.seed(x),
             *(layer.ours(x, backend) for backend in backends),
+            layer.int8_linear(x),
+            layer.int8_linear(x, 0),
+            int8_matmul.int8_linear(x, *from_fp8, None),
         ]
         rows.append(
             [
@@ -249,6 +294,7 @@ def kernels(rounds: int, backends: list[str]):
         "layer_norm_quantise": (lambda b: b.layer_norm_quantise(x, shift, scale, 1e-6), quantised_bytes),
         "layer_norm_modulate": (lambda b: b.layer_norm_modulate(x, shift, scale, 1e-6), 2 * x.nbytes),
         "gelu_quantise": (lambda b: b.gelu_quantise(hidden), hidden.nbytes + hidden.numel()),
+        "gelu_quantise, INT8": (lambda b: int8_matmul.gelu_quantise(hidden), hidden.nbytes + hidden.numel()),
         "gated_add_": (lambda b: b.gated_add_(x, y, gate), 3 * x.nbytes),
         "rms_rope": (lambda b: b.rms_rope(x, weight, freqs, HEADS, 1e-6), 2 * x.nbytes + freqs.nbytes),
     }
@@ -300,7 +346,8 @@ def machine() -> str:
     ).stdout.split()
     return (
         f"{torch.cuda.get_device_name()}, driver {driver[0]}, PyTorch {torch.__version__}, CUDA {torch.version.cuda}, "
-        f"cuDNN {torch.backends.cudnn.version()}, Triton {triton_version}"
+        f"cuDNN {torch.backends.cudnn.version()}, Triton {triton_version}, comfy-kitchen {version('comfy-kitchen')}, "
+        f"INT8 products by {int8_matmul.product_kernel(DEVICE, torch.bfloat16)[0]}"
     )
 
 

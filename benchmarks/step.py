@@ -1,10 +1,17 @@
 """One denoising step of the 14 B memory-dmd model through ComfyUI's sampler: seconds, VRAM, weights moved.
 
-    python dev.py bench step [--references 0 8] [--vram 15.0 22.5 0] [--weights fp8 bf16] [--compute auto bf16]
-                             [--compile no inductor] [--runs 2] [--profile]
+    python dev.py bench step
+    python dev.py bench step [--weights fp8 int8 bf16] [--compute auto bf16 core] [--references 0 8] [--frames 21]
+                             [--vram 15.0 0] [--size 832x480] [--compile no inductor] [--runs 2] [--profile]
+
+Each row is a process of its own. Without arguments: 832×480, 21 keyframes, 8 references with FP8 weights in 5.5, 7.5,
+11.0, 15.0, 22.5 GiB and all of the card; then with the whole card INT8 weights, ComfyUI's own FP8 Linear, and a clip of
+6 keyframes with 5 references. With arguments: every combination of what they name.
 
 The weights are random, of the published shapes; the files are made on the GPU the first time, in --folder.
---vram: how many GiB of VRAM this process can have beside its CUDA context (0: all); another process takes the rest.
+--vram: how many GiB of VRAM the row's process can have beside its CUDA context (0: all); another process takes the rest.
+A row that had more is an error.
+--compute: as the loader node has it; core: ComfyUI's own Linear for every layer.
 --compile: with core's TorchCompileModel and this backend.
 --profile: and the kernels that took the most time in a step of another run.
 --load: instead, how long a file takes to reach the GPU, against ComfyUI's own loader on a plain Wan file.
@@ -13,11 +20,13 @@ With ComfyUI's dynamic VRAM, as ComfyUI does by default; WORLDSTEREO_DYNAMIC_VRA
 """
 
 import argparse
+import contextlib
 import gc
 import itertools
 import json
 import math
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -36,26 +45,48 @@ import torch
 from card import GIB, Card
 from comfy_api.torch_helpers import set_torch_compile_wrapper
 from safetensors.torch import save_file
+from worldstereo_fp8 import loaders
+from worldstereo_fp8.fp8 import int8, linear
 from worldstereo_fp8.fp8.activations import backend
+from worldstereo_fp8.fp8.arithmetic import UPCAST
 from worldstereo_fp8.fp8.linear import COMPUTE
-from worldstereo_fp8.fp8.recipe import MARKER, is_quantised, quantise_weight, scale_name
+from worldstereo_fp8.fp8.recipe import COMFY_QUANT, MARKER, is_quantised, quantise_weight, scale_name
 from worldstereo_fp8.loaders import load_worldstereo
 from worldstereo_fp8.remap import to_native
 from worldstereo_fp8.worldstereo.config import WorldStereoConfig
 from worldstereo_fp8.worldstereo.shapes import tensor_shapes
 
-HEIGHT, WIDTH, FRAMES, STEPS = 480, 768, 21, 4
+STEPS = 4
+CORE = "core"
+DEFAULT = {
+    "weights": "fp8",
+    "compute": "auto",
+    "references": 8,
+    "frames": 21,
+    "size": "832x480",
+    "compile": "no",
+    "vram": 0.0,
+}
+ROWS = (
+    *({"vram": gib} for gib in (5.5, 7.5, 11.0, 15.0, 22.5, 0.0)),
+    {"weights": "int8"},
+    {"compute": CORE},
+    {"frames": 6, "references": 5},
+)
+MARK = "row: "  # what the line with a row's figures begins with
 
 
-def make_checkpoint(path: Path, fp8: bool = True, plain_wan: bool = False):
-    """Random weights of the published shapes, drawn on the GPU: activations stay near unit size.
+def make_checkpoint(path: Path, weights: str = "fp8", plain_wan: bool = False, quiet: bool = False):
+    """Random weights of the published shapes, drawn on the GPU, the same whatever their form: activations stay near unit
+    size.
 
-    fp8: in the published scaled-FP8 format, else BF16. plain_wan: the backbone alone, with native names.
+    weights: "fp8" for the published scaled-FP8 format, "int8" for that with rotation, or "bf16". plain_wan: the backbone
+    alone, with native names.
     """
     if path.exists():
         return
     start = time.perf_counter()
-    tensors = {MARKER: torch.zeros(1, dtype=torch.bfloat16)} if fp8 else {}
+    tensors = {MARKER: torch.zeros(1, dtype=torch.bfloat16)} if weights == "fp8" else {}
     torch.manual_seed(0)
     for name, shape in tensor_shapes(WorldStereoConfig()).items():
         if plain_wan and name.startswith(("controlnet.", "camera_embedding.")):
@@ -64,29 +95,62 @@ def make_checkpoint(path: Path, fp8: bool = True, plain_wan: bool = False):
         if len(shape) == 1:
             value = value * 0.02 + (1 if "norm" in name and name.endswith("weight") else 0)
         target = to_native(name) if plain_wan else name
-        if fp8 and is_quantised(name, shape, "bf16"):
+        if weights == "fp8" and is_quantised(name, shape, "bf16"):
             value, scale = quantise_weight(value)
             tensors[scale_name(target)] = scale.cpu()
+        elif weights == "int8" and int8.is_int8(name, shape):
+            value, scale = int8.quantise_weight(value)
+            layer = target.removesuffix("weight")
+            tensors[layer + int8.SCALE_SUFFIX] = scale.cpu()
+            tensors[layer + COMFY_QUANT] = torch.tensor(list(int8.description()), dtype=torch.uint8)
         tensors[target] = value.cpu()
     save_file(tensors, path, {"config": json.dumps({"model_type": "worldstereo-memory-dmd"})})
-    print(f"made {path}, {path.stat().st_size / 1e9:.2f} GB, in {time.perf_counter() - start:.0f} s", flush=True)
+    if not quiet:
+        print(f"made {path}, {path.stat().st_size / 1e9:.2f} GB, in {time.perf_counter() - start:.0f} s", flush=True)
 
 
-def conditioning(references: int):
+@contextlib.contextmanager
+def cores_linear(wanted: bool):
+    """While it lasts, models are loaded with ComfyUI's own Linear in every layer, if that is wanted."""
+
+    def operations(*args):
+        ours = linear.operations(*args)
+
+        class Operations(ours):
+            class Linear(ours.Linear):
+                def arithmetic(self, device):
+                    return UPCAST
+
+                def fetched(self, device, dtype):
+                    return contextlib.nullcontext(self.forward)
+
+                def forward(self, x):
+                    return super(ours.Linear, self).forward(x)
+
+        return Operations
+
+    loaders.operations = operations if wanted else linear.operations
+    try:
+        yield
+    finally:
+        loaders.operations = linear.operations
+
+
+def conditioning(references: int, frames: int, width: int, height: int):
     torch.manual_seed(1)
-    h, w = HEIGHT // 8, WIDTH // 8
+    h, w = height // 8, width // 8
 
     class Vision:
         penultimate_hidden_states = torch.randn(1, 257, 1280)
 
     values = {
-        "concat_latent_image": torch.randn(1, 16, FRAMES, h, w),
-        "concat_mask": torch.ones(1, 1, FRAMES, h, w),
+        "concat_latent_image": torch.randn(1, 16, frames, h, w),
+        "concat_mask": torch.ones(1, 1, frames, h, w),
         "clip_vision_output": Vision,
-        "render_latent": torch.randn(1, 16, FRAMES, h, w),
-        "render_mask": torch.zeros(1, 1, FRAMES, HEIGHT, WIDTH),
-        "camera_embedding": torch.randn(1, 6, FRAMES, HEIGHT, WIDTH),
-        "camera_qt": torch.randn(1, FRAMES, 7),
+        "render_latent": torch.randn(1, 16, frames, h, w),
+        "render_mask": torch.zeros(1, 1, frames, height, width),
+        "camera_embedding": torch.randn(1, 6, frames, height, width),
+        "camera_qt": torch.randn(1, frames, 7),
     }
     if references:
         values |= {
@@ -173,33 +237,36 @@ def profile(sample, kernels: int = 16):
         print(f"| {event.key[:90]} | {event.self_device_time_total / 1e3:.1f} | {event.count} |")
 
 
-def measure(path: Path, references: int, compute: str, backend: str, runs: int, profiled: bool) -> dict:
+def load(path: Path, compute: str):
+    with cores_linear(compute == CORE):
+        return load_worldstereo(path, compute="auto" if compute == CORE else compute)
+
+
+def sample(patcher, references: int, frames: int, size: str, cfg: float = 1.0, callback=None) -> torch.Tensor:
+    """Four steps from the same noise: the latent."""
+    width, height = map(int, size.split("x"))
+    cond = conditioning(references, frames, width, height)
+    latent = torch.zeros(1, 16, frames, height // 8, width // 8)
+    noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(2))
+    with torch.inference_mode():
+        return comfy.sample.sample(
+            patcher,
+            noise,
+            STEPS,
+            cfg,
+            "euler",
+            "simple",
+            cond,
+            cond,
+            latent,
+            seed=0,
+            callback=callback,
+            disable_pbar=True,
+        )
+
+
+def measure(patcher, row: dict, runs: int) -> dict:
     """Four steps, `runs` times; the figures are the last run's, the first also compiles kernels and loads weights."""
-    patcher = load_worldstereo(path, compute=compute)
-    if backend != "no":
-        patcher = patcher.clone(disable_dynamic=True)  # as core's TorchCompileModel does
-        set_torch_compile_wrapper(patcher, backend, {"guard_filter_fn": skip_transformer_options})
-    cond = conditioning(references)
-    latent = torch.zeros(1, 16, FRAMES, HEIGHT // 8, WIDTH // 8)
-    noise = torch.randn_like(latent)
-
-    def sample(callback):
-        with torch.inference_mode():
-            return comfy.sample.sample(
-                patcher,
-                noise,
-                STEPS,
-                1.0,
-                "euler",
-                "simple",
-                cond,
-                cond,
-                latent,
-                seed=0,
-                callback=callback,
-                disable_pbar=True,
-            )
-
     torch.cuda.reset_peak_memory_stats()
     totals = []
     for _ in range(runs):
@@ -210,80 +277,115 @@ def measure(path: Path, references: int, compute: str, backend: str, runs: int, 
             stamps.append(time.perf_counter())
             copied.append(moved)
 
-        out = sample(callback)
+        out = sample(patcher, row["references"], row["frames"], row["size"], callback=callback)
         totals.append(time.perf_counter() - stamps[0])
-    assert out.isfinite().all()
+    if not out.isfinite().all():
+        sys.exit("The result is not finite.")
     steps = [b - a for a, b in zip(stamps, stamps[1:])]
-    step = statistics.median(steps[1:])
-    row = {
+    step, peak = statistics.median(steps[1:]), peak_bytes(patcher)
+    if row["vram"] and peak > row["vram"] * GIB:
+        sys.exit(f"The row had {row['vram']} GiB, but its peak is {peak / GIB:.2f} GiB: it measured another card.")
+    return {
         "first run s": f"{totals[0]:.1f}",
         "step s": f"{step:.3f}",
         "first step s": f"{steps[0]:.2f}",
         "four steps s": f"{totals[-1]:.2f}",
         "four / 4 single": f"{totals[-1] / (4 * step):.3f}",
-        "peak GB": f"{peak_bytes(patcher) / 1e9:.2f}",
+        "peak GB": f"{peak / 1e9:.2f}",
         "weights on the GPU GB": f"{patcher.loaded_size() / 1e9:.2f}",
         "copied in step 1 GB": f"{(copied[1] - copied[0]) / 1e9:.2f}",
         "copied in steps 2-4 GB": f"{(copied[-1] - copied[1]) / 1e9:.2f}",
     }
-    if profiled:
-        profile(sample)
-    return row
 
 
-def main():
+def run_row(row: dict, args):
+    """A row, in this process: its figures as one line."""
+    count_moves()
+    torch.cuda.mem_get_info()  # makes the CUDA context, which is not counted
+    total = torch.cuda.get_device_properties(0).total_memory / GIB
+    with Card() as card:
+        card.leave_free(row["vram"])
+        torch.cuda.set_per_process_memory_fraction(min((row["vram"] or total) / total, 1.0))
+        patcher = load(file_of(args.folder, row["weights"]), row["compute"])
+        if row["compile"] != "no":
+            patcher = patcher.clone(disable_dynamic=True)  # as core's TorchCompileModel does
+            set_torch_compile_wrapper(patcher, row["compile"], {"guard_filter_fn": skip_transformer_options})
+        figures = measure(patcher, row, args.runs)
+        print(MARK + json.dumps(figures), flush=True)
+        if args.profile:
+            profile(lambda callback: sample(patcher, row["references"], row["frames"], row["size"], callback=callback))
+
+
+def file_of(folder: Path, weights: str) -> Path:
+    return folder / f"worldstereo_{weights}.safetensors"
+
+
+def in_a_process_of_its_own(script: str, *arguments: str) -> tuple[dict | None, str]:
+    """The figures that a benchmark's row prints, None if it failed, and the rest of its output."""
+    process = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name(script)), *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    lines = process.stdout.splitlines()
+    found = [json.loads(line.removeprefix(MARK)) for line in lines if line.startswith(MARK)]
+    rest = "\n".join(line for line in lines if not line.startswith(MARK))
+    return (found[0] if found and process.returncode == 0 else None), rest
+
+
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--references", type=int, nargs="+", default=[8, 0])
-    parser.add_argument("--vram", type=float, nargs="+", default=[15.0, 22.5, 0])
-    parser.add_argument("--weights", choices=["fp8", "bf16"], nargs="+", default=["fp8"])
-    parser.add_argument("--compute", choices=COMPUTE, nargs="+", default=["auto"])
-    parser.add_argument("--compile", nargs="+", default=["no"], metavar="BACKEND")
+    parser.add_argument("--weights", choices=["fp8", "int8", "bf16"], nargs="+")
+    parser.add_argument("--compute", choices=[*COMPUTE, CORE], nargs="+")
+    parser.add_argument("--references", type=int, nargs="+")
+    parser.add_argument("--frames", type=int, nargs="+")
+    parser.add_argument("--size", nargs="+")
+    parser.add_argument("--compile", nargs="+", metavar="BACKEND")
+    parser.add_argument("--vram", type=float, nargs="+")
     parser.add_argument("--runs", type=int, default=2)
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
     parser.add_argument("--load", action="store_true")
+    parser.add_argument("--row", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("The benchmark step needs a CUDA GPU.")
+    if args.row:
+        run_row(json.loads(args.row), args)
+        return 0
     print(
         f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}, CUDA {torch.version.cuda}, kernels "
-        f"{backend(torch.device('cuda'))[0]}, dynamic VRAM {'on' if conftest.DYNAMIC_VRAM else 'off'}; "
-        f"{WIDTH}×{HEIGHT}, {FRAMES} frames, euler, {STEPS} steps, cfg 1\n"
+        f"{backend(torch.device('cuda'))[0]}, dynamic VRAM {'on' if conftest.DYNAMIC_VRAM else 'off'}; euler, "
+        f"{STEPS} steps, cfg 1\n"
     )
     if args.load:
-        return measure_load(args.folder)
-    count_moves()
-    torch.cuda.mem_get_info()  # makes the CUDA context, which is not counted
-    header = None
-    total = torch.cuda.get_device_properties(0).total_memory / GIB
-    with Card() as card:
-        for weights, compute, references, compiled, vram in itertools.product(
-            args.weights, args.compute, args.references, args.compile, args.vram
-        ):
-            path = args.folder / f"worldstereo_{weights}.safetensors"
-            make_checkpoint(path, fp8=weights == "fp8")
-            unload()
-            card.leave_free(vram)
-            torch.cuda.set_per_process_memory_fraction(min((vram or total) / total, 1.0))
-            setting = {
-                "weights": weights,
-                "compute": compute,
-                "references": references,
-                "compiled": compiled,
-                "VRAM GiB": vram or "all",
-            }
-            try:
-                row = setting | measure(path, references, compute, compiled, args.runs, args.profile)
-            except torch.OutOfMemoryError as e:
-                print(f"{setting}: {e}")
-                continue
-            finally:
-                card.leave_free(0)
-            if header is None:
-                header = "| " + " | ".join(row) + " |\n" + "|---" * len(row) + "|"
-                print(header)
-            print("| " + " | ".join(map(str, row.values())) + " |", flush=True)
+        measure_load(args.folder)
+        return 0
+    given = {name: getattr(args, name) for name in DEFAULT if getattr(args, name)}
+    rows = ROWS
+    if given:
+        rows = [dict(zip(given, values)) for values in itertools.product(*given.values())]
+    headed, failed = False, False
+    for row in rows:
+        row = DEFAULT | row
+        make_checkpoint(file_of(args.folder, row["weights"]), row["weights"])
+        torch.cuda.empty_cache()  # this process's share of the card
+        arguments = ["--row", json.dumps(row), "--runs", str(args.runs), "--folder", str(args.folder)]
+        figures, rest = in_a_process_of_its_own("step.py", *arguments, *(["--profile"] if args.profile else []))
+        if figures is None:
+            failed = True
+            print(f"\nNo figures for {row}:\n{rest[-3000:]}\n", flush=True)
+            continue
+        cells = row | {"vram": row["vram"] or "all"} | figures
+        if not headed:
+            headed = True
+            print("| " + " | ".join(cells) + " |\n" + "|---" * len(cells) + "|")
+        print("| " + " | ".join(map(str, cells.values())) + " |", flush=True)
+        if args.profile:
+            print(rest)
+    return int(failed)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

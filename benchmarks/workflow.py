@@ -1,6 +1,6 @@
 """The example workflow at full size on the real ComfyUI server, as its user runs it: seconds of each node, VRAM taken.
 
-    python dev.py bench workflow [--vram 15.5 0] [--runs 2]
+    python dev.py bench workflow [--vram 5.5 7.5 15.5 0] [--runs 2]
 
 The 14 B model and the VAE have random weights of the published shapes; text encoder and CLIP vision are the demo's
 stand-ins. --vram: how many GiB of VRAM are free before ComfyUI starts (0: all); another process takes the rest.
@@ -73,7 +73,7 @@ def run(comfyui: server.Server, prompt: dict) -> dict[str, float]:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--vram", type=float, nargs="+", default=[15.5, 0])
+    parser.add_argument("--vram", type=float, nargs="+", default=[5.5, 7.5, 15.5, 0])
     parser.add_argument("--runs", type=int, default=2)
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
     args = parser.parse_args()
