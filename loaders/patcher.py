@@ -1,7 +1,10 @@
 """ComfyUI's ModelPatcher, told which weights can do without VRAM."""
 
 import comfy.model_patcher
+import comfy.utils
+import torch
 from comfy.patcher_extension import CallbacksMP, WrappersMP
+from comfy.quant_ops import QuantizedTensor
 
 from ..worldstereo import object_patches
 from ..worldstereo.preview import show_keyframes
@@ -23,7 +26,73 @@ class ConstantsLast:
         return [(last, *entry[1:]) if entry[-3].endswith(constants) else entry for entry in entries]
 
 
-class WorldStereoPatcher(ConstantsLast, comfy.model_patcher.ModelPatcher):
+class ListedWeight(QuantizedTensor):
+    """A quantised weight that is a plain tensor once it is converted, as core's LoRA extraction takes for granted: it
+    writes `half()` of a weight to the file."""
+
+    @classmethod
+    def of(cls, weight):
+        """weight itself where it is not quantised."""
+        if not isinstance(weight, QuantizedTensor):
+            return weight
+        return cls(weight._qdata, weight._layout_cls, weight._params)
+
+    def half(self):
+        return self.dequantize().half()
+
+    def float(self):
+        return self.dequantize().float()
+
+
+class QuantisedWeights:
+    """Gives weights out as core's merges, LoRA extraction and hook LoRAs want them."""
+
+    def model_state_dict(self, filter_prefix=None):
+        """Core's without a quantised weight's scale and format, which core would look for as attributes of the layer;
+        a quantised weight is there as itself."""
+        weights = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
+        return {key: ListedWeight.of(weights[key]) for key in super().model_state_dict(filter_prefix) if key in weights}
+
+    def patch_weight_to_device(self, *args, **kwargs):
+        return ListedWeight.of(super().patch_weight_to_device(*args, **kwargs))
+
+
+class HooksReplaceWeights:
+    """Hook LoRAs put another weight in the place of a Linear's and set the Linear's own aside, where core copies values
+    to and fro: a quantised weight's scale would not come back with its values."""
+
+    def _set_aside(self, key: str) -> bool:
+        """Keeps the weight of `key`, if it is a Linear's, until the hooks are off. Returns whether it is."""
+        weight, set_function, _ = comfy.model_patcher.get_key_weight(self.model, key)
+        if set_function is not None:
+            self.hook_backup.setdefault(key, (weight, weight.device))
+        return set_function is not None
+
+    def patch_hook_weight_to_device(self, hooks, combined_patches, key, original_weights, memory_counter):
+        replaced = key in combined_patches and self._set_aside(key)
+        super().patch_hook_weight_to_device(hooks, combined_patches, key, original_weights, memory_counter)
+        cached = self.cached_hook_patches.get(hooks, {})
+        if replaced and key in cached:
+            weight = comfy.utils.get_attr(self.model, key)
+            cached[key] = (weight.to(cached[key][0].device), weight.device)
+
+    def patch_cached_hook_weights(self, cached_weights, key, memory_counter):
+        if self._set_aside(key):
+            weight, device = cached_weights[key]
+            comfy.utils.set_attr_param(self.model, key, weight.to(device))
+        else:
+            super().patch_cached_hook_weights(cached_weights, key, memory_counter)
+
+    def unpatch_hooks(self, whitelist_keys_set=None):
+        with self.use_ejected():
+            for key, (weight, _) in list(self.hook_backup.items()):
+                if isinstance(weight, torch.nn.Parameter) and (not whitelist_keys_set or key in whitelist_keys_set):
+                    comfy.utils.set_attr(self.model, key, weight)
+                    self.hook_backup.pop(key)
+        super().unpatch_hooks(whitelist_keys_set)
+
+
+class WorldStereoPatcher(HooksReplaceWeights, QuantisedWeights, ConstantsLast, comfy.model_patcher.ModelPatcher):
     """Core's patcher that loads what an estimate says fits."""
 
     def load(self, device_to=None, lowvram_model_memory=0, force_patch_weights=False, full_load=False):
@@ -32,7 +101,7 @@ class WorldStereoPatcher(ConstantsLast, comfy.model_patcher.ModelPatcher):
         super().load(device_to, min(lowvram_model_memory, enough), force_patch_weights, full_load)
 
 
-class WorldStereoPatcherDynamic(ConstantsLast, comfy.model_patcher.ModelPatcherDynamic):
+class WorldStereoPatcherDynamic(QuantisedWeights, ConstantsLast, comfy.model_patcher.ModelPatcherDynamic):
     """Core's patcher with dynamic VRAM: weights come to the GPU as they are used, and are evicted for other needs."""
 
     def clone(self, disable_dynamic=False, **kwargs):

@@ -462,7 +462,6 @@ def test_an_attention_override_serves_backbone_and_control_branch(files):
 
 
 def test_hook_loras_on_the_bf16_source(files):
-    """Core cannot list the weights of a quantised model for its hooks, so FP8 files take none."""
     file, _ = lora("native", ("blocks.0.cross_attn.k", "text_embedding.2", "blocks.0.self_attn.q"))
     hooked = comfy.hooks.set_hooks_for_conditioning(conditioning(0), comfy.hooks.create_hook_lora(file, 1.0, 1.0))
     patcher = load(files["bf16"])
