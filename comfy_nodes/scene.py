@@ -188,7 +188,7 @@ class WorldStereoScenePath(io.ComfyNode):
         )
         views, ref_index = list(outlook.views), outlook.ref_index
         chosen = References(outlook.pictures, scene.cameras[views], ref_index)
-        listed = ", ".join(f"{scene.names[view]} at {index}" for view, index in zip(views, ref_index))
+        listed = ", ".join(f"{scene.names[view]} from keyframe {index + 1}" for view, index in zip(views, ref_index))
         show_on_node(cls, f"{summary(scene.cloud, outlook.holes)}\nreferences: {listed}")
         return io.NodeOutput(outlook.video, outlook.holes, chosen, outlook.pictures)
 
