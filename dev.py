@@ -4,6 +4,7 @@
     python dev.py test  [pytest arguments]                           run the test suite
     python dev.py start [ComfyUI arguments]                          start ComfyUI with this pack and open its page
     python dev.py bench [benchmark arguments]                        run the benchmarks
+    python dev.py fuzz  [--count N] [--seed N] [class ...]           try hostile files, with a table of what became of them
 
 Each first sets up `.dev/`: a virtual environment in `.dev/venv` and ComfyUI in `.dev/ComfyUI`, with this checkout
 linked into its custom_nodes. A ComfyUI of yours is used instead if COMFYUI_PATH names it or if this checkout lies in
@@ -157,7 +158,7 @@ def main() -> int:
     if sys.version_info < (3, 10):
         sys.exit(f"This needs Python 3.10 or newer; {sys.executable} is {sys.version.split()[0]}.")
     command, *arguments = sys.argv[1:] or ["help"]
-    if command not in ("demo", "test", "start", "bench"):
+    if command not in ("demo", "test", "start", "bench", "fuzz"):
         print(__doc__)
         return 0 if command in ("help", "-h", "--help") else 2
 
@@ -173,9 +174,9 @@ def main() -> int:
             step("No CUDA GPU: ComfyUI runs on the CPU")
             run.append("--cpu")
     else:
-        run = [python, str(ROOT / {"demo": "demo", "bench": "benchmarks"}[command]), *arguments]
+        run = [python, str(ROOT / {"demo": "demo", "bench": "benchmarks", "fuzz": "tests/fuzz"}[command]), *arguments]
     environment = os.environ | {"COMFYUI_PATH": str(comfyui)}
-    if command in ("demo", "test"):
+    if command in ("demo", "test", "fuzz"):
         # Toy models are many small steps: threads that spin between them starve each other where others work too.
         environment.setdefault("OMP_WAIT_POLICY", "passive")
     return subprocess.run(run, cwd=ROOT, env=environment).returncode

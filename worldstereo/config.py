@@ -40,6 +40,7 @@ MAX_SIZES = 64  # entries of scale_map
 MAX_PIXELS = 2**20  # of one of them
 MAX_STEPS = 100
 MAX_PROMPT = 10_000  # characters
+PATH = 300  # characters of a path in a message
 MAX_MASK_KERNEL = 4  # frames
 TIMESTEPS = 1000  # sigma = timestep / 1000
 
@@ -136,10 +137,10 @@ def find_config(path: Path, own: str | None, shapes: dict, given: Path | None = 
     """
     try:
         if given is not None:
-            return _fitting(_decoded(read_regular(given, CONFIG_LIMIT)), shown(given), shapes)
+            return _fitting(_decoded(read_regular(given, CONFIG_LIMIT)), shown(given, PATH), shapes)
         beside = path.with_name(CONFIG_FILE)
         if beside.is_file():
-            text, where = _decoded(read_regular(beside, CONFIG_LIMIT)), shown(beside)
+            text, where = _decoded(read_regular(beside, CONFIG_LIMIT)), shown(beside, PATH)
             if "worldstereo" not in text:
                 logging.info(f"{where} is not a WorldStereo configuration and is not used")
             else:

@@ -1,0 +1,93 @@
+"""Sends cases to a worker process, watches it, and counts by class."""
+
+import collections
+import json
+import queue
+import subprocess
+import sys
+import threading
+from dataclasses import dataclass, field
+from pathlib import Path
+
+SECONDS = 10  # a case that takes longer hangs
+START_SECONDS = 300
+VERDICTS = ("refused", "accepted", "dead", "hang", "unclear", "wrong")
+BAD = ("dead", "hang", "unclear", "wrong")
+
+
+class Worker:
+    """A worker process; `ask` starts a new one where the last died or was killed."""
+
+    def __init__(self):
+        self.process = None
+
+    def _start(self):
+        self.process = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("worker.py"))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.lines = queue.SimpleQueue()
+        threading.Thread(target=self._read, args=(self.process, self.lines), daemon=True).start()
+        if self.lines.get(timeout=START_SECONDS) is None:
+            raise RuntimeError("The fuzzer's worker does not start.")
+
+    @staticmethod
+    def _read(process, lines):
+        for line in process.stdout:
+            lines.put(line)
+        lines.put(None)
+
+    def ask(self, name: str, seed: int, number: int, seconds: float) -> tuple[str, str]:
+        """The verdict on one case, and what there is to say."""
+        if self.process is None:
+            self._start()
+        self.process.stdin.write(json.dumps([name, seed, number]) + "\n")
+        self.process.stdin.flush()
+        try:
+            line = self.lines.get(timeout=seconds)
+        except queue.Empty:
+            self.stop()
+            return "hang", f"longer than {seconds} s"
+        if line is None:
+            code = self.process.wait()
+            self.stop()
+            return "dead", f"exit status {code}"
+        return tuple(json.loads(line))
+
+    def stop(self):
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+            self.process = None
+
+
+@dataclass
+class Table:
+    """Verdicts counted by class, and the cases that should not have come out so."""
+
+    counts: dict = field(default_factory=lambda: collections.defaultdict(collections.Counter))
+    bad: list[str] = field(default_factory=list)
+
+    def __str__(self):
+        lines = [f"{'class':<12}{'cases':>8}" + "".join(f"{verdict:>10}" for verdict in VERDICTS)]
+        for name, counts in self.counts.items():
+            cells = "".join(f"{counts[verdict]:>10}" for verdict in VERDICTS)
+            lines.append(f"{name:<12}{sum(counts.values()):>8}{cells}")
+        return "\n".join([*lines, *self.bad])
+
+
+def run(classes, count: int, seed: int = 0, seconds: float = SECONDS, first: int = 0) -> Table:
+    """`count` cases of each class. The same seed gives the same cases, each by its number alone."""
+    table, worker = Table(), Worker()
+    try:
+        for name in classes:
+            for number in range(first, first + count):
+                verdict, what = worker.ask(name, seed, number, seconds)
+                table.counts[name][verdict] += 1
+                if verdict in BAD:
+                    table.bad.append(f"{name}, seed {seed}, case {number}: {verdict}: {what}")
+    finally:
+        worker.stop()
+    return table

@@ -1,0 +1,51 @@
+"""Runs cases: each line of its input is [class, seed, number], each line of its output [verdict, what there is to say]."""
+
+import importlib
+import json
+import logging
+import random
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import conftest  # noqa: F401  makes ComfyUI and the pack importable
+
+from fuzz import CLASSES, judge
+
+MEMORY = 2 * 2**30  # bytes a case may take
+
+
+def limit_memory():
+    try:
+        import resource
+    except ImportError:  # Windows
+        return
+    pages = int(Path("/proc/self/statm").read_text().split()[5]) if Path("/proc/self/statm").exists() else 0
+    resource.setrlimit(resource.RLIMIT_DATA, (pages * resource.getpagesize() + MEMORY, resource.RLIM_INFINITY))
+
+
+def main():
+    logging.disable()
+    answers, sys.stdout = sys.stdout, sys.stderr
+    for line in sys.stdin:
+        name, seed, number = json.loads(line)
+        module = importlib.import_module(f"fuzz.{name}")
+        folder = Path(tempfile.mkdtemp(prefix="fuzz-"))
+        try:
+            print(
+                json.dumps(judge(module.case(random.Random(f"{name} {seed} {number}"), folder))),
+                file=answers,
+                flush=True,
+            )
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    for name in CLASSES:
+        importlib.import_module(f"fuzz.{name}")
+    limit_memory()
+    print("ready", flush=True)
+    main()
