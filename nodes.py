@@ -3,9 +3,9 @@
 from comfy_api.latest import ComfyExtension, io
 from typing_extensions import override
 
-from .comfy_nodes import camera, cook, fly, model, picture, sample, save, scene, show
+from .comfy_nodes import camera, cook, fly, model, picture, sample, save, scene, scene_files, show
 
-THEMES = (model, picture, camera, fly, scene, sample, save, show, cook)
+THEMES = (model, picture, camera, fly, scene, sample, save, scene_files, show, cook)
 
 
 class WorldStereoExtension(ComfyExtension):

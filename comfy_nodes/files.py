@@ -1,6 +1,8 @@
 """Names of files in ComfyUI's folders: what can be chosen, and where results go."""
 
+import contextlib
 import hashlib
+from collections.abc import Callable
 from pathlib import Path, PureWindowsPath
 
 import folder_paths
@@ -8,10 +10,12 @@ import folder_paths
 from ..files.atomic import new_file
 from ..files.text import shown
 from ..fp8.files import INDEX_SUFFIX, SHARD
+from ..scene.folder import KINDS
 
 SAFETENSORS = (".safetensors", ".sft")
 CAMERA_FILES = (".json", ".txt")
 MAX_NAME = 200  # characters of a file's name; file systems take 255 bytes, suffixes included
+TAKEN_LIMIT, FOLDERS_LIMIT = 10_000, 2_000
 TEMP_FILES = 16  # kept in one folder of the temp folder
 
 
@@ -58,12 +62,67 @@ def camera_file(name: str) -> Path:
     return Path(folder_paths.get_input_directory()) / name
 
 
-def new_output(filename_prefix: str, suffix: str) -> tuple[Path, str]:
-    """A path in the output folder that does not exist yet, numbered as core's savers do, and its subfolder."""
+def prefix_of(filename_prefix: str) -> str:
+    """A filename prefix as core's counter understands it: "/" between its parts, no empty or "." parts, a name at its
+    end. Where it names nothing, "worldstereo". Raises ValueError for NUL."""
+    if "\0" in filename_prefix:
+        raise ValueError(f"filename_prefix: {shown(filename_prefix)} holds a NUL character.")
+    root = "/" if filename_prefix.startswith(("/", "\\")) else ""  # which core refuses
+    parts = [part for part in filename_prefix.replace("\\", "/").split("/") if part.strip() not in ("", ".")]
+    return root + "/".join(parts) or "worldstereo"
+
+
+def save_output(filename_prefix: str, suffix: str, write: Callable[[Path], None]) -> tuple[Path, str]:
+    """Has `write` make a file or folder in the output folder, numbered as core's savers number: its path, and its
+    subfolder. A number that is taken is passed over, so nothing is replaced; `write` raises FileExistsError for it.
+
+    Raises ValueError and what core and `write` raise.
+    """
     folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(
-        filename_prefix, folder_paths.get_output_directory()
+        prefix_of(filename_prefix), folder_paths.get_output_directory()
     )
-    return Path(folder) / f"{name}_{counter:05}_{suffix}", subfolder
+    for number in range(counter, counter + TAKEN_LIMIT):
+        path = Path(folder) / f"{name}_{number:05}_{suffix}"
+        try:
+            write(path)
+        except FileExistsError:
+            continue
+        return path, subfolder
+    raise FileExistsError(
+        f"filename_prefix: the {TAKEN_LIMIT} numbers from {shown(name)}_{counter:05}_ on are taken. Give another."
+    )
+
+
+def scene_folders() -> list[str]:
+    """The folders in ComfyUI's output and input folders that hold a scene, as "name [output]" and "name [input]"."""
+    found = []
+    for kind, root in _roots().items():
+        places, looked_at = [Path(root)], 0
+        while places and looked_at < FOLDERS_LIMIT:
+            place = places.pop()
+            looked_at += 1
+            if place != Path(root) and any((place / file).is_file() for file in KINDS):
+                found.append(f"{place.relative_to(root).as_posix()} [{kind}]")
+                continue
+            with contextlib.suppress(OSError):
+                places += [entry for entry in place.iterdir() if not entry.name.startswith(".") and _is_folder(entry)]
+    return sorted(name for name in found if name.isprintable())
+
+
+def scene_folder(name: str) -> Path:
+    """Where a folder of `scene_folders` is. Raises ValueError for any other name."""
+    if name not in scene_folders():
+        raise ValueError(f"folder: {shown(name)} is no scene folder in ComfyUI's output or input folder.")
+    folder, _, kind = name.rpartition(" [")
+    return Path(_roots()[kind[:-1]]) / folder
+
+
+def _roots() -> dict[str, str]:
+    return {"output": folder_paths.get_output_directory(), "input": folder_paths.get_input_directory()}
+
+
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
 
 
 def keep_in_temp(folder: str, content: bytes) -> dict[str, str]:

@@ -7,10 +7,11 @@ import comfy.utils
 import folder_paths
 from comfy_api.latest import Types, io
 
+from ..files.atomic import write_file
 from ..scene.cameras import write_camera_json
 from ..scene.pointcloud import ply_bytes, write_world_mirror
 from .common import CATEGORY, Cameras, Points, show_on_node
-from .files import new_output
+from .files import save_output
 
 PLY_AXES = ("y up (3-D viewers)", "OpenCV (y down, z forward)")
 
@@ -39,8 +40,7 @@ class WorldStereoSaveCamera(io.ComfyNode):
 
     @classmethod
     def execute(cls, cameras, filename_prefix) -> io.NodeOutput:
-        path, _ = new_output(filename_prefix, ".json")
-        write_camera_json(path, cameras)
+        path, _ = save_output(filename_prefix, ".json", lambda path: write_camera_json(path, cameras))
         show_on_node(cls, os.path.relpath(path, folder_paths.get_output_directory()))
         return io.NodeOutput()
 
@@ -76,8 +76,8 @@ class WorldStereoSavePointCloud(io.ComfyNode):
 
     @classmethod
     def execute(cls, points, filename_prefix, axes) -> io.NodeOutput:
-        path, subfolder = new_output(filename_prefix, ".ply")
-        path.write_bytes(ply_bytes(points, y_up=axes == PLY_AXES[0]))
+        content = ply_bytes(points, y_up=axes == PLY_AXES[0])
+        path, subfolder = save_output(filename_prefix, ".ply", lambda path: write_file(path, content))
         show_on_node(cls, f"{len(points):,} points\n{os.path.relpath(path, folder_paths.get_output_directory())}")
         saved = {"filename": path.name, "subfolder": subfolder, "type": "output"}
         return io.NodeOutput(Types.File3D(str(path)), ui={"3d": [saved]})
@@ -112,9 +112,11 @@ class WorldStereoSaveFrames(io.ComfyNode):
 
     @classmethod
     def execute(cls, images, cameras, filename_prefix) -> io.NodeOutput:
-        path, _ = new_output(filename_prefix, "")
         progress = comfy.utils.ProgressBar(len(images))
-        write_world_mirror(path, images, cameras.thinned(len(images)), progress.update)
+        cameras = cameras.thinned(len(images))
+        path, _ = save_output(
+            filename_prefix, "", lambda path: write_world_mirror(path, images, cameras, progress.update)
+        )
         show_on_node(cls, os.path.relpath(path, folder_paths.get_output_directory()))
         return io.NodeOutput()
 

@@ -49,6 +49,12 @@ def new_file(path: str | os.PathLike, overwrite: bool = False) -> Iterator[Binar
         raise
 
 
+def write_file(path: str | os.PathLike, content: bytes) -> None:
+    """Writes a new file as a whole; see `new_file`."""
+    with new_file(path) as file:
+        file.write(content)
+
+
 @contextlib.contextmanager
 def new_folder(path: str | os.PathLike) -> Iterator[Path]:
     """A folder to fill, which appears under `path` when the context ends well, and not at all otherwise.

@@ -48,6 +48,21 @@ def read_cameras(path: str | Path) -> tuple[Cameras, str]:
         raise ValueError(f"No cameras could be read from {path.name}. {error}") from error
 
 
+def picture_names(path: Path) -> list[str]:
+    """The names of the pictures of a NeRF transforms.json or COLMAP's images.txt that `read_cameras` read, in the order
+    of its cameras. Raises ValueError for a frame without one."""
+    text = path.read_text(encoding="utf-8-sig")
+    if path.suffix.lower() == ".json":
+        names = [frame.get("file_path") for frame in json.loads(text)["frames"]]
+        if not all(isinstance(name, str) and name for name in names):
+            raise ValueError(f"{path.name}: a frame has no `file_path`, which names its picture.")
+        return names
+    lines = _lines(text)
+    while not lines[0][1].strip():
+        del lines[0]
+    return sorted((line.split(maxsplit=9)[9] for _, line in lines[::2]), key=_natural)
+
+
 def _matrix(fx, fy, cx, cy) -> list[list[float]]:
     return [[float(fx), 0.0, float(cx)], [0.0, float(fy), float(cy)], [0.0, 0.0, 1.0]]
 

@@ -5,9 +5,10 @@ Axes are OpenCV's everywhere: x right, y down, z forward. `w2c` takes world coor
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
+
+from ..files.atomic import new_file
 
 RIGID_TOLERANCE = 1e-3
 CAMERA_0_DISTANCE = 2.0  # of camera 0 from the centre of the path, after normalisation
@@ -134,14 +135,18 @@ def json_size(value, key):
 
 
 def write_camera_json(path, cameras):
-    """Writes the cameras as camera.json, with the picture's width and height."""
-    content = {
-        "extrinsic": cameras.w2c.tolist(),
-        "intrinsic": cameras.K.tolist(),
-        "width": cameras.width,
-        "height": cameras.height,
-    }
-    Path(path).write_text(json.dumps(content, indent=1), encoding="utf-8")
+    """Writes the cameras as camera.json, with the picture's width and height. It appears when it is complete.
+
+    Raises FileExistsError for a name that is taken, and OSError, naming file and cause.
+    """
+    with new_file(path) as file:
+        for key, matrices in (("extrinsic", cameras.w2c), ("intrinsic", cameras.K)):
+            opening = "{" if key == "extrinsic" else ""
+            file.write(f'{opening}"{key}": [\n'.encode())
+            for number, matrix in enumerate(matrices):  # one by one: as a whole they would take many times their size
+                file.write((",\n" if number else "").encode() + json.dumps(matrix.tolist()).encode())
+            file.write(b"\n],\n")
+        file.write(f'"width": {cameras.width}, "height": {cameras.height}}}\n'.encode())
 
 
 def normalise(w2c, targets=None):

@@ -9,9 +9,19 @@ import torch
 from PIL import Image
 from scipy.spatial import cKDTree
 
+from ..files.atomic import new_folder
+from ..files.regular import read_regular
+from ..files.text import shown
 from .cameras import Cameras, rigid_inverse
 
 OPENCV_TO_Y_UP = (1.0, -1.0, -1.0)  # y down, z forward to y up, z backward (glTF, three.js): half a turn about x
+PLY_LIMIT, PLY_HEADER = 1 << 30, 1 << 16  # bytes
+PLY_TYPES = {
+    **{name: f"<{kind}" for name, kind in (("float", "f4"), ("float32", "f4"), ("double", "f8"), ("float64", "f8"))},
+    **{name: f"<{kind}" for name, kind in (("char", "i1"), ("uchar", "u1"), ("int8", "i1"), ("uint8", "u1"))},
+    **{name: f"<{kind}" for name, kind in (("short", "i2"), ("ushort", "u2"), ("int", "i4"), ("uint", "u4"))},
+    **{name: f"<{kind}" for name, kind in (("int16", "i2"), ("uint16", "u2"), ("int32", "i4"), ("uint32", "u4"))},
+}
 SPLAT_NEIGHBOURS, SPLAT_LIMIT = 3, 8.0
 
 
@@ -54,6 +64,35 @@ def ply_bytes(cloud: PointCloud, y_up: bool) -> bytes:
     return "\n".join(header).encode("ascii") + vertices.tobytes()
 
 
+def read_ply(path: Path) -> PointCloud:
+    """The vertices of a binary little-endian PLY: x, y, z, and red, green, blue in bytes where it has them (else grey).
+
+    Raises ValueError, naming the file, for any other PLY and for one that is cut short or too large.
+    """
+    raw = read_regular(path, PLY_LIMIT)
+    head, found, body = raw[:PLY_HEADER].partition(b"end_header\n")
+    lines = [line.split() for line in head.decode("ascii", "replace").splitlines()]
+    elements = [line for line in lines if line[:1] == ["element"]]
+    if not found or lines[:1] != [["ply"]] or ["format", "binary_little_endian", "1.0"] not in lines:
+        raise ValueError(f"{shown(path.name)} is no binary little-endian PLY.")
+    try:
+        if elements[0][1] != "vertex":
+            raise ValueError("its first element is not vertex")
+        first = lines.index(elements[0]) + 1
+        last = lines.index(elements[1]) if len(elements) > 1 else len(lines)
+        fields = [(line[2], PLY_TYPES[line[1]]) for line in lines[first:last] if line[:1] == ["property"]]
+        start = len(raw[:PLY_HEADER]) - len(body)
+        vertices = np.frombuffer(raw, np.dtype(fields), int(elements[0][2][:12]), start)
+        points = np.stack([vertices[axis].astype(np.float32) for axis in "xyz"], 1)
+        if {"red", "green", "blue"} <= set(vertices.dtype.names):
+            colors = np.stack([vertices[name].astype(np.float32) for name in ("red", "green", "blue")], 1) / 255
+        else:
+            colors = np.full_like(points, 0.5)
+        return PointCloud(torch.from_numpy(points), torch.from_numpy(colors).clamp(0, 1))
+    except (ValueError, KeyError, IndexError, TypeError) as error:
+        raise ValueError(f"{shown(path.name)} cannot be read as points: {shown(error, 300)}.") from error
+
+
 def splat_sizes(cloud: PointCloud) -> torch.Tensor:
     """The deviation [P] of a round Gaussian for each point that closes the surface between it and its neighbours: half
     the mean distance to the SPLAT_NEIGHBOURS nearest, at most SPLAT_LIMIT times the median. 0 in a cloud of one."""
@@ -65,25 +104,32 @@ def splat_sizes(cloud: PointCloud) -> torch.Tensor:
     return size.clamp_max(SPLAT_LIMIT * size.median())
 
 
+def world_mirror(names: list[str], c2w: torch.Tensor, K: torch.Tensor) -> dict:
+    """WorldMirror's cameras.json: camera-to-world poses [N, 4, 4] in OpenCV axes and intrinsics [N, 3, 3] in pixels."""
+    return {
+        "num_cameras": len(names),
+        "extrinsics": [{"camera_id": name, "matrix": matrix} for name, matrix in zip(names, c2w.tolist())],
+        "intrinsics": [{"camera_id": name, "matrix": matrix} for name, matrix in zip(names, K.tolist())],
+    }
+
+
 def write_world_mirror(folder: Path, frames: torch.Tensor, cameras: Cameras, progress) -> None:
     """Writes images/NNNNN.png and cameras.json into a new folder, in the layout of WorldMirror's camera prior: OpenCV
-    camera-to-world matrices and intrinsics in pixels of the written pictures, each named by its picture.
+    camera-to-world matrices and intrinsics in pixels of the written pictures, each named by its picture. The folder
+    appears when it is complete, or not at all.
 
-    frames [N, H, W, 3] in 0..1. progress(1) is called after every picture. Raises ValueError where the counts differ.
+    frames [N, H, W, 3] in 0..1. progress(1) is called after every picture. Raises ValueError where the counts differ,
+    FileExistsError for a name that is taken, and OSError, naming the folder and the cause.
     """
     if len(frames) != len(cameras):
         raise ValueError(f"There are {len(frames)} frames and {len(cameras)} cameras: each frame needs its own camera.")
     cameras = cameras.scaled_to(frames.shape[2], frames.shape[1])
     names = [f"{number:05}" for number in range(len(frames))]
-    images = folder / "images"
-    images.mkdir(parents=True)
-    for name, frame in zip(names, frames):
-        Image.fromarray((frame[..., :3] * 255).round().clamp(0, 255).byte().cpu().numpy()).save(images / f"{name}.png")
-        progress(1)
-    c2w = rigid_inverse(cameras.w2c)
-    content = {
-        "num_cameras": len(cameras),
-        "extrinsics": [{"camera_id": name, "matrix": matrix} for name, matrix in zip(names, c2w.tolist())],
-        "intrinsics": [{"camera_id": name, "matrix": matrix} for name, matrix in zip(names, cameras.K.tolist())],
-    }
-    (folder / "cameras.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
+    with new_folder(folder) as new:
+        (new / "images").mkdir()
+        for name, frame in zip(names, frames):
+            picture = (frame[..., :3] * 255).round().clamp(0, 255).byte().cpu().numpy()
+            Image.fromarray(picture).save(new / "images" / f"{name}.png")
+            progress(1)
+        content = world_mirror(names, rigid_inverse(cameras.w2c), cameras.K)
+        (new / "cameras.json").write_text(json.dumps(content, indent=1), encoding="utf-8")

@@ -1,0 +1,125 @@
+"""Scenes as files: saved and loaded as folders, and as Gaussians for core's splat nodes."""
+
+import math
+import os
+
+import comfy.utils
+import folder_paths
+import torch
+from comfy_api.latest import Types, io
+
+from ..scene.folder import read_scene, stamp, write_scene
+from ..scene.scene import MAX_POINTS
+from ..scene.splat import OPACITY, gaussians_of_scene
+from .common import CATEGORY, Scene, show_on_node
+from .files import save_output, scene_folder, scene_folders
+
+SH_DEGREE_0 = 0.5 / math.sqrt(math.pi)  # the constant spherical harmonic
+
+
+class WorldStereoSaveScene(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="WorldStereoSaveScene",
+            display_name="WorldStereo Save Scene",
+            category=CATEGORY,
+            description="Writes the scene as one folder into the output folder: for WorldStereo Load Scene, and for "
+            "others, with pictures, cameras and points as nerfstudio, COLMAP and WorldMirror read them.",
+            search_aliases=["export scene", "colmap", "nerfstudio", "transforms.json", "3dgs dataset", "worldmirror"],
+            inputs=[
+                Scene.Input("scene"),
+                io.String.Input(
+                    "filename_prefix",
+                    default="worldstereo/scene",
+                    tooltip="Of a new folder in ComfyUI's output folder; a number is added, nothing is overwritten.",
+                ),
+            ],
+            outputs=[Scene.Output(display_name="scene", tooltip="The same scene, to go on with.")],
+            is_output_node=True,
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(cls, scene, filename_prefix) -> io.NodeOutput:
+        progress = comfy.utils.ProgressBar(len(scene))
+        path, _ = save_output(filename_prefix, "", lambda path: write_scene(path, scene, progress.update))
+        saved = os.path.relpath(path, folder_paths.get_output_directory())
+        show_on_node(cls, f"{saved}\n{len(scene)} views, {len(scene.cloud):,} points, {len(scene.paths)} paths")
+        return io.NodeOutput(scene)
+
+
+class WorldStereoLoadScene(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="WorldStereoLoadScene",
+            display_name="WorldStereo Load Scene",
+            category=CATEGORY,
+            description="Reads a scene that WorldStereo Save Scene wrote; or views and points from a folder of COLMAP, "
+            "nerfstudio or WorldMirror, or a bank of views.",
+            search_aliases=["import scene", "continue scene", "colmap", "nerfstudio", "bank", "open scene"],
+            inputs=[
+                io.Combo.Input(
+                    "folder",
+                    options=scene_folders(),
+                    tooltip="A folder with scene.json, cameras.json, transforms.json or sparse/0/images.txt in ComfyUI's "
+                    "output or input folder. Press R for what came since the page was opened.",
+                )
+            ],
+            outputs=[Scene.Output(display_name="scene")],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, folder):
+        return stamp(scene_folder(folder))
+
+    @classmethod
+    def execute(cls, folder) -> io.NodeOutput:
+        scene, kind = read_scene(scene_folder(folder))
+        deep = sum(depth is not None for depth in scene.depths)
+        show_on_node(
+            cls, f"{len(scene)} views, {deep} with depth, {len(scene.cloud):,} points, {len(scene.paths)} paths\n{kind}"
+        )
+        return io.NodeOutput(scene)
+
+
+class WorldStereoSceneToSplat(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="WorldStereoSceneToSplat",
+            display_name="WorldStereo Scene to Splat",
+            category=CATEGORY,
+            description="Each remembered pixel that has a depth as a Gaussian, for core's Render Splat, Merge Splats and "
+            "Create 3D File (from Splat). It shows the views as they are; nothing is optimised.",
+            search_aliases=["gaussian splat", "3dgs", "splat", "preview scene", "export splat"],
+            inputs=[
+                Scene.Input("scene"),
+                io.Int.Input(
+                    "gaussians",
+                    default=1_000_000,
+                    min=1000,
+                    max=MAX_POINTS,
+                    step=1000,
+                    tooltip="At most; more are thinned evenly in space, and what stays is widened.",
+                ),
+            ],
+            outputs=[io.Splat.Output(display_name="splat", tooltip="In the axes of splat files: y down, z forward.")],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(cls, scene, gaussians) -> io.NodeOutput:
+        made = gaussians_of_scene(scene, gaussians)
+        count = len(made.points)
+        show_on_node(cls, f"{count:,} Gaussians")
+        sizes = made.sizes[:, None].expand(-1, 3)
+        upright = torch.tensor([1.0, 0, 0, 0]).expand(count, 4)
+        colours = ((made.colors - 0.5) / SH_DEGREE_0)[:, None]
+        parts = (made.points, sizes, upright, torch.full((count, 1), OPACITY), colours)
+        return io.NodeOutput(Types.SPLAT(*(part[None] for part in parts)))
+
+
+NODES = [WorldStereoSaveScene, WorldStereoLoadScene, WorldStereoSceneToSplat]
