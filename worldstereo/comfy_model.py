@@ -14,7 +14,7 @@ from comfy.model_base import convert_tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..fp8.arithmetic import UPCAST
-from . import object_patches
+from . import context_windows, object_patches
 from .blocks import CHUNK, UPCAST_QUERIES
 from .config import CONFIG_TENSOR, MASK_CAM_CHANNELS, PATCH, SPATIAL_DOWNSCALE, WorldStereoConfig, config_content
 from .model import WorldStereoModel
@@ -24,6 +24,8 @@ from .prompt_cache import COMING_TIMESTEPS, WEIGHTS
 TEXT_TOKENS, IMAGE_TOKENS = 512, 257
 WORKSPACE = 150 * 2**20  # bytes, of cuBLAS, cuDNN and what is too small to count
 CONDITION_LATENTS = ("render_latent", "reference_latent")
+OF_REFERENCES = ("reference_latent", "ref_index", "camera_qt_ref")
+CONDITIONS = (*OF_REFERENCES, "render_latent", "render_mask", "camera_embedding", "camera_qt")
 
 
 class OnDevice(comfy.conds.CONDRegular):
@@ -32,6 +34,18 @@ class OnDevice(comfy.conds.CONDRegular):
 
     def concat(self, others):
         return super().concat(others) if others else self.cond
+
+
+class OfReferences(OnDevice):
+    """A condition of the reference views. chosen_for: the keyframe each was chosen for, by which context windows choose
+    theirs."""
+
+    def __init__(self, cond, chosen_for: list[int]):
+        super().__init__(cond)
+        self.chosen_for = chosen_for
+
+    def _copy_with(self, cond):
+        return type(self)(cond, self.chosen_for)
 
 
 class WorldStereo(comfy.model_base.WAN21):
@@ -73,34 +87,61 @@ class WorldStereo(comfy.model_base.WAN21):
         """Core's I2V conditions and WorldStereo's, for the diffusion model. Raises ValueError where the latent to sample
         is not of the size that the conditioning was made for."""
         out = super().extra_conds(**kwargs)
+        if out.pop("reference_latent", None) is not None:  # of core's node, and another thing than ours
+            self.say_once(
+                "ReferenceLatent has no effect on WorldStereo: reference views are inputs of WorldStereo Conditioning."
+            )
         noise = kwargs["noise"]
-        latents = {name: self.process_latent_in(kwargs[name]) for name in CONDITION_LATENTS if name in kwargs}
-        for name, latent in latents.items():
+        for name in CONDITION_LATENTS:
+            latent = kwargs.get(name, noise)
             if latent.shape[-2:] != noise.shape[-2:] or (name == "render_latent" and latent.shape[2] != noise.shape[2]):
                 raise ValueError(
                     f"The latent to sample is {tuple(noise.shape[2:])} (frames, height, width), but the "
                     f"conditioning was made for {tuple(latent.shape[2:])}: use the latent that "
                     "WorldStereo Conditioning returns"
                 )
-        if "reference_latent" in latents:
-            latent = latents["reference_latent"]
-            latents["reference_latent"] = torch.cat([latent, torch.ones_like(latent[:, :4]), latent], dim=1)
-        rest = {
-            name: kwargs[name]
-            for name in ("render_mask", "camera_embedding", "ref_index", "camera_qt", "camera_qt_ref")
-            if name in kwargs
-        }
+        values = {name: self._on_device(name, kwargs[name], kwargs["device"]) for name in CONDITIONS if name in kwargs}
+        chosen_for = [int(index) + 1 for index in kwargs.get("ref_index", torch.empty(0)).flatten()]
         return out | {
-            name: OnDevice(self._on_device(value, kwargs["device"])) for name, value in (latents | rest).items()
+            name: OfReferences(value, chosen_for) if name in OF_REFERENCES else OnDevice(value)
+            for name, value in values.items()
         }
 
-    def _on_device(self, value: torch.Tensor, device: torch.device) -> torch.Tensor:
-        """value in the inference dtype on the device; what positive and negative share is there once."""
-        moved = self._moved[value]() if value in self._moved else None
+    def _on_device(self, name: str, value: torch.Tensor, device: torch.device) -> torch.Tensor:
+        """The condition as the diffusion model takes it; what positive and negative share is there once."""
+        of_value = self._moved.setdefault(value, {})
+        moved = of_value[name]() if name in of_value else None
         if moved is None or moved.device != device:
+            if name in CONDITION_LATENTS:
+                value = self.process_latent_in(value)
+            if name == "reference_latent":
+                value = torch.cat([value, torch.ones_like(value[:, :4]), value], dim=1)
             moved = convert_tensor(value, self.get_dtype_inference(), device)
-            self._moved[value] = weakref.ref(moved)
+            of_value[name] = weakref.ref(moved)
         return moved
+
+    # Core's own signature, as above.
+    def resize_cond_for_context_window(self, cond_key, cond_value, window, x_in, device, retain_index_list=[]):
+        if cond_key not in CONDITIONS:
+            return super().resize_cond_for_context_window(
+                cond_key, cond_value, window, x_in, device, retain_index_list=retain_index_list
+            )
+        value, frames = cond_value.cond, context_windows.window_frames(window, retain_index_list)
+        if cond_key == "render_latent":
+            value = value[:, :, frames]
+        elif cond_key in ("render_mask", "camera_embedding"):
+            value = value[:, :, context_windows.pixel_frames(frames, self.diffusion_model.config.mask_downsample)]
+        elif cond_key == "camera_qt":
+            value = value[:, frames]
+        else:
+            kept, ref_index = context_windows.references(cond_value.chosen_for, frames)
+            if cond_key == "ref_index":
+                value = torch.tensor([ref_index], dtype=value.dtype, device=value.device)
+            elif cond_key == "reference_latent":
+                value = value[:, :, kept]
+            else:
+                value = value[:, kept]
+        return cond_value._copy_with(value)
 
     def extra_conds_shapes(self, **kwargs):
         if "reference_latent" not in kwargs:
