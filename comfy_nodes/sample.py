@@ -73,4 +73,27 @@ class WorldStereoSamplePanorama(io.ComfyNode):
         return io.NodeOutput(picture[None], geometry, ui=ui.PreviewImage(picture[None], cls=cls))
 
 
-NODES = [WorldStereoSampleScene, WorldStereoSamplePanorama]
+class WorldStereoPictureOrSample(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="WorldStereoPictureOrSample",
+            display_name="WorldStereo Picture or Sample",
+            category=CATEGORY,
+            description="Passes on your picture and its geometry. Where neither is connected, or both are muted, the drawn "
+            "scene of WorldStereo Sample Scene takes their place: a workflow can be tried without a picture or MoGe.",
+            search_aliases=["example", "demo", "sample", "switch"],
+            inputs=[
+                io.Image.Input("image", optional=True, tooltip="Your picture, at the model's size."),
+                MoGeGeometry.Input("moge_geometry", optional=True, tooltip="MoGe's geometry of this very picture."),
+            ],
+            outputs=[io.Image.Output(display_name="image"), MoGeGeometry.Output(display_name="moge_geometry")],
+        )
+
+    @classmethod
+    def execute(cls, image=None, moge_geometry=None) -> io.NodeOutput:
+        image, geometry = sample.picture_or_sample(image, moge_geometry)
+        return io.NodeOutput(image, geometry, ui=ui.PreviewImage(image, cls=cls))
+
+
+NODES = [WorldStereoPictureOrSample, WorldStereoSampleScene, WorldStereoSamplePanorama]

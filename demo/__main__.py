@@ -1,6 +1,6 @@
 """`python dev.py demo`: the example workflow at toy size, on the real ComfyUI server.
 
-Builds toy models, draws the inputs (or takes yours), starts ComfyUI, posts example_workflows/worldstereo_fp8.json and
+Builds toy models, draws the inputs (or takes yours), starts ComfyUI, posts example_workflows/your_own_render_and_mask.json and
 leaves a video and a contact sheet in .dev/demo/output.
 """
 

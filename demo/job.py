@@ -10,7 +10,7 @@ from . import toy
 from .scene import read_video
 from .server import to_api
 
-WORKFLOW = Path(__file__).resolve().parent.parent / "example_workflows" / "worldstereo_fp8.json"
+WORKFLOW = Path(__file__).resolve().parent.parent / "example_workflows" / "your_own_render_and_mask.json"
 MODEL, VAE = "worldstereo_toy.safetensors", "wan_toy_vae.safetensors"
 STAND_INS = {"CLIPLoader": "WorldStereoDemoTextEncoder", "CLIPVisionLoader": "WorldStereoDemoVisionEncoder"}
 SHEET_FRAMES = 7

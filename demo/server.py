@@ -17,6 +17,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 START_SECONDS = 180
 PREVIEW_IMAGE = bytes([0, 0, 0, 1])  # core's kind of a binary message
+BYPASSED = 4  # a node's mode
 # Inputs of these types, and combos, are widgets; all others are sockets.
 DYNAMIC_COMBO = "COMFY_DYNAMICCOMBO_V3"
 WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", DYNAMIC_COMBO, "COLOR")
@@ -167,12 +168,26 @@ def widget_values(declared: dict, values: Iterator, prefix: str = "") -> dict:
 def to_api(workflow: dict, object_info: dict) -> dict:
     """The API form of a workflow saved by the web page, as the page's own graphToPrompt makes it.
 
-    Handles what a plain graph needs: links and widgets. Subgraphs, reroutes and bypassed nodes are an error.
+    Handles what a plain graph needs: links, widgets, and bypassed nodes, which pass each output's type on from the
+    first input that has it. Subgraphs, reroutes and muted nodes are an error.
     """
-    links = {link[0]: [str(link[1]), link[2]] for link in workflow["links"]}
+    nodes = {node["id"]: node for node in workflow["nodes"]}
+    links = {link[0]: (link[1], link[2]) for link in workflow["links"]}
+
+    def source(link: int) -> list | None:
+        """Where a link comes from, past bypassed nodes; None where nothing is left of it."""
+        origin, output = links[link]
+        node = nodes[origin]
+        if node.get("mode", 0) != BYPASSED:
+            return [str(origin), output]
+        wanted = node["outputs"][output]["type"]
+        passed = (slot["link"] for slot in node["inputs"] if slot["type"] == wanted and slot["link"] is not None)
+        link = next(passed, None)
+        return None if link is None else source(link)
+
     prompt = {}
-    for node in workflow["nodes"]:
-        if node["type"] in ("Note", "MarkdownNote"):
+    for node in nodes.values():
+        if node["type"] in ("Note", "MarkdownNote") or node.get("mode", 0) == BYPASSED:
             continue
         if node["type"] not in object_info or node.get("mode", 0) != 0:
             raise ValueError(f"Node {node['id']}, a {node['type']}, is missing, switched off or not supported here.")
@@ -183,8 +198,8 @@ def to_api(workflow: dict, object_info: dict) -> dict:
         }
         inputs = widget_values(declared, iter(node.get("widgets_values", [])))
         for slot in node.get("inputs", []):
-            if slot["link"] is not None:
-                inputs[slot["name"]] = links[slot["link"]]
+            if slot["link"] is not None and (origin := source(slot["link"])):
+                inputs[slot["name"]] = origin
         title = node.get("title") or info["display_name"] or node["type"]
         prompt[str(node["id"])] = {"inputs": inputs, "class_type": node["type"], "_meta": {"title": title}}
     return prompt

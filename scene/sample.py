@@ -174,3 +174,17 @@ def sample() -> tuple[torch.Tensor, dict, torch.Tensor, PointCloud, Cameras]:
     cloud = points_from_depth(exact["image"][0], depth, camera.w2c[0], camera.K[0])
     cameras = move_on(camera, MOVE, depth_of_scene(cloud, camera))
     return exact["image"], exact, depth_picture(depth), cloud, cameras
+
+
+def picture_or_sample(image: torch.Tensor | None, moge_geometry: dict | None) -> tuple[torch.Tensor, dict]:
+    """The picture and its MOGE_GEOMETRY, or the sample's where there are none. Raises ValueError for one alone: the
+    sample's would not belong to it."""
+    if (image is None) != (moge_geometry is None):
+        there, missing = ("moge_geometry", "image") if image is None else ("image", "moge_geometry")
+        raise ValueError(
+            f"{there} is connected and {missing} is not: connect both, or neither (mute both) for the sample scene."
+        )
+    if image is not None:
+        return image, moge_geometry
+    exact = geometry(start_camera())
+    return exact["image"], exact

@@ -30,8 +30,31 @@ SAVE_VIDEO = {
 def test_nested_dynamic_combos(values, inputs):
     """As core's Save Video has them, and as the page writes them."""
     node = {"id": 3, "type": "SaveVideo", "widgets_values": ["v", *values], "inputs": [{"name": "video", "link": 1}]}
-    prompt = to_api({"nodes": [node], "links": [[1, 2, 0, 3, 0, "VIDEO"]]}, {"SaveVideo": SAVE_VIDEO})
+    nodes = [node, {"id": 2, "type": "Note"}]
+    prompt = to_api({"nodes": nodes, "links": [[1, 2, 0, 3, 0, "VIDEO"]]}, {"SaveVideo": SAVE_VIDEO})
     assert prompt["3"]["inputs"] == {"video": ["2", 0], "prefix": "v"} | inputs
+
+
+def test_a_bypassed_node_passes_its_type_on():
+    def node(id, kind, inputs=(), outputs=(), mode=0):
+        slots = [{"name": type_.lower(), "type": type_, "link": link} for type_, link in inputs]
+        return {
+            "id": id,
+            "type": kind,
+            "mode": mode,
+            "inputs": slots,
+            "outputs": [{"type": type_} for type_ in outputs],
+        }
+
+    info = {kind: {"input": {}, "input_order": {}, "display_name": kind} for kind in ("Source", "Filter", "Sink")}
+    nodes = [
+        node(1, "Source", outputs=["IMAGE"]),
+        node(2, "Filter", inputs=[("MODEL", None), ("IMAGE", 1)], outputs=["MASK", "IMAGE"], mode=4),
+        node(3, "Sink", inputs=[("IMAGE", 2), ("MASK", 3)]),
+    ]
+    links = [[1, 1, 0, 2, 1, "IMAGE"], [2, 2, 1, 3, 0, "IMAGE"], [3, 2, 0, 3, 1, "MASK"]]
+    prompt = to_api({"nodes": nodes, "links": links}, info)
+    assert set(prompt) == {"1", "3"} and prompt["3"]["inputs"] == {"image": ["1", 0]}  # no mask is left
 
 
 @pytest.mark.parametrize(

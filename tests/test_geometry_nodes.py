@@ -21,7 +21,7 @@ from worldstereo_fp8.scene.cameras import centres, rigid_inverse
 
 COMFYUI = Path(comfy.cli_args.__file__).parents[1]
 EXAMPLES = Path(__file__).parents[1] / "example_workflows"
-WORKFLOWS = ("worldstereo_one_picture", "worldstereo_camera_unipc", "worldstereo_panorama")
+WORKFLOWS = ("picture_to_camera_move", "picture_to_camera_move_camera_variant", "panorama_to_camera_move")
 CAMERA_MODEL = "worldstereo_camera_toy.safetensors"
 WIDTH, HEIGHT, KEYFRAMES = 96, 64, 5
 
@@ -368,20 +368,17 @@ def example(comfyui, name):
     return server.to_api(json.loads((EXAMPLES / f"{name}.json").read_text("utf-8")), comfyui.object_info())
 
 
-@pytest.mark.parametrize("name", WORKFLOWS)
-def test_an_example_workflow_runs_at_toy_size(comfyui, name):
-    """With the toy model, stand-ins for the encoders and MoGe, and a small render."""
+def at_toy_size(prompt, model=job.MODEL):
+    """A workflow with the toy model, stand-ins for the encoders and MoGe, and few steps."""
     stand_ins = job.STAND_INS | {
         "MoGeInference": "WorldStereoDemoGeometry",
         "MoGePanoramaInference": "WorldStereoDemoPanoramaGeometry",
     }
-    prompt = example(comfyui, name)
     for node in prompt.values():
         kind, inputs = node["class_type"], node["inputs"]
         if kind in stand_ins:
             node["class_type"] = stand_ins[kind]
             node["inputs"] = {"image": inputs["image"]} if "image" in inputs else {}
-        model = CAMERA_MODEL if "camera" in name else job.MODEL
         for widget, value in {
             "LoadWorldStereoFP8": ("model_name", model),
             "VAELoader": ("vae_name", job.VAE),
@@ -391,13 +388,44 @@ def test_an_example_workflow_runs_at_toy_size(comfyui, name):
                 inputs[value[0]] = value[1]
         if kind == "WorldStereoPanorama":
             inputs |= {"width": 256, "height": 160}
-    prompt = {number: node for number, node in prompt.items() if node["class_type"] != "LoadMoGeModel"}
-    path = job.saved_video(comfyui.base, comfyui.run(prompt))
+    return {number: node for number, node in prompt.items() if node["class_type"] != "LoadMoGeModel"}
+
+
+@pytest.mark.parametrize("name", WORKFLOWS)
+def test_an_example_workflow_runs_at_toy_size(comfyui, name):
+    prompt = at_toy_size(example(comfyui, name), CAMERA_MODEL if "camera_variant" in name else job.MODEL)
+    outputs = comfyui.run(prompt)
+    path = job.saved_video(comfyui.base, outputs)
     with av.open(path) as file:
         assert file.streams.video[0].average_rate == 16
     video = scene.read_video(path)
     assert len(video) == 21
     assert np.std(video[-1]) > 5  # it shows something
+    played = next(o["images"][0] for n, o in outputs.items() if prompt[n]["class_type"] == "WorldStereoPreviewClip")
+    assert played["type"] == "temp" and len(scene.read_video(comfyui.base / "temp" / played["filename"])) == 21
+
+
+def test_the_first_workflow_runs_on_the_sample_scene_by_one_switch(comfyui):
+    """The group of the picture bypassed, as Ctrl-B on it does: no picture, no MoGe; what it saves is one video."""
+    workflow = json.loads((EXAMPLES / "picture_to_camera_move.json").read_text("utf-8"))
+    x, y, width, height = next(group["bounding"] for group in workflow["groups"] if group["title"].startswith("2"))
+    for node in workflow["nodes"]:
+        if x <= node["pos"][0] < x + width and y <= node["pos"][1] < y + height:
+            node["mode"] = server.BYPASSED
+    prompt = at_toy_size(server.to_api(workflow, comfyui.object_info()))
+    kinds = {node["class_type"] for node in prompt.values()}
+    assert not kinds & {"LoadImage", "WorldStereoPicture", "WorldStereoDemoGeometry"}
+    render = next(node["inputs"] for node in prompt.values() if node["class_type"] == "WorldStereoRender")
+    render |= {"width": 208, "height": 128}
+    before = set((comfyui.base / "output").rglob("*"))
+    outputs = comfyui.run(prompt)
+    video = job.saved_video(comfyui.base, outputs)
+    assert {path for path in (comfyui.base / "output").rglob("*") if path.is_file()} - before == {video}
+    if folder := os.environ.get("SCREENSHOTS"):
+        for number, output in outputs.items():
+            for saved in output.get("images", []):
+                source = comfyui.base / saved["type"] / saved["subfolder"] / saved["filename"]
+                shutil.copyfile(source, Path(folder) / f"sample_{number}{source.suffix}")
 
 
 @pytest.mark.parametrize("name", WORKFLOWS)

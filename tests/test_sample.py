@@ -1,5 +1,6 @@
 """The sample scene: its depth is exact, and the nodes' own readers take what it gives."""
 
+import pytest
 import torch
 from worldstereo_fp8.scene import sample
 from worldstereo_fp8.scene.camera_path import pinhole
@@ -47,3 +48,13 @@ def test_the_panorama_is_the_same_room():
     low, high = (torch.tensor(corner) for corner in sample.ROOM)
     assert ((cloud.points > low - 0.01) & (cloud.points < high + 0.01)).all()
     assert (cloud.points.amax(0) - high).abs().max() < 0.1 and (cloud.points.amin(0) - low).abs().max() < 0.1
+
+
+def test_ones_own_picture_passes_and_half_of_it_is_an_error():
+    image, exact = sample.picture_or_sample(None, None)
+    assert image.shape == (1, 480, 832, 3) and exact["depth"].shape == (1, 480, 832)
+    own, geometry = torch.rand(1, 8, 8, 3), {"depth": torch.ones(1, 8, 8)}
+    assert sample.picture_or_sample(own, geometry) == (own, geometry)
+    for half, missing in (((own, None), "moge_geometry is not"), ((None, geometry), "image is not")):
+        with pytest.raises(ValueError, match=missing):
+            sample.picture_or_sample(*half)

@@ -131,7 +131,7 @@ def test_workflow_in_the_web_page(comfyui):
     with page_of(comfyui, errors) as page:
         faulty, shown = open_workflow(page, workflow)
         if folder := os.environ.get("SCREENSHOTS"):
-            take_screenshot(page, Path(folder) / "worldstereo_fp8.png")
+            take_screenshot(page, Path(folder) / "your_own_render_and_mask.png")
     assert errors == []
     assert faulty == []
     assert shown == job.example_prompt(comfyui.object_info())
