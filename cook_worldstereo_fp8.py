@@ -30,6 +30,7 @@ except ImportError:
     sys.exit("This needs PyTorch: run it with the Python that runs ComfyUI (in the portable version python_embeded).")
 
 from . import remap
+from .files.atomic import new_file
 from .files.text import shown
 from .fp8.cook import FORMAT_VERSION, TOOL_VERSION, Options, cook, verify
 from .fp8.files import Progress, open_files
@@ -46,13 +47,19 @@ REPORT_FILES = ("report.json", "report.txt", "report.png")
 SECONDS_BETWEEN_LINES = 2.0
 
 
+def _write(path: Path, text: str):
+    with new_file(path, overwrite=True) as file:
+        file.write(text.encode())
+
+
 def write_report(report: Report, folder: Path):
     """report.json, report.txt and report.png in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     data, text, picture = (folder / name for name in REPORT_FILES)
-    data.write_text(json.dumps(report.as_dict(), indent=1), encoding="utf-8")
-    text.write_text(report.as_text(), encoding="utf-8")
-    report.picture().save(picture)
+    _write(data, json.dumps(report.as_dict(), indent=1))
+    _write(text, report.as_text())
+    with new_file(picture, overwrite=True) as file:
+        report.picture().save(file, "PNG")
     print(f"The report is in {folder}.")
 
 
@@ -145,7 +152,7 @@ Statement of changes: {len(report.errors)} weights were {converted}, by the reci
     if config is not None:
         files[CONFIG_FILE] = config
     for name, text in files.items():
-        (folder / name).write_text(text, encoding="utf-8")
+        _write(folder / name, text)
     print(f"The card is in {folder}.")
 
 

@@ -36,7 +36,7 @@ def group_of(quant: dict) -> int:
     """The group that a `comfy_quant` rotates in, 0 for none. Some tools nest the settings in `params`."""
     nested = quant.get("params")
     settings = (nested if isinstance(nested, dict) else {}) | quant
-    return int(settings.get("convrot_groupsize", GROUP)) if settings.get("convrot", False) else 0
+    return settings.get("convrot_groupsize", GROUP) if settings.get("convrot", False) else 0
 
 
 def read_description(content: bytes, where: str) -> dict:
@@ -44,6 +44,10 @@ def read_description(content: bytes, where: str) -> dict:
     quant = bounded_json.parse(content, where)
     if not isinstance(quant, dict) or not isinstance(quant.get("format"), str):
         raise ValueError(f"{where} is not a description of a quantised layer: {shown(quant)}")
+    for settings in (quant, quant.get("params")):
+        group = settings.get("convrot_groupsize", GROUP) if isinstance(settings, dict) else GROUP
+        if not isinstance(group, int) or isinstance(group, bool) or group < 1:
+            raise ValueError(f"{where} says that convrot_groupsize is {shown(group)}; it is a positive integer.")
     return quant
 
 

@@ -127,6 +127,25 @@ def test_names_with_path_parts(name):
         file_name(name, ".safetensors")
 
 
+def test_a_hostile_file_does_not_end_the_server(comfyui):
+    """Text that no log can encode once ended ComfyUI's worker: it queued and never ran again."""
+    header = b'{"\\ud800": {"dtype": "BF16", "shape": [1], "data_offsets": [0, 2]}}'
+    folder = comfyui.base / "models" / "diffusion_models"
+    (folder / "hostile.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"\0\0")
+    named_badly = os.fsencode(folder) + b"/bad\xff.safetensors"
+    with open(named_badly, "wb") as file:
+        file.write(b"\0" * 20)
+    try:
+        for name in ("hostile.safetensors", os.fsdecode(b"bad\xff.safetensors")):
+            for prompt in (load(name), workflow(comfyui, source=name)):
+                with pytest.raises(server.ServerError, match=r"\.safetensors (has a broken|is not a) safetensors"):
+                    comfyui.run(prompt)
+    finally:
+        (folder / "hostile.safetensors").unlink()
+        os.unlink(named_badly)
+    comfyui.run({"show": {"class_type": "PreviewAny", "inputs": {"source": "still here"}}})
+
+
 def test_interrupt_leaves_nothing(comfyui):
     folder = comfyui.base / "models" / "diffusion_models" / "large"
     folder.mkdir()

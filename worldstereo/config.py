@@ -132,34 +132,19 @@ def find_config(path: Path, own: str | None, shapes: dict, given: Path | None = 
 
     A config.json beside the file may be another model's, for a folder of models is shared: where it is no
     WorldStereo's or does not fit the tensors it is passed over, and the log says so, as it does where the file's own
-    says otherwise. Raises ValueError for one that is not a JSON object, ConfigMismatch where the given one, the file's
-    own or, without any, the defaults do not fit the tensors, and ValueError where no configuration would.
+    says otherwise. Raises ValueError for one that is not a JSON object, where the given one, the file's own or, without
+    any, the defaults do not fit the tensors, and for tensors that no configuration fits.
     """
     try:
-        if given is not None:
-            return _fitting(_decoded(read_regular(given, CONFIG_LIMIT)), shown(given, PATH), shapes)
-        beside = path.with_name(CONFIG_FILE)
-        if beside.is_file():
-            text, where = _decoded(read_regular(beside, CONFIG_LIMIT)), shown(beside, PATH)
-            if "worldstereo" not in text:
-                logging.info(f"{where} is not a WorldStereo configuration and is not used")
-            else:
-                try:
-                    found = _fitting(text, where, shapes)
-                except ConfigMismatch as e:
-                    logging.warning(f"{where} is not of {shown(path.name)} and is not used: {e}")
-                else:
-                    _compare_types(path, where, found, own)
-                    return found
-        if own is not None:
-            return _fitting(own, f"{shown(path.name)}: its own config", shapes)
-        try:
-            return FoundConfig(None, {}, read_config(shapes, {}))
-        except ConfigMismatch as e:
-            raise ConfigMismatch(
-                f"{shown(path.name)} has no configuration, and the defaults do not fit its tensors: {e}. Put the "
-                f"{CONFIG_FILE} of the model beside it."
-            ) from e
+        found = _belonging(path, own, shapes, given)
+        if found is not None:
+            return found
+        return FoundConfig(None, {}, read_config(shapes, {}))
+    except ConfigMismatch as e:
+        raise ValueError(
+            f"{shown(path.name)} has no configuration, and the defaults do not fit its tensors: {e}. Put the "
+            f"{CONFIG_FILE} of the model beside it."
+        ) from e
     except WrongShapes as e:
         raise ValueError(f"{shown(path.name)}: {e}. The file is damaged, or of another model.") from e
 
@@ -167,10 +152,39 @@ def find_config(path: Path, own: str | None, shapes: dict, given: Path | None = 
 def config_to_embed(files: TensorFiles, given: Path | None = None) -> str | None:
     """The text of the configuration that belongs to a source with diffusers names, None where there is none.
 
-    given: a config.json to take in any case. Raises ValueError as `find_config` does.
+    given: a config.json to take in any case. Raises ValueError as `find_config` does, but not for defaults that do not
+    fit: a config.json may still be put beside the result.
     """
     shapes = {remap.to_native(n): tensor.shape for n, tensor in files.tensors.items() if not is_side_tensor(n)}
-    return find_config(files.path, files.metadata.get("config"), shapes, given).text
+    try:
+        found = _belonging(files.path, files.metadata.get("config"), shapes, given)
+        if found is None:
+            read_config(shapes, {})
+    except ConfigMismatch:
+        return None
+    except WrongShapes as e:
+        raise ValueError(f"{shown(files.path.name)}: {e}. The file is damaged, or of another model.") from e
+    return None if found is None else found.text
+
+
+def _belonging(path: Path, own: str | None, shapes: dict, given: Path | None) -> FoundConfig | None:
+    """`find_config`, without the defaults."""
+    if given is not None:
+        return _fitting(_decoded(read_regular(given, CONFIG_LIMIT)), shown(given, PATH), shapes)
+    beside = path.with_name(CONFIG_FILE)
+    if beside.is_file():
+        text, where = _decoded(read_regular(beside, CONFIG_LIMIT)), shown(beside, PATH)
+        if "worldstereo" not in text:
+            logging.info(f"{where} is not a WorldStereo configuration and is not used")
+        else:
+            try:
+                found = FoundConfig(text, content := _parsed(text, where), read_config(shapes, content))
+            except ConfigMismatch as e:
+                logging.warning(f"{where} is not of {shown(path.name)} and is not used: {e}")
+            else:
+                _compare_types(path, where, found, own)
+                return found
+    return None if own is None else _fitting(own, f"{shown(path.name)}: its own config", shapes)
 
 
 def _decoded(content: bytes) -> str:
@@ -183,7 +197,7 @@ def _fitting(text: str, where: str, shapes: dict) -> FoundConfig:
     try:
         return FoundConfig(text, content, read_config(shapes, content))
     except ConfigMismatch as e:
-        raise ConfigMismatch(f"{where} does not fit its tensors: {e}") from e
+        raise ValueError(f"{where} does not fit its tensors: {e}") from e
 
 
 def _parsed(text: str, where: str) -> dict:
