@@ -75,7 +75,15 @@ class WorldStereoCameraPath(io.ComfyNode):
             category=CATEGORY,
             description="A camera path from a preset, starting where the picture was taken. Chain several through "
             "start. Cameras are world-to-camera in OpenCV axes (x right, y down, z forward).",
-            search_aliases=["camera trajectory", "orbit", "dolly", "pan", "camera motion"],
+            search_aliases=[
+                "camera trajectory",
+                "orbit",
+                "dolly",
+                "pan",
+                "camera motion",
+                "camera control",
+                "parallax",
+            ],
             inputs=[
                 io.Image.Input("image", tooltip="The picture the path starts from: its size is the cameras' size."),
                 io.Combo.Input(
@@ -221,7 +229,7 @@ class WorldStereoRender(io.ComfyNode):
             category=CATEGORY,
             description="Makes a point cloud of the picture and its depth and shows what each camera sees of it: the "
             "render and the holes that WorldStereo fills. The first camera is the one that took it.",
-            search_aliases=["point cloud render", "warp", "novel view", "moge"],
+            search_aliases=["point cloud render", "depth warp", "novel view", "moge", "parallax", "3d photo"],
             inputs=[
                 io.Image.Input("image", tooltip="The picture to start from. It is also the first frame."),
                 io.MultiType.Input(
@@ -365,7 +373,7 @@ class WorldStereoPanorama(io.ComfyNode):
             category=CATEGORY,
             description="Starts from an equirectangular panorama: the point cloud of all around, and an ordinary "
             "picture in a chosen direction with its camera, for Camera Path and Render.",
-            search_aliases=["360", "equirectangular", "panorama to perspective"],
+            search_aliases=["360", "equirectangular", "panorama to perspective", "world"],
             inputs=[
                 MoGeGeometry.Input("moge_geometry", tooltip="From core's Run MoGe Panorama Inference."),
                 io.Float.Input(

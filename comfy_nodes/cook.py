@@ -11,6 +11,7 @@ import torch
 from comfy_api.latest import io
 
 from .. import remap
+from ..files.text import shown
 from ..fp8.cook import Options, cook, cooking_device
 from ..fp8.files import open_files, state_if_there
 from ..fp8.recipe import CONVS, RECIPES
@@ -105,6 +106,8 @@ class CookFP8(io.ComfyNode):
             on_progress=on_progress,
         )
         _made[made] = state_if_there(made)
+        name = shown(Path(source).with_name(made.name).as_posix())
+        show_on_node(cls, f"Done: {name} in models/diffusion_models.\nPress R, then choose it in Load WorldStereo FP8.")
         picture = torch.from_numpy(np.array(report.picture(), dtype=np.float32) / 255)[None]
         return io.NodeOutput(report.as_text(), picture)
 

@@ -28,7 +28,7 @@ class LoadWorldStereoFP8(io.ComfyNode):
             category=CATEGORY,
             description="Loads a WorldStereo checkpoint (camera, memory or memory-dmd; scaled FP8, INT8 or BF16, any naming) "
             "as an ordinary MODEL for ComfyUI's samplers, LoRA loaders and offloading.",
-            search_aliases=["worldstereo", "fp8", "int8", "wan", "novel view"],
+            search_aliases=["worldstereo", "fp8", "int8", "wan", "novel view", "world", "camera control", "3d photo"],
             inputs=[
                 io.Combo.Input(
                     "model_name",

@@ -73,6 +73,16 @@ def test_cook_notices(folder, monkeypatch):
     assert len(set(seen)) == len(seen) == 5
 
 
+def test_a_cooks_last_words_say_where_the_file_is_and_what_to_press(folder, monkeypatch):
+    said = []
+    monkeypatch.setattr(cook_node, "show_on_node", lambda _, text: said.append(text))
+    (folder / "variant").mkdir()
+    (folder / "model.safetensors").rename(folder / "variant" / "model.safetensors")
+    CookFP8.execute("variant/model.safetensors", "out", "default", "bf16", False)
+    assert said[-1].startswith("Done: variant/out.safetensors in models/diffusion_models.\nPress R")
+    assert (folder / "variant" / "out.safetensors").is_file()
+
+
 @pytest.mark.parametrize("name", ["a\0b", "a\nb", "\ud800", "a" * 250, "\x1b[31m"])
 def test_names_that_no_file_system_takes(name):
     with pytest.raises(ValueError, match="is no file name") as caught:

@@ -138,7 +138,7 @@ def test_workflow_in_the_web_page(comfyui):
 
 
 def take_screenshot(page, path):
-    """The drawn workflow alone, as it stands in the README."""
+    """The drawn workflow alone."""
     page.evaluate("""async () => {
         await window.app.extensionManager.command.execute("Workspace.ToggleFocusMode");
         window.app.canvas.ds.scale = 0.9;
