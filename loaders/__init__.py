@@ -15,7 +15,7 @@ from ..fp8.linear import matmul_refusal, operations
 from ..fp8.recipe import FP8
 from ..worldstereo.attention import cudnn_is_faster, prefer_cudnn
 from ..worldstereo.comfy_model import WorldStereoModelConfig
-from ..worldstereo.config import LATENT_CHANNELS, SPATIAL_DOWNSCALE, WorldStereoConfig, assumptions, find_config
+from ..worldstereo.config import LATENT_CHANNELS, RANKS, SPATIAL_DOWNSCALE, WorldStereoConfig, assumptions, find_config
 from ..worldstereo.shapes import backbone_shapes, native_shapes
 from . import lora
 from .checkpoint import Checkpoint
@@ -26,18 +26,8 @@ lora.register()
 REFERENCES = 8  # what the memory line reckons with
 LINE = 250  # characters of a tensor's name and shapes in a message
 # Without these a file has no size of its own: it is no whole model.
-ANCHORS = (
-    "patch_embedding.weight",
-    "blocks.0.ffn.0.weight",
-    "time_embedding.0.weight",
-    "text_embedding.0.weight",
-    "img_emb.proj.1.weight",
-)
-CONTROL_ANCHORS = (
-    "controlnet.proj_in.weight",
-    "controlnet.controlnet_blocks.0.ffn.0.weight",
-    "controlnet.controlnet_mask_embedding.mask_proj.0.weight",
-)
+ANCHORS = tuple(name for name in RANKS if not name.startswith(("controlnet.", "camera_embedding.")))
+CONTROL_ANCHORS = tuple(name for name in RANKS if name.startswith("controlnet."))
 
 
 def _overlay(checkpoint: Checkpoint, base: Checkpoint | None) -> dict[str, Checkpoint]:

@@ -8,6 +8,7 @@ attention class serves there too.
 import re
 
 from ..files.text import shown
+from ..fp8.files import MAX_NAME
 from ..fp8.recipe import COMFY_QUANT, INPUT_SCALE_SUFFIXES, SCALE_SUFFIXES
 
 # (diffusers, native); `N` stands for a block number.
@@ -69,7 +70,6 @@ SUFFIXES = ("weight", "bias", *SCALE_SUFFIXES, *INPUT_SCALE_SUFFIXES, COMFY_QUAN
 MODEL_PREFIX = "diffusion_model."  # of the diffusion model's tensors in a ComfyUI model
 PREFIXES = (f"model.{MODEL_PREFIX}", MODEL_PREFIX)  # ComfyUI's Save nodes write these
 
-MAX_NAME = 300  # characters; the longest name of a checkpoint has under 100
 _NUMBER = re.compile(r"(?<=\.)(?:0|[1-9][0-9]{0,2})(?=\.|$)")  # no model has a thousand blocks
 _TO_NATIVE = dict(MODULES), dict(PARAMETERS)
 _TO_DIFFUSERS = tuple({native: diffusers for diffusers, native in table} for table in (MODULES, PARAMETERS))
