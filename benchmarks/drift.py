@@ -1,9 +1,9 @@
 """How far FP8 and INT8 take the whole model's result from that of BF16 weights, over four steps from the same noise.
 
-    python dev.py bench drift [--frames 6] [--references 5] [--size 832x480] [--folder DIR]
+    python dev.py bench drift [--frames 6] [--references 5] [--size 832x480] [--rows NAME ...] [--folder DIR]
 
 Random weights of the published shapes, the same in every form; each row is a process of its own. A form's file is made
-on the GPU, and deleted before the next one's: the largest has 35 GB. Drift: ‖latent − BF16's‖/‖BF16's‖ at the end.
+on the GPU, and deleted before the next one's: the largest has 35 GB. --rows: these beside BF16. Drift: ‖latent − BF16's‖/‖BF16's‖ at the end.
 """
 
 import argparse
@@ -30,12 +30,12 @@ from safetensors.torch import load_file, save_file
 INT8_ATTENTION = "INT8 attention"
 ROWS = (  # name, weights, compute, attention; the first is what the others are compared with
     ("BF16", "bf16", "auto", ""),
+    ("INT8, native", "int8", "auto", ""),
+    ("INT8, native, INT8 attention", "int8", "auto", INT8_ATTENTION),
+    ("INT8, upcast", "int8", "bf16", ""),
     ("FP8, native", "fp8", "auto", ""),
     ("FP8, upcast", "fp8", "bf16", ""),
     ("FP8, ComfyUI's own Linear", "fp8", CORE, ""),
-    ("INT8, native", "int8", "auto", ""),
-    ("INT8, upcast", "int8", "bf16", ""),
-    ("INT8, native, INT8 attention", "int8", "auto", INT8_ATTENTION),
 )
 
 
@@ -65,6 +65,7 @@ def main() -> int:
     parser.add_argument("--references", type=int, default=5)
     parser.add_argument("--size", default="832x480")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
+    parser.add_argument("--rows", nargs="+", choices=[row[0] for row in ROWS])
     parser.add_argument("--row", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if not torch.cuda.is_available():
@@ -78,6 +79,8 @@ def main() -> int:
     )
     made, failed = None, False
     for row in ROWS:
+        if args.rows and row[0] not in (ROWS[0][0], *args.rows):
+            continue
         name, weights, _, attention = row
         if attention and not hasattr(comfy_kitchen, "int8_attention"):
             print(f"| {name} | not run: this comfy-kitchen has no INT8 attention |")

@@ -11,7 +11,7 @@ Each row is a process of its own. Without arguments: 832×480, 21 keyframes, 8 r
 The weights are random, of the published shapes; the files are made on the GPU the first time, in --folder.
 --vram: how many GiB of VRAM the row's process can have beside its CUDA context (0: all); another process takes the rest.
 A row that had more is an error.
---compute: as the loader node has it; core: ComfyUI's own Linear for every layer.
+--compute: as the loader node has it; core: ComfyUI's own Linear for every layer that it takes.
 --compile: with core's TorchCompileModel and this backend.
 --profile: and the kernels that took the most time in a step of another run.
 --load: instead, how long a file takes to reach the GPU, against ComfyUI's own loader on a plain Wan file.
@@ -50,6 +50,7 @@ from worldstereo_fp8.fp8 import int8, linear
 from worldstereo_fp8.fp8.activations import backend
 from worldstereo_fp8.fp8.arithmetic import UPCAST
 from worldstereo_fp8.fp8.linear import COMPUTE
+from worldstereo_fp8.fp8.matmul import size_refusal
 from worldstereo_fp8.fp8.recipe import COMFY_QUANT, MARKER, is_quantised, quantise_weight, scale_name
 from worldstereo_fp8.loaders import load_worldstereo
 from worldstereo_fp8.remap import to_native
@@ -125,6 +126,8 @@ def cores_linear(wanted: bool):
                     return contextlib.nullcontext(self.forward)
 
                 def forward(self, x):
+                    if size_refusal(self.in_features, self.out_features):  # which core's refuses with an error
+                        return super().forward(x)
                     return super(ours.Linear, self).forward(x)
 
         return Operations

@@ -185,9 +185,9 @@ def product_kernel(device: torch.device, dtype: torch.dtype) -> tuple[str, Kerne
         kernels = [lambda: _turing(dtype)]
     generator = torch.Generator("cpu").manual_seed(0)
     values, weight = (torch.randint(-127, 128, (n, 256), generator=generator, dtype=INT8) for n in (48, 64))
-    scale, weight_scale = (0.5 + torch.rand(n, generator=generator) for n in (48, 64))
+    scale, weight_scale = (0.03 * (0.5 + torch.rand(n, generator=generator)) for n in (48, 64))  # sums fit FP16
     # The bias is the beginning of a longer tensor: a kernel that takes it for a wider dtype reads no foreign memory.
-    bias = 1e4 * torch.randn(1024, generator=generator).to(dtype)
+    bias = 100 * torch.randn(1024, generator=generator).to(dtype)
     arguments = (values, scale[:, None], weight, weight_scale, bias[:64])
     expected = _multiply_in_torch(*arguments, torch.float32)
     arguments = (values.to(device), scale[:, None].to(device), weight.to(device), weight_scale.to(device))
@@ -195,7 +195,7 @@ def product_kernel(device: torch.device, dtype: torch.dtype) -> tuple[str, Kerne
         try:
             multiply = kernel()
             out = multiply(*arguments, bias.to(device)[:64])
-            right = out is not None and torch.allclose(out.float().cpu(), expected, rtol=2e-2, atol=100)
+            right = out is not None and torch.allclose(out.float().cpu(), expected, rtol=2e-2, atol=1)
         except Exception as e:  # a name or a signature that this comfy-kitchen does not have
             logging.debug(f"INT8 kernel of comfy-kitchen: {type(e).__name__}: {e}")
             right = False

@@ -11,6 +11,7 @@ from comfy.quant_ops import QuantizedTensor
 from ..files.text import first_few
 from ..fp8.activations import backend
 from ..fp8.int8 import INT8
+from ..fp8.int8_matmul import product_kernel
 from ..fp8.linear import matmul_refusal, operations
 from ..fp8.recipe import FP8
 from ..worldstereo.attention import cudnn_is_faster, prefer_cudnn
@@ -209,4 +210,6 @@ def _multiplied(label: str, layers: list, device) -> str:
     if label == "FP8":
         kernels, reason = backend(device)
         line += f", activations quantised by {kernels}" + (f" because {reason}" if reason else "")
+    elif device.type == "cuda":
+        line += f", products by {product_kernel(device, torch.bfloat16)[0]}"
     return line + (f", upcast on {len(upcast)} ({why})" if upcast else "")

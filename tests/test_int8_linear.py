@@ -183,7 +183,7 @@ def test_upcast_the_golden_model_is_its_dequantised_weights(tmp_path, group, eve
     tensors = cooked_int8(CASE, group, every)
     plain = run(load_worldstereo(write(tmp_path, dequantised(tensors, group), "plain.safetensors")), inputs)
     path = write(tmp_path, native(tensors) if names == "native" else tensors)
-    patcher = load_worldstereo(path, dtype=torch.float32)
+    patcher = load_worldstereo(path, "bf16", dtype=torch.float32)
     dtypes = {p._qdata.dtype for p in patcher.model.parameters() if hasattr(p, "_qdata")}
     assert dtypes == ({torch.int8} if every == 1 else {torch.int8, torch.float8_e4m3fn})
     out = run(patcher, inputs)
@@ -293,7 +293,8 @@ def test_as_other_tools_write_them(tmp_path, change):
     inputs, _ = golden_inputs(CASE)
     plain = {k: v.reshape(-1, 1) if k.endswith("weight_scale") and v.numel() > 1 else v for k, v in tensors.items()}
     expected = run(load_worldstereo(write(tmp_path, dequantised(plain, 16), "plain.safetensors")), inputs)
-    assert relative_error(run(load_worldstereo(write(tmp_path, tensors), dtype=torch.float32), inputs), expected) < 1e-5
+    patcher = load_worldstereo(write(tmp_path, tensors), "bf16", dtype=torch.float32)
+    assert relative_error(run(patcher, inputs), expected) < 1e-5
 
 
 def quant_of(**entries):
