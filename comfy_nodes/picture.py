@@ -5,6 +5,7 @@ from comfy_api.latest import io, ui
 from ..scene.fit import FITS, fit_pictures, lay_on
 from ..worldstereo.comfy_model import TEXT_TOKENS, config_of
 from ..worldstereo.conditioning import keyframe_size
+from ..worldstereo.config import WorldStereoConfig
 from ..worldstereo.prompt import encode_caption
 from .common import CATEGORY, color_of, show_on_node
 
@@ -20,7 +21,12 @@ class WorldStereoPicture(io.ComfyNode):
             "Path, Render and Conditioning. The size is the entry of the model's table with the nearest shape.",
             search_aliases=["resize", "crop", "pad", "scale image", "worldstereo size"],
             inputs=[
-                io.Model.Input("model", tooltip="From Load WorldStereo FP8: its settings say the sizes."),
+                io.Model.Input(
+                    "model",
+                    optional=True,
+                    tooltip="From Load WorldStereo FP8: its settings say the sizes. Without it, those of the published "
+                    "models, and nothing waits for the model.",
+                ),
                 io.Image.Input("image", tooltip="The picture. Several are all treated alike."),
                 io.Combo.Input(
                     "fit",
@@ -57,8 +63,8 @@ class WorldStereoPicture(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, image, fit, position, background, transparency=None) -> io.NodeOutput:
-        height, width = keyframe_size(config_of(model), *image.shape[1:3])
+    def execute(cls, image, fit, position, background, model=None, transparency=None) -> io.NodeOutput:
+        height, width = keyframe_size(config_of(model) if model else WorldStereoConfig(), *image.shape[1:3])
         image, transparent = lay_on(image, transparency, color_of(background))
         picture, preview, line = fit_pictures(image, height, width, fit, position, color_of(background))
         show_on_node(cls, line + (f"\ntransparent parts laid on {background}" if transparent else ""))

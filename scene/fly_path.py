@@ -172,9 +172,14 @@ class ViewerScene:
     info: dict
 
 
-def viewer_scene(cloud: PointCloud | None, camera: Cameras, depth: float, width: int, height: int) -> ViewerScene:
-    """The scene for the viewer of a width x height render, thinned to VIEWER_POINTS; the points that stay grow by as
-    much as they became fewer, so that holes keep their size. The last of the cameras is where the path starts."""
+def viewer_scene(
+    cloud: PointCloud | None, camera: Cameras, depth: float, width: int, height: int, spacing: float = 1.0
+) -> ViewerScene:
+    """The scene for the viewer of a width x height render. The last of the cameras is where the path starts.
+
+    spacing: how far apart the points are, to those of the render. A cloud of more than VIEWER_POINTS is thinned. Where
+    points are farther apart, they are drawn as much larger, so that holes keep their size.
+    """
     pose = camera.w2c[-1].double()
     lens = camera.K[-1].double() / torch.tensor([[camera.width], [camera.height], [1]])
     info = {
@@ -195,7 +200,7 @@ def viewer_scene(cloud: PointCloud | None, camera: Cameras, depth: float, width:
     records["position"] = ((points.double() @ pose[:3, :3].T + pose[:3, 3]) / depth).numpy()
     records["color"] = 255
     records["color"][:, :3] = (colors * 255).round().clamp(0, 255)
-    info |= {"count": len(points), "radius": RADIUS * math.sqrt(len(cloud) / max(len(points), 1))}
+    info |= {"count": len(points), "radius": RADIUS * spacing * math.sqrt(len(cloud) / max(len(points), 1))}
     return ViewerScene(records.tobytes(), info)
 
 
@@ -217,8 +222,9 @@ def plan_flight(
     text and a scene that the camera does not see.
     """
     path = read_fly_path(text)
-    first, depth, cloud = beginning(
-        image, lens, lens_value, scene_depth, start_pitch, scene, start, points_size=(height, width)
-    )
+    # A picture becomes no more points than the viewer takes: evenly apart, they leave the holes where they are.
+    spacing = max(1.0, math.sqrt(width * height / VIEWER_POINTS)) if isinstance(scene, dict) else 1.0
+    size = int(height / spacing), int(width / spacing)
+    first, depth, cloud = beginning(image, lens, lens_value, scene_depth, start_pitch, scene, start, points_size=size)
     cameras = fly_on(first, path, depth)
-    return cameras, draw_path(cameras, depth, cloud), viewer_scene(cloud, first, depth, width, height)
+    return cameras, draw_path(cameras, depth, cloud), viewer_scene(cloud, first, depth, width, height, spacing)

@@ -184,6 +184,15 @@ def test_a_flight_over_moges_geometry():
     np.testing.assert_allclose(records["position"][:, 2], 1, atol=1e-6)
 
 
+def test_a_large_picture_becomes_evenly_fewer_points(monkeypatch):
+    monkeypatch.setattr(fly_path, "VIEWER_POINTS", 96 * 72 // 4)
+    geometry = {"depth": torch.full((1, 48, 64), 5.0), "intrinsics": torch.eye(3)[None]}
+    arguments = torch.rand(1, 48, 64, 3), text(), "auto", 0.0, 0.0, 0.0
+    _, _, scene = plan_flight(*arguments, geometry, None, 96, 72)
+    assert scene.info["count"] == 48 * 36
+    assert scene.info["radius"] == pytest.approx(2 * 0.008)
+
+
 def test_old_scenes_are_dropped_from_the_temp_folder(monkeypatch, tmp_path):
     monkeypatch.setattr(folder_paths, "get_temp_directory", lambda: str(tmp_path))
     kept = [files.keep_in_temp("viewer", bytes([i])) for i in range(files.TEMP_FILES)]

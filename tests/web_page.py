@@ -10,6 +10,7 @@ CHROMIUM_FLAGS = (
     "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync",
     "--no-first-run",
 )  # fmt: skip
+WEBGL_FLAGS = ("--use-angle=swiftshader", "--enable-unsafe-swiftshader")  # WebGL on the CPU
 # What ComfyUI's page itself reports as an error on a fresh server, without any custom node: it asks for the user's own
 # files, of which there are none, for its graph too early, and for the sizes of the models of its own first workflow.
 PAGES_OWN_ERRORS = ("/user.css", "/userdata", "ComfyApp graph accessed before initialization", "/missingModelDownload-")
@@ -26,25 +27,27 @@ def is_pages_own(text: str, url: str, address: str) -> bool:
     return not (asked[1] if asked else url).startswith(f"http://{address}")
 
 
-def launch_browser(sync_api, playwright):
+def launch_browser(sync_api, playwright, webgl=False):
     """A headless Chromium, Chrome or Edge. The test is skipped where there is none."""
+    flags = [flag for flag in CHROMIUM_FLAGS if not (webgl and flag == "--disable-gpu")]
+    flags += WEBGL_FLAGS if webgl else ()
     for name in ("chromium", "chromium-browser"):
         if path := shutil.which(name):
-            return playwright.chromium.launch(executable_path=path, args=CHROMIUM_FLAGS)
+            return playwright.chromium.launch(executable_path=path, args=flags)
     for channel in ("chrome", "msedge"):
         try:
-            return playwright.chromium.launch(channel=channel, args=CHROMIUM_FLAGS)
+            return playwright.chromium.launch(channel=channel, args=flags)
         except sync_api.Error:  # not installed
             continue
     return pytest.skip("there is no Chromium, Chrome or Edge on this machine, so the web page was not tested")
 
 
 @contextmanager
-def page_of(comfyui, errors):
+def page_of(comfyui, errors, webgl=False):
     """ComfyUI's web page, ready, in a fresh browser; its console errors and exceptions go to `errors`."""
     sync_api = pytest.importorskip("playwright.sync_api", reason="install tests/requirements.txt")
     with sync_api.sync_playwright() as playwright:
-        browser = launch_browser(sync_api, playwright)
+        browser = launch_browser(sync_api, playwright, webgl)
         page = browser.new_page(viewport={"width": 2160, "height": 1500})
 
         def on_console(message):

@@ -1,0 +1,293 @@
+"""The viewer of WorldStereo Fly Path in ComfyUI's real web page, in the classic graph and in Nodes 2.0."""
+
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import comfy.cli_args
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from web_page import page_of
+from worldstereo_fp8.demo import server
+from worldstereo_fp8.scene.camera_files import read_cameras
+from worldstereo_fp8.scene.camera_path import EASINGS, Move, move_on, pinhole
+from worldstereo_fp8.scene.cameras import Cameras, quaternion_to_rotation, rigid_inverse
+from worldstereo_fp8.scene.depth import points_from_depth
+from worldstereo_fp8.scene.fly_path import DEFAULT_PATH, fly, fly_on, read_fly_path
+from worldstereo_fp8.scene.pictures import resize_pictures
+from worldstereo_fp8.scene.render import render
+from worldstereo_fp8.worldstereo.conditioning import keyframe_size
+from worldstereo_fp8.worldstereo.config import WorldStereoConfig
+
+COMFYUI = Path(comfy.cli_args.__file__).parents[1]
+MODES = {"classic": False, "Nodes 2.0": True}
+HEIGHT, WIDTH = 480, 832  # so that the stand-in's depth has no steps, which count as edges
+PICTURE = np.random.default_rng(0).integers(0, 256, (30, 52, 3), dtype=np.uint8).repeat(16, 0).repeat(16, 1)
+PATIENCE = 180_000  # ms; other work may have the machine
+
+
+@pytest.fixture(scope="module")
+def comfyui(tmp_path_factory):
+    base = tmp_path_factory.mktemp("comfyui")
+    (base / "input").mkdir()
+    Image.fromarray(PICTURE).save(base / "input" / "picture.png")
+    settings = base / "user" / "default" / "comfy.settings.json"
+    settings.parent.mkdir(parents=True)
+    settings.write_text(json.dumps({"Comfy.TutorialCompleted": True, "Comfy.Minimap.Visible": False}), "utf-8")
+    with server.Server(COMFYUI, base) as running:
+        yield running
+
+
+@contextmanager
+def fly_page(comfyui, errors, mode="classic"):
+    """The page with a WorldStereo Fly Path over a picture and the demo's depth of it: a floor that runs up into a wall."""
+    with page_of(comfyui, errors, webgl=True) as page:
+        page.evaluate("on => window.app.extensionManager.setting.set('Comfy.VueNodes.Enabled', on)", MODES[mode])
+        page.evaluate("""() => {
+            app.graph.clear();
+            const types = ["LoadImage", "WorldStereoDemoGeometry", "WorldStereoFlyPath"];
+            const [picture, geometry, fly] = types.map((type, i) => {
+                const node = LiteGraph.createNode(type);
+                app.graph.add(node);
+                node.pos = [i * 320, 60];
+                return node;
+            });
+            picture.widgets[0].value = "picture.png";
+            picture.connect(0, geometry, 0);
+            picture.connect(0, fly, 0);
+            geometry.connect(0, fly, fly.inputs.findIndex(input => input.name === "scene"));
+            Object.assign(app.canvas.ds, {scale: 1, offset: [80, 60]});
+            // Loaded, as a person's workflow is: that gives the graph an id, and undo a state to go back to.
+            return app.loadGraphData({...app.graph.serialize(), id: crypto.randomUUID()});
+        }""")
+        page.locator(".ws-fly").wait_for()
+        page.wait_for_timeout(1000)
+        yield page
+
+
+def button(page, name):
+    return page.locator(".ws-fly").get_by_role("button", name=name, exact=True)
+
+
+def path_text(page):
+    return page.evaluate("""() => app.graph.nodes.find(node => node.type === "WorldStereoFlyPath")
+        .widgets.find(widget => widget.name === "path").value""")
+
+
+def wait_for_status(page, pattern):
+    page.wait_for_function(
+        "pattern => new RegExp(pattern).test(document.querySelector('.ws-status').textContent)",
+        arg=pattern,
+        timeout=PATIENCE,
+    )
+
+
+def show_scene(page):
+    """Presses Show scene and waits until holes are counted."""
+    button(page, "Show scene").click()
+    page.wait_for_function("() => document.querySelector('.ws-status').textContent.includes('holes')", timeout=PATIENCE)
+
+
+def colours(page):
+    """How many colours the viewer's picture shows."""
+    page.wait_for_timeout(300)
+    return page.evaluate("""() => {
+        const canvas = document.querySelector(".ws-stage canvas");
+        const {data} = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
+        return new Set(new Uint32Array(data.buffer)).size;
+    }""")
+
+
+def of_curve(page, expression, argument=None):
+    """Evaluates a JavaScript expression of (curve: the module of the viewer's path, argument)."""
+    return page.evaluate(
+        f"""async argument => {{
+            const modules = await (await fetch("/extensions")).json();
+            const curve = await import(modules.find(name => name.endsWith("/fly_curve.js")));
+            return ({expression});
+        }}""",
+        argument,
+    )
+
+
+def keyframes(page, text):
+    """Positions [N, 3] and quaternions [N, 4] of a path's keyframes as the viewer has them."""
+    cameras = of_curve(page, "curve.keyframesOf(curve.parsePath(argument))", text)
+    return (torch.tensor([camera[key] for camera in cameras]).double() for key in ("position", "rotation"))
+
+
+def random_path(seed, views):
+    random = np.random.default_rng(seed)
+    content = {
+        "keyframes": int(random.integers(6, 22)),
+        "easing": list(EASINGS)[seed % len(EASINGS)],
+        "views": [
+            {"position": random.normal(size=3).tolist(), "rotation": random.normal(size=4).tolist()}
+            for _ in range(views)
+        ],
+    }
+    return json.dumps(content)
+
+
+def test_the_viewer_computes_the_servers_curve(comfyui):
+    errors = []
+    with page_of(comfyui, errors) as page:
+        still = '{"views": [{"position": [0, 0, 0], "rotation": [1, 0, 0, 0]}]}'
+        for text in (DEFAULT_PATH, still, "{}", *(random_path(seed, views) for seed, views in enumerate((1, 2, 3, 9)))):
+            for of_viewer, of_server in zip(keyframes(page, text), fly(read_fly_path(text)), strict=True):
+                torch.testing.assert_close(of_viewer, of_server, atol=1e-6, rtol=0)
+        written = of_curve(page, "curve.formatPath(curve.parsePath(argument))", DEFAULT_PATH)
+        assert json.loads(written) == json.loads(DEFAULT_PATH)
+
+        # The presets end where Camera Path's of the same names do.
+        start = pinhole(64, 48, 60.0)
+        presets = of_curve(page, "Object.entries(curve.PRESETS).map(([name, make]) => [name, make([0, -1, 0])])")
+        for name, views in presets:
+            path = read_fly_path(json.dumps({"views": views}))
+            move = Move(name, 30.0, 0.3, 21, "linear", "off" if name.startswith(("truck", "pedestal")) else "auto")
+            wanted = move_on(start, move, 1.0).w2c[-1]
+            torch.testing.assert_close(fly_on(start, path, 1.0).w2c[-1], wanted, atol=1e-5, rtol=0, msg=name)
+        assert len(presets) > 8
+    assert errors == []
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_flying(comfyui, mode):
+    """Three views by mouse and keys give the cameras that the server computes; undo, reload and bad text work."""
+    errors = []
+    with fly_page(comfyui, errors, mode) as page:
+        assert path_text(page) == DEFAULT_PATH
+        assert colours(page) < 100  # grey, and the drawn path
+        show_scene(page)
+        assert colours(page) > 1000
+
+        page.locator(".ws-fly select").first.select_option("dolly in")
+        texts = [path_text(page)]
+        assert len(json.loads(texts[0])["views"]) == 1
+        stage = page.locator(".ws-stage canvas").bounding_box()
+        middle = stage["x"] + stage["width"] / 2, stage["y"] + stage["height"] / 2
+        for drag, key in ((60, "w"), (-90, "d"), (40, "e")):
+            page.mouse.move(*middle)
+            page.mouse.down()
+            page.mouse.move(middle[0] + drag, middle[1] + 10, steps=3)
+            page.mouse.up()
+            page.keyboard.down(key)
+            page.wait_for_timeout(400)
+            page.keyboard.up(key)
+            page.keyboard.press("Enter")
+            page.wait_for_timeout(100)
+            texts.append(path_text(page))
+        views = json.loads(texts[-1])["views"]
+        assert len(views) == 4
+        positions = np.array([view["position"] for view in views])
+        assert np.linalg.norm(np.diff(positions[1:], axis=0), axis=1).min() > 0.01  # the keys moved
+        assert len({tuple(view["rotation"]) for view in views}) == 4  # and the mouse turned
+
+        # Keys of the viewer are not ComfyUI's: the node is still there, and no sidebar has opened.
+        assert page.evaluate("app.graph.nodes.length") == 3
+        assert page.evaluate("app.extensionManager.sidebarTab?.activeSidebarTabId ?? null") is None
+        if folder := os.environ.get("SCREENSHOTS"):
+            page.wait_for_timeout(5000)
+            page.screenshot(path=Path(folder) / f"fly_path_{mode}.png")
+
+        # The server's cameras are the viewer's.
+        position, rotation = keyframes(page, texts[-1])
+        prompt = page.evaluate("async () => (await app.graphToPrompt()).output")
+        name, node = next((n, node) for n, node in prompt.items() if node["class_type"] == "WorldStereoFlyPath")
+        assert node["inputs"]["path"] == texts[-1]
+        prefix = f"fly/{mode[0]}"
+        prompt["save"] = {
+            "class_type": "WorldStereoSaveCamera",
+            "inputs": {"cameras": [name, 0], "filename_prefix": prefix},
+        }
+        with ThreadPoolExecutor() as elsewhere:  # not in the page's event loop
+            elsewhere.submit(comfyui.run, prompt).result()
+        cameras = read_cameras(comfyui.base / "output" / f"{prefix}_00001_.json")[0]
+        relative = cameras.w2c[0].double() @ rigid_inverse(cameras.w2c.double())
+        depth = relative[-1, :3, 3].norm() / position[-1].norm()
+        torch.testing.assert_close(relative[:, :3, 3], position * depth, atol=1e-4, rtol=0)
+        torch.testing.assert_close(relative[:, :3, :3], quaternion_to_rotation(rotation), atol=1e-4, rtol=0)
+
+        # And so are the holes of the last one.
+        page.locator(".ws-time input").fill("20")
+        wait_for_status(page, "21 of 21, .*holes")
+        shown = int(page.locator(".ws-status").inner_text().split(",")[1].split()[0])
+        size = keyframe_size(WorldStereoConfig(), HEIGHT, WIDTH)
+        image = resize_pictures(torch.from_numpy(PICTURE)[None] / 255, *size)
+        depth = 1 / torch.linspace(-0.5, 0.5, HEIGHT)[:, None].expand(HEIGHT, WIDTH).clamp_min(0.15)
+        cameras = cameras.scaled_to(size[1], size[0])
+        points = points_from_depth(image[0], depth, cameras.w2c[0], cameras.K[0])
+        _, holes = render(points, Cameras(cameras.w2c[-1:], cameras.K[-1:], cameras.width, cameras.height))
+        assert shown == pytest.approx(100 * holes.mean().item(), abs=3)
+        assert colours(page) > 1000
+
+        # Undo, twice, and redo.
+        page.locator(".ws-fly").focus()
+        page.keyboard.press("Control+z")
+        page.wait_for_timeout(1500)
+        assert path_text(page) == texts[-2]
+        assert colours(page) > 1000  # the scene is still there
+        page.keyboard.press("Control+z")
+        page.wait_for_timeout(1500)
+        assert path_text(page) == texts[-3]
+        page.keyboard.press("Control+y")
+        page.wait_for_timeout(1500)
+        assert path_text(page) == texts[-2]
+
+        # Choose, move, reorder, delete.
+        button(page, "1").click()
+        page.keyboard.press("s")
+        button(page, "Move here").click()
+        moved = json.loads(path_text(page))["views"]
+        button(page, "▶").click()
+        assert json.loads(path_text(page))["views"] == [moved[1], moved[0], *moved[2:]]
+        page.keyboard.press("Delete")
+        assert json.loads(path_text(page))["views"] == [moved[1], *moved[2:]]
+        assert page.evaluate("app.graph.nodes.length") == 3
+
+        # Reload.
+        saved, text = page.evaluate("app.graph.serialize()"), path_text(page)
+        page.reload()
+        page.wait_for_function("window.app?.extensionManager?.workflow?.activeWorkflow", timeout=90_000)
+        page.wait_for_load_state("networkidle")
+        page.evaluate("workflow => app.loadGraphData(workflow)", saved)
+        page.locator(".ws-fly").wait_for()
+        assert path_text(page) == text
+        assert page.locator(".ws-fly .ws-row .ws-row button").count() == 1 + len(json.loads(text)["views"])
+        show_scene(page)
+        assert colours(page) > 1000
+    assert errors == []
+
+
+def test_keys_without_the_focus_are_the_pages(comfyui):
+    """And bad text is told in the viewer."""
+    errors = []
+    with fly_page(comfyui, errors) as page:
+        page.mouse.click(1800, 1200)  # the empty graph
+        scale = page.evaluate("app.canvas.ds.scale")
+        stage = page.locator(".ws-stage canvas").bounding_box()
+        page.mouse.move(stage["x"] + 50, stage["y"] + 50)
+        page.mouse.wheel(0, 100)
+        page.wait_for_timeout(300)
+        assert page.evaluate("app.canvas.ds.scale") != scale  # the wheel zooms the graph
+        page.keyboard.press("Enter")
+        assert path_text(page) == DEFAULT_PATH
+
+        scale = page.evaluate("app.canvas.ds.scale")
+        page.locator(".ws-fly").focus()
+        page.mouse.wheel(0, 100)
+        page.wait_for_timeout(300)
+        assert page.evaluate("app.canvas.ds.scale") == scale
+
+        button(page, "Text").click()
+        page.locator(".ws-fly textarea").fill('{"views": 3}')
+        page.locator(".ws-fly").focus()
+        wait_for_status(page, "views must be a list")
+        page.locator(".ws-fly select").first.select_option("pan left")
+        wait_for_status(page, "^$")
+        assert len(json.loads(path_text(page))["views"]) == 2
+    assert errors == []
