@@ -3,7 +3,8 @@
     python dev.py bench drift [--frames 6] [--references 5] [--size 832x480] [--rows NAME ...] [--folder DIR]
 
 Random weights of the published shapes, the same in every form; each row is a process of its own. A form's file is made
-on the GPU, and deleted before the next one's: the largest has 35 GB. --rows: these beside BF16. Drift: ‖latent − BF16's‖/‖BF16's‖ at the end.
+on the GPU, and deleted before the next one's: the largest has 35 GB. --rows: these beside BF16.
+Drift: ‖latent − BF16's‖/‖BF16's‖ at the end.
 """
 
 import argparse

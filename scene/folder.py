@@ -35,7 +35,7 @@ COLMAP_POINTS = 200_000  # of points3D.txt; more are thinned, cloud.ply has all
 MAX_PIXELS = MAX_VIEWS * 832 * 480  # of all views together
 MAX_PATHS, MAX_CAMERAS = 1000, 100_000
 HEADER_LIMIT = 4 << 20  # bytes of scene.safetensors' header
-TEXT_LIMIT = 512 << 20  # bytes of a points3D.txt
+TEXT_LIMIT = 256 << 20  # bytes of a points3D.txt
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 KINDS = ("scene.json", "transforms.json", "cameras.json", "sparse/0/images.txt", "sparse/images.txt", "images.txt")
 

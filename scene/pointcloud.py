@@ -15,7 +15,7 @@ from ..files.text import shown
 from .cameras import Cameras, rigid_inverse
 
 OPENCV_TO_Y_UP = (1.0, -1.0, -1.0)  # y down, z forward to y up, z backward (glTF, three.js): half a turn about x
-PLY_LIMIT, PLY_HEADER = 1 << 30, 1 << 16  # bytes
+PLY_LIMIT, PLY_HEADER = 512 << 20, 1 << 16  # bytes
 PLY_TYPES = {
     **{name: f"<{kind}" for name, kind in (("float", "f4"), ("float32", "f4"), ("double", "f8"), ("float64", "f8"))},
     **{name: f"<{kind}" for name, kind in (("char", "i1"), ("uchar", "u1"), ("int8", "i1"), ("uint8", "u1"))},
