@@ -178,8 +178,8 @@ def _memory(model, config: WorldStereoConfig, device) -> str:
     )
     if need > free:
         line += (
-            f" About {(need - free) / 1e9:.1f} GB of weights will be streamed from RAM at every step. To avoid that, "
-            "close other programs that use the card, or take fewer references."
+            f" About {(need - free) / 1e9:.1f} GB of weights will be streamed from RAM at every step, while it computes. "
+            "That costs no time as long as the bus is done before the step is; fewer references need less."
         )
     return line
 
