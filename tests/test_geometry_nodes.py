@@ -21,7 +21,7 @@ from worldstereo_fp8.scene.cameras import centres, rigid_inverse
 
 COMFYUI = Path(comfy.cli_args.__file__).parents[1]
 EXAMPLES = Path(__file__).parents[1] / "example_workflows"
-WORKFLOWS = ("picture_to_camera_move", "picture_to_camera_move_camera_variant", "panorama_to_camera_move")
+WORKFLOWS = ("picture_to_camera_move", "picture_to_camera_move_camera_variant", "panorama_to_camera_move", "fly_a_path")
 CAMERA_MODEL = "worldstereo_camera_toy.safetensors"
 WIDTH, HEIGHT, KEYFRAMES = 96, 64, 5
 
