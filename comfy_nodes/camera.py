@@ -2,10 +2,9 @@
 
 import logging
 
-import comfy.model_management
-import comfy.utils
 from comfy_api.latest import io, ui
 
+from ..core import ProgressBar, get_torch_device
 from ..scene.camera_files import files_of, read_cameras
 from ..scene.camera_path import (
     DEFAULT_FOV,
@@ -342,7 +341,7 @@ class WorldStereoRender(io.ComfyNode):
         if not width or not height:
             size = image.shape[1:3]
             height, width = within(*size) if model is None else keyframe_size(config_of(model), *size)
-        progress = comfy.utils.ProgressBar(len(cameras))
+        progress = ProgressBar(len(cameras))
         video, holes, cloud = render_start(
             image,
             depth,
@@ -355,7 +354,7 @@ class WorldStereoRender(io.ComfyNode):
             radius,
             points_per_pixel,
             color_of(background),
-            comfy.model_management.get_torch_device(),
+            get_torch_device(),
             progress.update,
         )
         sizes = {"image": image.shape[1:3], "cameras' picture": (cameras.height, cameras.width)}

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 
 from comfy_api.latest import io
 from PIL import ImageColor
-from server import PromptServer
+
+from ..core import PromptServer
 
 CATEGORY = "WorldStereo"
 

@@ -3,14 +3,13 @@
 import collections
 from pathlib import Path
 
-import comfy.model_management
-import comfy.utils
 import folder_paths
 import numpy as np
 import torch
 from comfy_api.latest import io
 
 from .. import remap
+from ..core import ProgressBar, get_torch_device, throw_exception_if_processing_interrupted
 from ..files.text import shown
 from ..fp8.cook import Options, cook, cooking_device
 from ..fp8.files import open_files, state_if_there
@@ -85,10 +84,10 @@ class CookFP8(io.ComfyNode):
     @classmethod
     def execute(cls, source, result, recipe, convs, overwrite) -> io.NodeOutput:
         path = Path(folder_paths.get_full_path_or_raise("diffusion_models", source))
-        bar = comfy.utils.ProgressBar(100)
+        bar = ProgressBar(100)
 
         def on_progress(progress):
-            comfy.model_management.throw_exception_if_processing_interrupted()
+            throw_exception_if_processing_interrupted()
             percent = 100 * progress.nbytes // progress.total_nbytes
             if percent > bar.current:
                 bar.update_absolute(percent)
@@ -102,7 +101,7 @@ class CookFP8(io.ComfyNode):
             overwrite=overwrite,
             find_config=config_to_embed,
             refusal=remap.source_refusal,
-            device=cooking_device(comfy.model_management.get_torch_device()),
+            device=cooking_device(get_torch_device()),
             on_progress=on_progress,
         )
         _made[made] = state_if_there(made)

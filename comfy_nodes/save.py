@@ -2,11 +2,10 @@
 
 import os
 
-import comfy.model_management
-import comfy.utils
 import folder_paths
 from comfy_api.latest import Types, io
 
+from ..core import ProgressBar
 from ..files.atomic import write_file
 from ..scene.cameras import write_camera_json
 from ..scene.pointcloud import ply_bytes, write_world_mirror
@@ -112,7 +111,7 @@ class WorldStereoSaveFrames(io.ComfyNode):
 
     @classmethod
     def execute(cls, images, cameras, filename_prefix) -> io.NodeOutput:
-        progress = comfy.utils.ProgressBar(len(images))
+        progress = ProgressBar(len(images))
         cameras = cameras.thinned(len(images))
         path, _ = save_output(
             filename_prefix, "", lambda path: write_world_mirror(path, images, cameras, progress.update)

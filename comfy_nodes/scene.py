@@ -1,10 +1,8 @@
 """A scene that remembers: start it, look along a path, add what was made, go on, and explore it by a list of paths."""
 
-import comfy.model_management
-import comfy.utils
 from comfy_api.latest import io, ui
-from comfy_execution.graph_utils import GraphBuilder
 
+from ..core import GraphBuilder, ProgressBar, get_torch_device
 from ..scene.depth import DEPTH_PICTURES, depths_of_moge
 from ..scene.explore import LAST, LISTS, OWN_LIST, read_walks
 from ..scene.fuse import POINTS_LIMIT
@@ -183,8 +181,8 @@ class WorldStereoScenePath(io.ComfyNode):
             ask_path.strip(),
             embed,
             radius,
-            comfy.model_management.get_torch_device(),
-            comfy.utils.ProgressBar(len(cameras)).update,
+            get_torch_device(),
+            ProgressBar(len(cameras)).update,
         )
         views, ref_index = list(outlook.views), outlook.ref_index
         chosen = References(outlook.pictures, scene.cameras[views], ref_index)
@@ -248,8 +246,8 @@ class WorldStereoAddToScene(io.ComfyNode):
             remember,
             None if depth is None else depths_of_moge(depth),
             max_points,
-            comfy.model_management.get_torch_device(),
-            comfy.utils.ProgressBar(len(images)).update,
+            get_torch_device(),
+            ProgressBar(len(images)).update,
         )
         show_on_node(cls, f"{grown}\n{report or 'no depth given: the point cloud stays as it is'}")
         return io.NodeOutput(grown, grown.cloud)

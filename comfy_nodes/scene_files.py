@@ -3,11 +3,11 @@
 import math
 import os
 
-import comfy.utils
 import folder_paths
 import torch
 from comfy_api.latest import Types, io
 
+from ..core import ProgressBar
 from ..scene.folder import read_scene, stamp, write_scene
 from ..scene.scene import MAX_POINTS
 from ..scene.splat import OPACITY, gaussians_of_scene
@@ -42,7 +42,7 @@ class WorldStereoSaveScene(io.ComfyNode):
 
     @classmethod
     def execute(cls, scene, filename_prefix) -> io.NodeOutput:
-        progress = comfy.utils.ProgressBar(len(scene))
+        progress = ProgressBar(len(scene))
         path, _ = save_output(filename_prefix, "", lambda path: write_scene(path, scene, progress.update))
         saved = os.path.relpath(path, folder_paths.get_output_directory())
         show_on_node(cls, f"{saved}\n{len(scene)} views, {len(scene.cloud):,} points, {len(scene.paths)} paths")

@@ -10,11 +10,17 @@ import functools
 import types
 from collections.abc import Callable
 
-import comfy.model_management
-import comfy.ops
 import torch
-from comfy.quant_ops import QuantizedTensor
 
+from ..core import (
+    QuantizedTensor,
+    cast_bias_weight,
+    get_torch_device_name,
+    mixed_precision_ops,
+    run_every_op,
+    supports_fp8_compute,
+    uncast_bias_weight,
+)
 from . import int8_matmul
 from .activations import backend, row_scales_refusal
 from .arithmetic import NATIVE_FP8, UPCAST, NativeFP8, NativeINT8, Tokens, Upcast, dequantised
@@ -41,8 +47,8 @@ def matmul_refusal(compute: str, dtype: torch.dtype, device: torch.device) -> st
 
 
 def _fp8_refusal(device: torch.device) -> str | None:
-    if not comfy.model_management.supports_fp8_compute(device):
-        name = comfy.model_management.get_torch_device_name(device)
+    if not supports_fp8_compute(device):
+        name = get_torch_device_name(device)
         return f"{name} has no FP8 matmul (compute capability 8.9 or higher: GeForce RTX 40, Hopper and newer)"
     if backend(device)[0] == "eager":  # which has only scales a token
         return row_scales_refusal(device)
@@ -56,14 +62,14 @@ def operations(storage_dtype: torch.dtype, refusal: Callable[[torch.dtype, torch
     refusal: why a device does not multiply FP8 or INT8 matrices, None if it does; see `matmul_refusal`. Layers whose
     size the matrix units cannot take upcast all the same.
     """
-    core = comfy.ops.mixed_precision_ops({}, storage_dtype)
+    core_operations = mixed_precision_ops({}, storage_dtype)
 
     @torch.compiler.assume_constant_result
     def refused(dtype: torch.dtype, device: torch.device) -> str | None:
         return refusal(dtype, device)
 
-    class Operations(core):
-        class Linear(core.Linear):
+    class Operations(core_operations):
+        class Linear(core_operations.Linear):
             """Linear over the last axis of any input; see `arithmetic` for the native products."""
 
             native: NativeFP8 | NativeINT8 | None = None  # how its weight multiplies where the device can
@@ -116,10 +122,10 @@ def operations(storage_dtype: torch.dtype, refusal: Callable[[torch.dtype, torch
 
             @contextlib.contextmanager
             def _fetched(self, device: torch.device, dtype: torch.dtype):
-                comfy.ops.run_every_op()
+                run_every_op()
                 native = self.upcast_reason(device) is None
                 # A weight with a LoRA comes back requantised where core streams it, else dequantised with it added.
-                weight, bias, stream = comfy.ops.cast_bias_weight(
+                weight, bias, stream = cast_bias_weight(
                     self,
                     dtype=self.weight.dtype if native else dtype,
                     device=device,
@@ -137,7 +143,7 @@ def operations(storage_dtype: torch.dtype, refusal: Callable[[torch.dtype, torch
                 try:
                     yield functools.partial(product, bias=bias)
                 finally:
-                    comfy.ops.uncast_bias_weight(self, weight, bias, stream)
+                    uncast_bias_weight(self, weight, bias, stream)
 
             def forward(self, input):
                 with self._fetched(input.device, input.dtype) as product:

@@ -4,10 +4,17 @@ import functools
 import logging
 import os
 
-import comfy.model_management
 import torch
-from comfy.quant_ops import QuantizedTensor
 
+from ..core import (
+    QuantizedTensor,
+    get_free_memory,
+    get_torch_device,
+    get_torch_device_name,
+    is_device_cpu,
+    unet_manual_cast,
+    unet_offload_device,
+)
 from ..files.text import first_few
 from ..fp8.activations import backend
 from ..fp8.int8 import INT8
@@ -121,7 +128,7 @@ def load_worldstereo(
     Returns the ModelPatcher. The weights are memory-mapped. Raises ValueError, naming file and tensor, for a file that
     is not a whole WorldStereo checkpoint, and where compute is "fp8" on a device without such a matmul.
     """
-    device = comfy.model_management.get_torch_device()
+    device = get_torch_device()
     checkpoint = Checkpoint(path)
     base = None if base is None else Checkpoint(base)
     dtypes = {dtype for file in (checkpoint, base) if file is not None for dtype in file.quantised_dtypes()}
@@ -140,15 +147,15 @@ def load_worldstereo(
     storage_dtype = checkpoint.storage_dtype()
     model_config = WorldStereoModelConfig(config)
     if dtype is None:
-        dtype = comfy.model_management.unet_manual_cast(None, device, model_config.supported_inference_dtypes)
+        dtype = unet_manual_cast(None, device, model_config.supported_inference_dtypes)
     model_config.set_inference_dtype(storage_dtype, dtype, device=device)
     model_config.custom_operations = operations(storage_dtype, functools.partial(matmul_refusal, compute))
     model = model_config.get_model(tensors)
-    offload_device = comfy.model_management.unet_offload_device()
+    offload_device = unet_offload_device()
     patcher = make_patcher(model, device, offload_device, disable_dynamic)
     if cudnn_is_faster(device):
         patcher.model_options["transformer_options"]["optimized_attention_override"] = prefer_cudnn
-    if not comfy.model_management.is_device_cpu(offload_device):
+    if not is_device_cpu(offload_device):
         model.to(offload_device)
     model.load_model_weights(tensors, assign=True)  # memory-mapped, each in the file's own dtype
     model.use_prompt_cache = prompt_cache
@@ -159,7 +166,7 @@ def load_worldstereo(
     logging.info(_summary(checkpoint.name, model, config, compute, dtype, device))
     if assumed := assumptions(checkpoint.name, found.content, config):
         logging.info(assumed)
-    if not comfy.model_management.is_device_cpu(device):
+    if not is_device_cpu(device):
         logging.info(_memory(model, config, device))
     return patcher
 
@@ -170,7 +177,7 @@ def _memory(model, config: WorldStereoConfig, device) -> str:
     latent = (1, LATENT_CHANNELS, config.nframe, height // SPATIAL_DOWNSCALE, width // SPATIAL_DOWNSCALE)
     references = {"reference_latent": [(1, LATENT_CHANNELS, REFERENCES, *latent[3:])]} if config.has_memory else {}
     need = resident_bytes(model) + model.memory_required(latent, references)
-    free = comfy.model_management.get_free_memory(device)
+    free = get_free_memory(device)
     line = (
         f"At {width}×{height}"
         + (f" with {REFERENCES} references" if references else "")
@@ -205,7 +212,7 @@ def _multiplied(label: str, layers: list, device) -> str:
     why = first_few(sorted(set(upcast)))
     if len(upcast) == len(layers):
         return f"all {len(layers)} {label} layers upcast their weight for each product, because {why}"
-    name = comfy.model_management.get_torch_device_name(device)
+    name = get_torch_device_name(device)
     line = f"native {label} matmul on {len(layers) - len(upcast)} of {len(layers)} {label} layers ({name})"
     if label == "FP8":
         kernels, reason = backend(device)

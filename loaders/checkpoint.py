@@ -4,10 +4,10 @@ import json
 import os
 from pathlib import Path
 
-import comfy.utils
 import torch
 
 from .. import remap
+from ..core import load_torch_file
 from ..files.json import CONFIG_LIMIT
 from ..files.regular import open_regular
 from ..files.text import first_few, shown
@@ -222,7 +222,7 @@ class Checkpoint:
         Raises ValueError for a scale that is not a positive number.
         """
         try:
-            tensors = comfy.utils.load_torch_file(str(self.path))
+            tensors = load_torch_file(str(self.path))
         except Exception as e:  # of the safetensors library or core, neither of which names the file
             raise ValueError(
                 f"{self.name} cannot be read by ComfyUI ({type(e).__name__}: {shown(e)}). Download or make it again."

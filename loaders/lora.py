@@ -6,9 +6,7 @@ model's other names, so the function is wrapped; for every model but WorldStereo
 
 import functools
 
-import comfy.lora
-
-from .. import remap
+from .. import core, remap
 from ..worldstereo.comfy_model import WorldStereo
 from ..worldstereo.shapes import native_shapes
 
@@ -54,5 +52,5 @@ def _with_diffusers_names(model_lora_keys_unet):
 
 def register():
     """Adds the diffusers names to core's LoRA keys, once."""
-    if not hasattr(comfy.lora.model_lora_keys_unet, "worldstereo"):
-        comfy.lora.model_lora_keys_unet = _with_diffusers_names(comfy.lora.model_lora_keys_unet)
+    if not hasattr(core.lora.model_lora_keys_unet, "worldstereo"):
+        core.lora.model_lora_keys_unet = _with_diffusers_names(core.lora.model_lora_keys_unet)

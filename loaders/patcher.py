@@ -1,11 +1,19 @@
 """ComfyUI's ModelPatcher, told which weights can do without VRAM."""
 
-import comfy.model_patcher
-import comfy.utils
 import torch
-from comfy.patcher_extension import CallbacksMP, WrappersMP
-from comfy.quant_ops import QuantizedTensor
 
+from ..core import (
+    CallbacksMP,
+    CoreModelPatcher,
+    ModelPatcher,
+    ModelPatcherDynamic,
+    QuantizedTensor,
+    WrappersMP,
+    get_attr,
+    get_key_weight,
+    set_attr,
+    set_attr_param,
+)
 from ..worldstereo import object_patches
 from ..worldstereo.preview import show_keyframes
 from ..worldstereo.prompt_cache import LAYERS as CACHED_LAYERS
@@ -63,7 +71,7 @@ class HooksReplaceWeights:
 
     def _set_aside(self, key: str) -> bool:
         """Keeps the weight of `key`, if it is a Linear's, until the hooks are off. Returns whether it is."""
-        weight, set_function, _ = comfy.model_patcher.get_key_weight(self.model, key)
+        weight, set_function, _ = get_key_weight(self.model, key)
         if set_function is not None:
             self.hook_backup.setdefault(key, (weight, weight.device))
         return set_function is not None
@@ -73,13 +81,13 @@ class HooksReplaceWeights:
         super().patch_hook_weight_to_device(hooks, combined_patches, key, original_weights, memory_counter)
         cached = self.cached_hook_patches.get(hooks, {})
         if replaced and key in cached:
-            weight = comfy.utils.get_attr(self.model, key)
+            weight = get_attr(self.model, key)
             cached[key] = (weight.to(cached[key][0].device), weight.device)
 
     def patch_cached_hook_weights(self, cached_weights, key, memory_counter):
         if self._set_aside(key):
             weight, device = cached_weights[key]
-            comfy.utils.set_attr_param(self.model, key, weight.to(device))
+            set_attr_param(self.model, key, weight.to(device))
         else:
             super().patch_cached_hook_weights(cached_weights, key, memory_counter)
 
@@ -87,12 +95,12 @@ class HooksReplaceWeights:
         with self.use_ejected():
             for key, (weight, _) in list(self.hook_backup.items()):
                 if isinstance(weight, torch.nn.Parameter) and (not whitelist_keys_set or key in whitelist_keys_set):
-                    comfy.utils.set_attr(self.model, key, weight)
+                    set_attr(self.model, key, weight)
                     self.hook_backup.pop(key)
         super().unpatch_hooks(whitelist_keys_set)
 
 
-class WorldStereoPatcher(HooksReplaceWeights, QuantisedWeights, ConstantsLast, comfy.model_patcher.ModelPatcher):
+class WorldStereoPatcher(HooksReplaceWeights, QuantisedWeights, ConstantsLast, ModelPatcher):
     """Core's patcher that loads what an estimate says fits."""
 
     def load(self, device_to=None, lowvram_model_memory=0, force_patch_weights=False, full_load=False):
@@ -101,7 +109,7 @@ class WorldStereoPatcher(HooksReplaceWeights, QuantisedWeights, ConstantsLast, c
         super().load(device_to, min(lowvram_model_memory, enough), force_patch_weights, full_load)
 
 
-class WorldStereoPatcherDynamic(QuantisedWeights, ConstantsLast, comfy.model_patcher.ModelPatcherDynamic):
+class WorldStereoPatcherDynamic(QuantisedWeights, ConstantsLast, ModelPatcherDynamic):
     """Core's patcher with dynamic VRAM: weights come to the GPU as they are used, and are evicted for other needs."""
 
     def clone(self, disable_dynamic=False, **kwargs):
@@ -130,7 +138,7 @@ def resident_bytes(model, patched=()) -> int:
 
 def make_patcher(model, load_device, offload_device, disable_dynamic: bool):
     """A patcher of the kind ComfyUI runs with: dynamic VRAM where that is on, unless `disable_dynamic`."""
-    dynamic = issubclass(comfy.model_patcher.CoreModelPatcher, comfy.model_patcher.ModelPatcherDynamic)
+    dynamic = issubclass(CoreModelPatcher, ModelPatcherDynamic)
     patcher_class = WorldStereoPatcherDynamic if dynamic and not disable_dynamic else WorldStereoPatcher
     patcher = patcher_class(model, load_device=load_device, offload_device=offload_device)
     patcher.add_callback(CallbacksMP.ON_PRE_RUN, _start_run)

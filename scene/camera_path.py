@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from comfy.ldm.colormap import turbo
 from PIL import Image, ImageDraw, ImageFont
 
+from ..core import turbo
 from .cameras import Cameras, centres, quaternion_to_rotation, rigid_inverse
 from .depth import depth_of_moge, points_from_depth
 from .level import guess_pitch

@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 import torch.nn.functional as F
-from comfy.model_management import throw_exception_if_processing_interrupted
 from scipy.spatial import cKDTree
 
+from ..core import throw_exception_if_processing_interrupted
 from .cameras import Cameras
 from .depth import draw_in, on_edge, unproject
 from .pointcloud import PointCloud

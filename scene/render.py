@@ -10,8 +10,8 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from comfy.model_management import throw_exception_if_processing_interrupted
 
+from ..core import throw_exception_if_processing_interrupted
 from .cameras import Cameras
 from .depth import depth_of_moge, depth_of_picture, points_from_depth
 from .pictures import resize_pictures, same_shape

@@ -6,8 +6,8 @@ Nothing is optimised: it is what the views show, where their depth puts it. The 
 from dataclasses import dataclass
 
 import torch
-from comfy.model_management import throw_exception_if_processing_interrupted
 
+from ..core import throw_exception_if_processing_interrupted
 from .depth import points_kept, unproject
 from .fuse import thin_by_voxels
 from .pointcloud import splat_sizes

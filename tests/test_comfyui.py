@@ -15,7 +15,7 @@ from toy import cooked, forward, golden_inputs, golden_weights, relative_error, 
 from worldstereo_fp8 import loaders, remap
 from worldstereo_fp8.fp8.arithmetic import NATIVE_FP8
 from worldstereo_fp8.loaders import load_worldstereo
-from worldstereo_fp8.worldstereo import blocks, control
+from worldstereo_fp8.worldstereo import blocks, comfy_model, control
 from worldstereo_fp8.worldstereo import prompt_cache as prompt_cache_module
 
 CASE = "memory_dmd"
@@ -535,7 +535,7 @@ def test_saved_by_core_it_loads_again(files, tmp_path):
 
 def test_the_memory_estimate(files, monkeypatch):
     """What it counts, at the toy's sizes; what it should come to is measured on a GPU."""
-    monkeypatch.setattr(comfy.model_management, "pytorch_attention_flash_attention", lambda: True)
+    monkeypatch.setattr(comfy_model, "pytorch_attention_flash_attention", lambda: True)
     patcher = load(files["fp8"])
     required, shape = patcher.model.memory_required, (1, 16, 3, 6, 8)
     alone, references = required(shape), {"reference_latent": [(1, 16, 2, 6, 8)]}

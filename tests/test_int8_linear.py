@@ -195,7 +195,7 @@ def test_upcast_the_golden_model_is_its_dequantised_weights(tmp_path, group, eve
 def native_path(monkeypatch):
     """INT8 multiplied as on a GPU, by plain torch."""
     monkeypatch.setattr(int8_matmul, "device_refusal", lambda device: None)
-    monkeypatch.setattr(comfy.model_management, "supports_fp8_compute", lambda device: False)
+    monkeypatch.setattr(linear, "supports_fp8_compute", lambda device: False)
     linear.matmul_refusal.cache_clear()
     yield
     linear.matmul_refusal.cache_clear()

@@ -7,6 +7,7 @@ import comfy.model_management
 import pytest
 import torch
 from worldstereo_fp8.fp8 import activations
+from worldstereo_fp8.fp8 import linear as linear_module
 from worldstereo_fp8.fp8.activations import BACKENDS, QuantisedTokens, row_scales_refusal
 from worldstereo_fp8.fp8.activations import quantise as quantise_tokens
 from worldstereo_fp8.fp8.arithmetic import NATIVE_FP8, UPCAST
@@ -98,7 +99,7 @@ def test_native_is_refused_without_a_product_for_it(monkeypatch):
     cpu = torch.device("cpu")
     matmul_refusal.cache_clear()
     assert "no FP8 matmul with a scale a token" in row_scales_refusal(cpu)  # so it is with PyTorch's CPU
-    monkeypatch.setattr(comfy.model_management, "supports_fp8_compute", lambda device: True)
+    monkeypatch.setattr(linear_module, "supports_fp8_compute", lambda device: True)
     monkeypatch.setattr(activations, "forced", "eager")
     assert matmul_refusal("auto", FP8, cpu) == row_scales_refusal(cpu)
     assert matmul_refusal("bf16", FP8, cpu) == "compute is bf16"

@@ -180,7 +180,7 @@ def native(monkeypatch):
         assert x.values.dtype == FP8
         return torch.nn.functional.linear(x.dequantise(), dequantise(weight, scale, x.dtype), bias)
 
-    monkeypatch.setattr(comfy.model_management, "supports_fp8_compute", lambda device: True)
+    monkeypatch.setattr(linear, "supports_fp8_compute", lambda device: True)
     monkeypatch.setattr(linear, "row_scales_refusal", lambda device: None)
     monkeypatch.setattr(arithmetic, "scaled_linear", product)
     monkeypatch.setattr(int8_matmul, "device_refusal", lambda device: None)

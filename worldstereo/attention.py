@@ -3,8 +3,9 @@
 import threading
 
 import torch
-from comfy.ldm.modules.attention import attention_pytorch
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ..core import attention_pytorch
 
 MIN_CAPABILITY = (9, 0)
 PRIORITY = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]

@@ -7,18 +7,19 @@ width, D control width.
 import dataclasses
 import math
 
-import comfy.conds
-import comfy.model_base
-import comfy.model_management
-import comfy.ops
-import comfy.supported_models
 import torch
-from comfy.ldm.flux.layers import EmbedND
-from comfy.ldm.modules.attention import optimized_attention
-from comfy.ldm.wan.model import WanAttentionBlock, WanI2VCrossAttention, WanSelfAttention
-from comfy.model_management import cast_to
 from torch import nn
 
+from ..core import (
+    EmbedND,
+    WanAttentionBlock,
+    WanI2VCrossAttention,
+    WanSelfAttention,
+    cast_bias_weight,
+    cast_to,
+    optimized_attention,
+    uncast_bias_weight,
+)
 from ..fp8.activations import gated_add_, layer_norm_modulate, rms_rope
 from ..fp8.arithmetic import Tokens
 from .attention import wants_whole_tensors
@@ -57,9 +58,9 @@ def part_of(x: Tokens, span: slice) -> Tokens:
 
 def norm_weights(norm: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
     """A norm's weight and bias on x's device, copied: they outlive the next layer's turn in core's offload buffers."""
-    weight, bias, stream = comfy.ops.cast_bias_weight(norm, x, offloadable=True)
+    weight, bias, stream = cast_bias_weight(norm, x, offloadable=True)
     copies = weight.clone(), None if bias is None else bias.clone()
-    comfy.ops.uncast_bias_weight(norm, weight, bias, stream)
+    uncast_bias_weight(norm, weight, bias, stream)
     return copies
 
 

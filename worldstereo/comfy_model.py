@@ -4,15 +4,20 @@ import json
 import logging
 import weakref
 
-import comfy.conds
-import comfy.model_base
-import comfy.model_management
-import comfy.ops
-import comfy.supported_models
 import torch
-from comfy.model_base import convert_tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ..core import (
+    WAN21,
+    WAN21_I2V,
+    CONDRegular,
+    ModelType,
+    convert_tensor,
+    dtype_size,
+    get_torch_device,
+    pytorch_attention_flash_attention,
+    xformers_enabled,
+)
 from ..fp8.arithmetic import UPCAST
 from . import context_windows, object_patches
 from .blocks import CHUNK, UPCAST_QUERIES
@@ -28,7 +33,7 @@ OF_REFERENCES = ("reference_latent", "ref_index", "camera_qt_ref")
 CONDITIONS = (*OF_REFERENCES, "render_latent", "render_mask", "camera_embedding", "camera_qt")
 
 
-class OnDevice(comfy.conds.CONDRegular):
+class OnDevice(CONDRegular):
     """A condition that is moved to the GPU once a run, where core would copy it at every step, and that is not copied
     when it is alone in its batch."""
 
@@ -48,7 +53,7 @@ class OfReferences(OnDevice):
         return type(self)(cond, self.chosen_for)
 
 
-class WorldStereo(comfy.model_base.WAN21):
+class WorldStereo(WAN21):
     """The model with its sampling: what ComfyUI's samplers see.
 
     Beyond core's I2V conditioning it reads from the conditioning, each with a batch axis of 1: `render_latent`
@@ -57,9 +62,7 @@ class WorldStereo(comfy.model_base.WAN21):
     """
 
     def __init__(self, model_config, device=None):
-        super(comfy.model_base.WAN21, self).__init__(
-            model_config, comfy.model_base.ModelType.FLOW, device=device, unet_model=WorldStereoModel
-        )
+        super(WAN21, self).__init__(model_config, ModelType.FLOW, device=device, unet_model=WorldStereoModel)
         self.image_to_video = True
         self.use_prompt_cache = True  # see prompt_cache.py
         self._moved = WeakTensorKeyDictionary()
@@ -156,12 +159,10 @@ class WorldStereo(comfy.model_base.WAN21):
         ones too; half as much where they are quantised), a span's queries and result, an upcast weight. What was measured stands in the
         README.
         """
-        if not (
-            comfy.model_management.xformers_enabled() or comfy.model_management.pytorch_attention_flash_attention()
-        ):
+        if not (xformers_enabled() or pytorch_attention_flash_attention()):
             return super().memory_required(input_shape, cond_shapes)
         config, (batch, _, frames, height, width) = self.diffusion_model.config, input_shape
-        size = comfy.model_management.dtype_size(self.get_dtype_inference())
+        size = dtype_size(self.get_dtype_inference())
         references = max((shape[2] for shape in cond_shapes.get("reference_latent", [])), default=0)
         per_frame = (height // PATCH[1]) * (width // PATCH[2])
         tokens, targets = (frames + references) * per_frame, frames * per_frame
@@ -169,7 +170,7 @@ class WorldStereo(comfy.model_base.WAN21):
         pixels = MASK_CAM_CHANNELS * frames * config.mask_downsample * SPATIAL_DOWNSCALE**2 * height * width * size
         prompt = 2 * config.num_layers * (TEXT_TOKENS + IMAGE_TOKENS) * config.dim * size
         layer = self.diffusion_model.blocks[0].self_attn.q
-        native = layer.arithmetic(comfy.model_management.get_torch_device()) is not UPCAST
+        native = layer.arithmetic(get_torch_device()) is not UPCAST
         normed, queries, weight = (0.5, CHUNK, 0) if native else (1, UPCAST_QUERIES, config.dim**2)
         one = tokens * ((2 + normed) * config.dim * size + rope) + (2 * queries * config.dim + weight) * size
         each = tokens * config.dim * size + targets * config.control_dim * size + pixels + prompt
@@ -193,7 +194,7 @@ def config_of(patcher) -> WorldStereoConfig:
     return patcher.model.diffusion_model.config
 
 
-class WorldStereoModelConfig(comfy.supported_models.WAN21_I2V):
+class WorldStereoModelConfig(WAN21_I2V):
     """ComfyUI's model configuration: which class, which noise schedule, how much memory."""
 
     latent_format = KeyframeLatents

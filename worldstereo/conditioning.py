@@ -3,13 +3,9 @@ sizes, thinning, condition latent, camera embedding, references."""
 
 from dataclasses import dataclass
 
-import comfy.utils
 import torch
-from comfy.latent_formats import HunyuanVideo
-from comfy.ldm.wan.vae import WanVAE
-from comfy.model_management import throw_exception_if_processing_interrupted
-from comfy.taesd.taehv import TAEHV
 
+from ..core import TAEHV, HunyuanVideo, ProgressBar, WanVAE, throw_exception_if_processing_interrupted
 from ..files.text import shown
 from ..scene.cameras import Cameras, normalise, plucker, quaternions_and_translations, thin
 from ..scene.pictures import resize_pictures, stretches
@@ -81,10 +77,10 @@ def check_vae(vae):
         )
 
 
-def encode_keyframes(vae, pictures: torch.Tensor, progress: comfy.utils.ProgressBar | None = None) -> torch.Tensor:
+def encode_keyframes(vae, pictures: torch.Tensor, progress: ProgressBar | None = None) -> torch.Tensor:
     """[N,H,W,3] in 0..1, each alone through the Wan VAE, to [1,16,N,h,w]. Raises ValueError for another VAE."""
     check_vae(vae)
-    progress = progress or comfy.utils.ProgressBar(len(pictures))
+    progress = progress or ProgressBar(len(pictures))
     latents = []
     for picture in pictures.split(1):
         throw_exception_if_processing_interrupted()
@@ -105,7 +101,7 @@ def decode_keyframes(vae, latent: torch.Tensor) -> torch.Tensor:
             "height, width), as the sampler returns them for the latent of WorldStereo Conditioning."
         )
     frames = latent.movedim(2, 1).flatten(0, 1).unsqueeze(2)
-    progress = comfy.utils.ProgressBar(len(frames))
+    progress = ProgressBar(len(frames))
     pictures = []
     for frame in frames.split(1):
         throw_exception_if_processing_interrupted()
@@ -261,7 +257,7 @@ def condition(
     first = (
         TEMPORAL_DOWNSCALE * (frames - 1) + 1 if config.latent_cond_mode == "full_vae" else min(frames, 2)
     )  # pictures
-    progress = comfy.utils.ProgressBar(first + frames + (0 if reference_images is None else len(reference_images)))
+    progress = ProgressBar(first + frames + (0 if reference_images is None else len(reference_images)))
     values["concat_latent_image"] = _condition_latent(config, vae, image, frames)
     progress.update(first)
     values["render_latent"] = encode_keyframes(vae, render, progress)

@@ -6,9 +6,9 @@ Source: WorldStereo (CVPR 2026) on Wan2.1-I2V-14B. Wan's own modules are ComfyUI
 import functools
 
 import torch
-from comfy.ldm.wan.model import MLPProj, WanModel, sinusoidal_embedding_1d
 from torch import nn
 
+from ..core import MLPProj, WanModel, sinusoidal_embedding_1d
 from .attention import wants_whole_tensors
 from .blocks import Block, to_tokens
 from .config import (

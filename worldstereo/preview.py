@@ -7,11 +7,9 @@ are off, as they are by default, `show_keyframes` sends the same picture itself.
 
 import math
 
-import comfy.latent_formats
-import comfy.utils
-import latent_preview
 import torch
-from comfy.cli_args import LatentPreviewMethod, args
+
+from ..core import Latent2RGBPreviewer, LatentPreviewMethod, ProgressBar, Wan21, args
 
 
 def tiled(x0: torch.Tensor) -> torch.Tensor:
@@ -26,7 +24,7 @@ def tiled(x0: torch.Tensor) -> torch.Tensor:
     return sheet.reshape(batch, channels, 1, rows * height, columns * width)
 
 
-class KeyframeLatents(comfy.latent_formats.Wan21):
+class KeyframeLatents(Wan21):
     """Wan 2.1's latents, previewed as a sheet of all frames."""
 
     latent_rgb_factors_reshape = staticmethod(tiled)
@@ -41,10 +39,10 @@ def show_keyframes(executor, noise, latent_image, sampler, sigmas, denoise_mask=
     if args.preview_method != LatentPreviewMethod.NoPreviews:
         return executor(noise, latent_image, sampler, sigmas, denoise_mask, callback, *rest, **named)
     latents = KeyframeLatents
-    previewer = latent_preview.Latent2RGBPreviewer(
+    previewer = Latent2RGBPreviewer(
         latents.latent_rgb_factors, latents.latent_rgb_factors_bias, latents.latent_rgb_factors_reshape
     )
-    bar = comfy.utils.ProgressBar(len(sigmas) - 1)
+    bar = ProgressBar(len(sigmas) - 1)
 
     def show(step, x0, x, total_steps):
         if callback is not None:

@@ -1,0 +1,98 @@
+"""The one door to ComfyUI's internals: every name outside its documented node API that this pack uses, and what for.
+
+ComfyUI moves; its node API (`comfy_api.latest`, `folder_paths`, `node_helpers`) is kept
+stable, these names are not. `from ..core import X` finds X where the table says, each time it is asked for: some are
+set while ComfyUI starts. A name that is gone is a MissingFromCore, which says who needs it; `nodes` then leaves out
+only the nodes that do. tests/test_core_contract.py holds the signatures and layouts we rely on.
+"""
+
+import importlib
+
+NAMES = {
+    # Devices and memory
+    "cast_to": ("comfy.model_management", "modulation parameters on the computing device"),
+    "dtype_size": ("comfy.model_management", "the VRAM estimate"),
+    "get_free_memory": ("comfy.model_management", "the loader's memory line"),
+    "get_torch_device": ("comfy.model_management", "where models, renders and cooks compute"),
+    "get_torch_device_name": ("comfy.model_management", "the card's name in messages"),
+    "is_device_cpu": ("comfy.model_management", "whether weights are offloaded at all"),
+    "pytorch_attention_flash_attention": ("comfy.model_management", "the VRAM estimate"),
+    "supports_fp8_compute": ("comfy.model_management", "whether the card multiplies in FP8"),
+    "throw_exception_if_processing_interrupted": ("comfy.model_management", "interrupting long work"),
+    "unet_manual_cast": ("comfy.model_management", "the activations' dtype"),
+    "unet_offload_device": ("comfy.model_management", "where weights wait"),
+    "xformers_enabled": ("comfy.model_management", "the VRAM estimate"),
+    # Linear layers
+    "QuantizedTensor": ("comfy.quant_ops", "quantised weights that core offloads, patches and saves"),
+    "cast_bias_weight": ("comfy.ops", "fetching a weight: streamed, patched, dequantised"),
+    "mixed_precision_ops": ("comfy.ops", "the Linear that ours extends"),
+    "run_every_op": ("comfy.ops", "core's check for an interrupt in every layer"),
+    "uncast_bias_weight": ("comfy.ops", "giving a fetched weight back"),
+    # The network
+    "EmbedND": ("comfy.ldm.flux.layers", "rotary embeddings"),
+    "MLPProj": ("comfy.ldm.wan.model", "the picture's embedding"),
+    "WanAttentionBlock": ("comfy.ldm.wan.model", "the backbone's block"),
+    "WanI2VCrossAttention": ("comfy.ldm.wan.model", "cross-attention over text and picture"),
+    "WanModel": ("comfy.ldm.wan.model", "the backbone"),
+    "WanSelfAttention": ("comfy.ldm.wan.model", "self-attention"),
+    "attention_pytorch": ("comfy.ldm.modules.attention", "telling whether another attention was chosen"),
+    "optimized_attention": ("comfy.ldm.modules.attention", "attention as the user chose it"),
+    "sinusoidal_embedding_1d": ("comfy.ldm.wan.model", "the timestep's embedding"),
+    # The model as samplers see it
+    "CONDRegular": ("comfy.conds", "conditions that stay on the GPU"),
+    "CallbacksMP": ("comfy.patcher_extension", "starting and ending a run of the prompt cache"),
+    "WrappersMP": ("comfy.patcher_extension", "showing the keyframes while they are sampled"),
+    "CoreModelPatcher": ("comfy.model_patcher", "whether ComfyUI runs with dynamic VRAM"),
+    "ModelPatcher": ("comfy.model_patcher", "the patcher without dynamic VRAM: `_load_list`, `load`, `clone`"),
+    "ModelPatcherDynamic": ("comfy.model_patcher", "the patcher with dynamic VRAM"),
+    "ModelType": ("comfy.model_base", "flow sampling"),
+    "WAN21": ("comfy.model_base", "Wan's conditions"),
+    "WAN21_I2V": ("comfy.supported_models", "Wan's model configuration"),
+    "get_attr": ("comfy.utils", "a weight by its name, while a LoRA is merged or a hook changes it"),
+    "get_key_weight": ("comfy.model_patcher", "the same, with what it takes to set it"),
+    "set_attr": ("comfy.utils", "a weight put back after hooks"),
+    "set_attr_param": ("comfy.utils", "a weight set for hooks"),
+    "convert_tensor": ("comfy.model_base", "conditions in the inference dtype"),
+    # Files
+    "load_torch_file": ("comfy.utils", "mapping a safetensors file into memory"),
+    "lora": ("comfy", "LoRA names: `model_lora_keys_unet` is wrapped, for it has no hook for diffusers' names"),
+    # The VAE
+    "HunyuanVideo": ("comfy.latent_formats", "telling a wrong tiny VAE"),
+    "TAEHV": ("comfy.taesd.taehv", "accepting tiny VAEs of Wan"),
+    "WanVAE": ("comfy.ldm.wan.vae", "refusing other VAEs"),
+    # The page
+    "PromptServer": ("server", "texts on the running node: `send_progress_text`"),
+    "GraphBuilder": ("comfy_execution.graph_utils", "Explore Scene, which becomes ordinary nodes"),
+    "Latent2RGBPreviewer": ("latent_preview", "the preview of all keyframes"),
+    "LatentPreviewMethod": ("comfy.cli_args", "whether core shows a preview of its own"),
+    "ProgressBar": ("comfy.utils", "progress of long work"),
+    "Wan21": ("comfy.latent_formats", "Wan's latents, whose preview ours lays out"),
+    "args": ("comfy.cli_args", "whether core shows a preview of its own"),
+    "turbo": ("comfy.ldm.colormap", "the colours of a drawn path"),
+}
+
+
+class MissingFromCore(ImportError):
+    """A name that this ComfyUI does not have."""
+
+
+def __getattr__(name: str):
+    if name not in NAMES:
+        raise AttributeError(f"core declares no {name}: add it to NAMES, with the reason.")
+    module, reason = NAMES[name]
+    try:
+        found = importlib.import_module(module)
+        return getattr(found, name) if hasattr(found, name) else importlib.import_module(f"{module}.{name}")
+    except ImportError as e:
+        raise MissingFromCore(
+            f"This ComfyUI{_version()} has no {module}.{name}, which WorldStereo FP8 needs for: {reason}. Update the "
+            f"pack, or use a ComfyUI it was tested with (README)."
+        ) from e
+
+
+def _version() -> str:
+    try:
+        from comfyui_version import __version__
+    except ImportError:
+        return ""
+    return f" ({__version__})"
