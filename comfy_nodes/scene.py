@@ -368,6 +368,12 @@ class WorldStereoExploreScene(io.ComfyNode):
                     tooltip="Every path's keyframes are saved as a video under this name in ComfyUI's output folder. "
                     "Empty: not saved, only shown.",
                 ),
+                io.String.Input(
+                    "scene_prefix",
+                    default="",
+                    tooltip="The whole scene is saved after every path, each time in a new folder of this name in "
+                    "ComfyUI's output folder. Empty: not saved; connect Save Scene for the last one.",
+                ),
             ],
             outputs=[
                 Scene.Output(display_name="scene"),
@@ -405,6 +411,7 @@ class WorldStereoExploreScene(io.ComfyNode):
         references,
         cfg,
         video_prefix,
+        scene_prefix,
         clip_vision=None,
         moge_model=None,
     ):
@@ -505,6 +512,8 @@ class WorldStereoExploreScene(io.ComfyNode):
             node("SaveVideo", "save", video=video, filename_prefix=prefix, format="auto", codec="auto")
         else:
             node("WorldStereoPreviewClip", "show", images=images, render_video=look(0), fps=16.0)
+        if scene_prefix.strip():
+            node("WorldStereoSaveScene", "keep", scene=added(0), filename_prefix=scene_prefix.strip())
         return added(0), images, added(1)
 
 
