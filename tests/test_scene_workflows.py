@@ -1,0 +1,102 @@
+"""The scene's example workflows: in ComfyUI's web page, and from there, with toy models, on the server."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import comfy.cli_args
+import numpy as np
+import pytest
+from PIL import Image
+from test_workflow import PLACEHOLDERS
+from web_page import open_workflow, page_of
+from worldstereo_fp8.demo import job, scene, server
+from worldstereo_fp8.scene.folder import read_scene
+
+COMFYUI = Path(comfy.cli_args.__file__).parents[1]
+EXAMPLES = Path(__file__).parents[1] / "example_workflows"
+STAND_INS = job.STAND_INS | {"LoadMoGeModel": "WorldStereoDemoMoGeModel"}
+TOYS = {"LoadWorldStereoFP8": ("model_name", job.MODEL), "VAELoader": ("vae_name", job.VAE)}
+SAVED = "worldstereo/scene_00001_"  # what continue_scene.json opens
+
+
+@pytest.fixture(scope="module")
+def comfyui(tmp_path_factory):
+    base = tmp_path_factory.mktemp("comfyui")
+    job.prepare(base)
+    for name in (*PLACEHOLDERS, "geometry_estimation/moge_2_vitl_normal_fp16.safetensors"):
+        (base / "models" / name).parent.mkdir(exist_ok=True)
+        (base / "models" / name).touch()
+    settings = base / "user" / "default" / "comfy.settings.json"
+    settings.parent.mkdir(parents=True)
+    settings.write_text(json.dumps({"Comfy.TutorialCompleted": True, "Comfy.Minimap.Visible": False}))
+    shutil.copyfile(COMFYUI / "input" / "example.png", base / "input" / "example.png")
+    y, x = np.mgrid[:256, :512]
+    colours = np.stack([x // 2, y, 255 - x // 2], -1) // 2 + ((x // 16 + y // 16) % 2)[..., None] * 100
+    Image.fromarray(colours.astype(np.uint8)).save(base / "input" / "panorama.png")
+    with server.Server(COMFYUI, base) as running:
+        yield running
+
+
+def opened(comfyui, name):
+    """The API form of an example workflow as the page makes it; it must open without an error and a red node."""
+    errors = []
+    with page_of(comfyui, errors) as page:
+        workflow = json.loads((EXAMPLES / f"{name}.json").read_text("utf-8"))
+        faulty, prompt = open_workflow(page, workflow)
+        if folder := os.environ.get("SCREENSHOTS"):
+            page.screenshot(path=Path(folder) / f"{name}.png")
+    assert errors == [] and faulty == []
+    return prompt
+
+
+def run_small(comfyui, prompt, event=lambda message: None, **explore):
+    """Runs a workflow with the toy model, stand-ins for the encoders and MoGe, and few keyframes."""
+    for number, node in prompt.items():
+        kind, inputs = node["class_type"], node["inputs"]
+        if kind in STAND_INS:
+            prompt[number] = {"class_type": STAND_INS[kind], "inputs": {}}
+        elif kind in TOYS:
+            inputs[TOYS[kind][0]] = TOYS[kind][1]
+        elif kind == "MoGePanoramaInference":
+            prompt[number] = {"class_type": "WorldStereoDemoPanoramaGeometry", "inputs": {"image": inputs["image"]}}
+        elif kind == "WorldStereoExploreScene":
+            inputs |= {"keyframes": 5} | explore
+        elif kind == "WorldStereoCameraPath":
+            inputs["keyframes"] = 5
+    return comfyui.run(prompt, event=event)
+
+
+def videos(comfyui):
+    return sorted((comfyui.base / "output" / "video").glob("scene_*"))
+
+
+def test_explore_a_picture_and_go_on_from_the_saved_scene(comfyui):
+    prompt, events = opened(comfyui, "explore_picture"), []
+    run_small(comfyui, prompt, events.append)
+    found, _ = read_scene(comfyui.base / "output" / SAVED)
+    assert [path.name for path in found.paths] == ["left", "right"]
+    assert found.names == ("start", *(f"{name}/{frame:04}" for name in ("left", "right") for frame in range(1, 5)))
+    assert [video.name.split("_")[1] for video in videos(comfyui)] == ["left", "right"]
+    assert all(len(scene.read_video(video)) == 5 for video in videos(comfyui))
+    shown = {prompt[event["data"]["display_node"]]["class_type"] for event in events if event["type"] == "executed"}
+    assert {"PreviewPointCloud", "PreviewGaussianSplat", "WorldStereoExploreScene"} <= shown
+
+    run_small(comfyui, opened(comfyui, "continue_scene"))
+    more, _ = read_scene(comfyui.base / "output" / "worldstereo" / "scene_00002_")
+    assert [path.name for path in more.paths] == ["left", "right", "path_1"]
+    assert more.names[: len(found)] == found.names
+    last = found.cameras.w2c[found.paths[-1].views[-1]]
+    assert (more.paths[-1].cameras.w2c[0] - last).abs().max() < 1e-6  # it starts where the last path ended
+
+
+def test_explore_a_panorama(comfyui):
+    before = set(videos(comfyui))
+    prompt = opened(comfyui, "explore_panorama")
+    run_small(comfyui, prompt, stop_after=2)
+    new = sorted(set(videos(comfyui)) - before)
+    assert [video.name.rsplit("_", 2)[0] for video in new] == ["scene_right_0", "scene_rise_0"]
+    folder = max((comfyui.base / "output" / "worldstereo").glob("scene_*"))
+    found, _ = read_scene(folder)
+    assert len(found) == 27 + 2 * 4 and [path.name for path in found.paths] == ["rise_0", "right_0"]
