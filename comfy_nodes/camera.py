@@ -27,6 +27,7 @@ from ..worldstereo.comfy_model import config_of
 from ..worldstereo.conditioning import keyframe_size
 from .common import CATEGORY, Cameras, MoGeGeometry, Points, color_of, show_on_node
 from .files import camera_file, camera_files
+from .limits import checked
 
 
 class WorldStereoLoadCamera(io.ComfyNode):
@@ -58,6 +59,7 @@ class WorldStereoLoadCamera(io.ComfyNode):
         return [path.stat().st_mtime_ns for path in files_of(camera_file(camera))]
 
     @classmethod
+    @checked
     def execute(cls, camera) -> io.NodeOutput:
         cameras, kind = read_cameras(camera_file(camera))
         show_on_node(cls, f"{len(cameras)} cameras of a {cameras.width}x{cameras.height} picture\n{kind}")
@@ -191,6 +193,7 @@ class WorldStereoCameraPath(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(
         cls,
         image,
@@ -323,6 +326,7 @@ class WorldStereoRender(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(
         cls,
         image,
@@ -411,6 +415,7 @@ class WorldStereoPanorama(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(cls, moge_geometry, yaw, pitch, fov, width, height) -> io.NodeOutput:
         camera = pinhole(width, height, focal_length(LENSES[1], fov, width), yaw, pitch)
         cloud = points_of_panorama(moge_geometry)

@@ -17,6 +17,7 @@ from ..fp8.recipe import CONVS, RECIPES
 from ..worldstereo.config import CONFIG_FILE, config_to_embed
 from .common import CATEGORY, show_on_node
 from .files import cook_sources, file_name
+from .limits import checked
 
 CONVS_OF_RECIPE = "as the recipe"
 
@@ -82,6 +83,7 @@ class CookFP8(io.ComfyNode):
         return [*open_files(path).states, state_if_there(path.with_name(CONFIG_FILE)), _lost[made]]
 
     @classmethod
+    @checked
     def execute(cls, source, result, recipe, convs, overwrite) -> io.NodeOutput:
         path = Path(folder_paths.get_full_path_or_raise("diffusion_models", source))
         bar = ProgressBar(100)

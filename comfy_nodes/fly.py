@@ -7,6 +7,7 @@ from ..scene.fly_path import DEFAULT_PATH, plan_flight
 from ..scene.pictures import within
 from .common import CATEGORY, Cameras, MoGeGeometry, Points
 from .files import keep_in_temp
+from .limits import checked
 
 VIEWER_FOLDER = "worldstereo_fly_path"  # in ComfyUI's temp folder
 
@@ -90,6 +91,7 @@ class WorldStereoFlyPath(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(cls, image, path, lens, lens_value, scene_depth, start_pitch, scene=None, start=None) -> io.NodeOutput:
         height, width = within(*image.shape[1:3])
         cameras, picture, shown = plan_flight(

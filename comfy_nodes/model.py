@@ -15,6 +15,7 @@ from ..worldstereo.config import CONFIG_FILE
 from ..worldstereo.schedule import dmd_sigmas
 from .common import CATEGORY, Cameras, SceneReferences, show_on_node
 from .files import diffusion_models
+from .limits import checked
 
 NO_BASE = "none"
 
@@ -80,6 +81,7 @@ class LoadWorldStereoFP8(io.ComfyNode):
         return [state_if_there(file) for file in (path, Path(path).with_name(CONFIG_FILE), base) if file is not None]
 
     @classmethod
+    @checked
     def execute(cls, model_name, compute, base_model=NO_BASE, prompt_cache=True) -> io.NodeOutput:
         path, base = _paths(model_name, base_model)
         model = load_worldstereo(path, compute, base=base, prompt_cache=prompt_cache)
@@ -160,6 +162,7 @@ class WorldStereoConditioning(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(
         cls,
         model,
@@ -206,6 +209,7 @@ class WorldStereoKeyframeDecode(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(cls, samples, vae) -> io.NodeOutput:
         return io.NodeOutput(decode_keyframes(vae, samples["samples"]))
 
@@ -232,6 +236,7 @@ class WorldStereoKeyframeEncode(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(cls, pixels, vae) -> io.NodeOutput:
         return io.NodeOutput({"samples": encode_keyframes(vae, pixels[..., :3])})
 
@@ -251,6 +256,7 @@ class WorldStereoDMDSigmas(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(cls, model) -> io.NodeOutput:
         return io.NodeOutput(dmd_sigmas(config_of(model)))
 

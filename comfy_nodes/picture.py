@@ -8,6 +8,7 @@ from ..worldstereo.conditioning import keyframe_size
 from ..worldstereo.config import WorldStereoConfig
 from ..worldstereo.prompt import encode_caption
 from .common import CATEGORY, color_of, show_on_node
+from .limits import checked
 
 
 class WorldStereoPicture(io.ComfyNode):
@@ -63,6 +64,7 @@ class WorldStereoPicture(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(cls, image, fit, position, background, model=None, transparency=None) -> io.NodeOutput:
         height, width = keyframe_size(config_of(model) if model else WorldStereoConfig(), *image.shape[1:3])
         image, transparent = lay_on(image, transparency, color_of(background))
@@ -95,6 +97,7 @@ class WorldStereoPrompt(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(cls, clip, text) -> io.NodeOutput:
         conditioning, count, remarks = encode_caption(clip, text)
         show_on_node(cls, f"{min(count, TEXT_TOKENS)} of {TEXT_TOKENS} tokens", remarks)

@@ -5,6 +5,7 @@ from comfy_api.latest import io, ui
 
 from ..scene import sample
 from .common import CATEGORY, Cameras, MoGeGeometry, Points
+from .limits import checked
 
 PANORAMA_HEIGHT = 960
 
@@ -39,6 +40,7 @@ class WorldStereoSampleScene(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(cls) -> io.NodeOutput:
         image, geometry, depth, points, cameras = sample.sample()
         return io.NodeOutput(image, geometry, depth, points, cameras, ui=ui.PreviewImage(image, cls=cls))
@@ -63,6 +65,7 @@ class WorldStereoSamplePanorama(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(cls) -> io.NodeOutput:
         picture, distance = sample.panorama(PANORAMA_HEIGHT)
         geometry = {
@@ -91,6 +94,7 @@ class WorldStereoPictureOrSample(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(cls, image=None, moge_geometry=None) -> io.NodeOutput:
         image, geometry = sample.picture_or_sample(image, moge_geometry)
         return io.NodeOutput(image, geometry, ui=ui.PreviewImage(image, cls=cls))

@@ -11,6 +11,7 @@ from ..scene.cameras import write_camera_json
 from ..scene.pointcloud import ply_bytes, write_world_mirror
 from .common import CATEGORY, Cameras, Points, show_on_node
 from .files import save_output
+from .limits import checked
 
 PLY_AXES = ("y up (3-D viewers)", "OpenCV (y down, z forward)")
 
@@ -38,6 +39,7 @@ class WorldStereoSaveCamera(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(cls, cameras, filename_prefix) -> io.NodeOutput:
         path, _ = save_output(filename_prefix, ".json", lambda path: write_camera_json(path, cameras))
         show_on_node(cls, os.path.relpath(path, folder_paths.get_output_directory()))
@@ -74,6 +76,7 @@ class WorldStereoSavePointCloud(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(cls, points, filename_prefix, axes) -> io.NodeOutput:
         content = ply_bytes(points, y_up=axes == PLY_AXES[0])
         path, subfolder = save_output(filename_prefix, ".ply", lambda path: write_file(path, content))
@@ -110,6 +113,7 @@ class WorldStereoSaveFrames(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(cls, images, cameras, filename_prefix) -> io.NodeOutput:
         progress = ProgressBar(len(images))
         cameras = cameras.thinned(len(images))

@@ -16,6 +16,7 @@ from ..worldstereo.comfy_model import config_of
 from ..worldstereo.conditioning import References, keyframe_size
 from ..worldstereo.config import WorldStereoConfig
 from .common import CATEGORY, Cameras, MoGeGeometry, MoGeModel, Points, Scene, SceneReferences, show_on_node
+from .limits import checked
 
 
 class WorldStereoStartScene(io.ComfyNode):
@@ -97,6 +98,7 @@ class WorldStereoStartScene(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(cls, image, depth, depth_picture, near, far, width, height, camera=None, model=None) -> io.NodeOutput:
         panorama = is_panorama(depth)
         if not width or not height:
@@ -169,6 +171,7 @@ class WorldStereoScenePath(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(cls, scene, image, cameras, references, ask_for, ask_path, radius, clip_vision=None) -> io.NodeOutput:
         embed = None if clip_vision is None else lambda pictures: clip_vision.encode_image(pictures).image_embeds
         outlook = look_along(
@@ -237,6 +240,7 @@ class WorldStereoAddToScene(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(cls, scene, images, cameras, name, remember, max_points, depth=None) -> io.NodeOutput:
         grown, report = remember_clip(
             scene,
@@ -281,6 +285,7 @@ class WorldStereoContinue(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(cls, scene, view) -> io.NodeOutput:
         number = go_on(scene, view.strip())
         picture = scene.picture(number)
@@ -385,6 +390,7 @@ class WorldStereoExploreScene(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(cls, paths, own_list, stop_after, noise_seed, **inputs) -> io.NodeOutput:
         walks = read_walks(own_list if paths == OWN_LIST else LISTS[paths])
         walks = walks[: stop_after or len(walks)]

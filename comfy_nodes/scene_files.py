@@ -13,6 +13,7 @@ from ..scene.scene import MAX_POINTS
 from ..scene.splat import OPACITY, gaussians_of_scene
 from .common import CATEGORY, Scene, show_on_node
 from .files import save_output, scene_folder, scene_folders
+from .limits import checked
 
 SH_DEGREE_0 = 0.5 / math.sqrt(math.pi)  # the constant spherical harmonic
 
@@ -41,6 +42,7 @@ class WorldStereoSaveScene(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(cls, scene, filename_prefix) -> io.NodeOutput:
         progress = ProgressBar(len(scene))
         path, _ = save_output(filename_prefix, "", lambda path: write_scene(path, scene, progress.update))
@@ -76,6 +78,7 @@ class WorldStereoLoadScene(io.ComfyNode):
         return stamp(scene_folder(folder))
 
     @classmethod
+    @checked
     def execute(cls, folder) -> io.NodeOutput:
         scene, kind = read_scene(scene_folder(folder))
         deep = sum(depth is not None for depth in scene.depths)
@@ -111,6 +114,7 @@ class WorldStereoSceneToSplat(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(cls, scene, gaussians) -> io.NodeOutput:
         made = gaussians_of_scene(scene, gaussians)
         count = len(made.points)

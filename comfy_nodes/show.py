@@ -13,6 +13,7 @@ from comfy_api.latest import InputImpl, Types, io, ui
 from ..scene.pictures import contact_sheet, side_by_side
 from ..scene.pointcloud import ply_bytes, splat_sizes
 from .common import CATEGORY, Points
+from .limits import checked
 
 FPS = 16.0
 SH_DEGREE_0 = 0.5 / math.sqrt(math.pi)  # the constant spherical harmonic
@@ -45,6 +46,7 @@ class WorldStereoPreviewClip(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(cls, images, render_video=None, fps=FPS) -> io.NodeOutput:
         frames = images if render_video is None else side_by_side(images, render_video)
         even = frames[:, : frames.shape[1] // 2 * 2, : frames.shape[2] // 2 * 2]  # as H.264 wants them
@@ -74,6 +76,7 @@ class WorldStereoPointsTo3D(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(cls, points) -> io.NodeOutput:
         ply = Types.File3D(BytesIO(ply_bytes(points, y_up=True)), "ply")
         size = splat_sizes(points)[:, None].expand(-1, 3)

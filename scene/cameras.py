@@ -11,6 +11,7 @@ import torch
 from ..files.atomic import new_file
 
 RIGID_TOLERANCE = 1e-3
+MAX_CAMERAS = 10_000  # of a path or a file
 CAMERA_0_DISTANCE = 2.0  # of camera 0 from the centre of the path, after normalisation
 OUTLIER_FACTOR = 10.0  # times OUTLIER_QUANTILE of the distances to the median centre
 OUTLIER_QUANTILE = 0.97
