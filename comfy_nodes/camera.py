@@ -22,7 +22,7 @@ from ..scene.camera_path import (
 from ..scene.depth import DEPTH_PICTURES
 from ..scene.panorama import points_of_panorama, too_coarse, view_of_panorama
 from ..scene.pictures import stretches, within
-from ..scene.render import POINTS_PER_PIXEL, RADIUS, render_start, summary
+from ..scene.render import POINTS_PER_PIXEL, RADIUS, check_size, render_start, summary
 from ..worldstereo.comfy_model import config_of
 from ..worldstereo.conditioning import keyframe_size
 from .common import CATEGORY, Cameras, MoGeGeometry, Points, color_of, show_on_node
@@ -417,6 +417,7 @@ class WorldStereoPanorama(io.ComfyNode):
     @classmethod
     @checked
     def execute(cls, moge_geometry, yaw, pitch, fov, width, height) -> io.NodeOutput:
+        check_size(1, height, width)
         camera = pinhole(width, height, focal_length(LENSES[1], fov, width), yaw, pitch)
         cloud = points_of_panorama(moge_geometry)
         if warning := too_coarse(moge_geometry["image"].shape[2], camera):

@@ -84,7 +84,9 @@ def _text(declared, value):
     if len(value) > MAX_TEXT:
         raise ValueError(f"{declared.id} has {len(value)} characters; more than {MAX_TEXT} are not read.")
     if any("\ud800" <= letter <= "\udfff" for letter in value):
-        raise ValueError(f"{declared.id} is {shown(value)}: it holds half a character (a lone surrogate). Type it anew.")
+        raise ValueError(
+            f"{declared.id} is {shown(value)}: it holds half a character (a lone surrogate). Type it anew."
+        )
     return value
 
 
@@ -138,7 +140,9 @@ def _pictures(declared, pictures):
     _check_size(name, *pictures.shape[:3])
     low, high = _check_values(name, pictures)
     if low < -OUTSIDE or high > 1 + OUTSIDE:
-        logging.warning("WorldStereo: pixels of %s run from %.3g to %.3g; what is outside 0..1 is cut off.", name, low, high)
+        logging.warning(
+            "WorldStereo: pixels of %s run from %.3g to %.3g; what is outside 0..1 is cut off.", name, low, high
+        )
     return pictures.expand(-1, -1, -1, 3) if pictures.shape[3] == 1 else pictures
 
 
@@ -173,13 +177,15 @@ def _geometry(declared, geometry):
     _check_size(f"{declared.id}'s depth", *depth.shape)
     count, height, width = depth.shape
     shapes = {"mask": depth.shape, "intrinsics": (count, 3, 3)}
-    shapes |= {key: (count, height, width, 3) for key in ("image", "normal", "points")}
+    shapes |= dict.fromkeys(("image", "normal", "points"), (count, height, width, 3))
     for key, shape in shapes.items():
         if (part := geometry.get(key)) is None:
             continue
         if not isinstance(part, torch.Tensor) or part.shape != tuple(shape):
             is_ = _shape(part) if isinstance(part, torch.Tensor) else _what(part)
-            raise ValueError(f"{declared.id}'s {key} is {is_}: beside a depth of {_shape(depth)} it must be {'×'.join(map(str, shape))}.")
+            raise ValueError(
+                f"{declared.id}'s {key} is {is_}: beside a depth of {_shape(depth)} it must be {'×'.join(map(str, shape))}."
+            )
     if geometry.get("mask") is not None and geometry["mask"].dtype != torch.bool:
         geometry = geometry | {"mask": geometry["mask"] > 0.5}
     for key in ("image", "intrinsics"):

@@ -13,8 +13,9 @@ CAMERA_LIMIT = 64 << 20  # bytes of a camera file
 MAX_DEPTH = 64  # nested objects and lists
 MAX_DIGITS = 64  # of an integer; the largest of 64 bits has 20
 
-# Strings are skipped whole, so that brackets in them do not count.
-_STRUCTURE = re.compile(rb'"(?:[^"\\]|\\.)*"?|[\[{]|[\]}]', re.S)
+MAX_VALUES = 1 << 20  # values, strings' own commas and brackets counted too: each takes up to 100 bytes of memory
+_STRING = re.compile(rb'"[^"]*"?')
+_BUT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 
 
 def parse(content: str | bytes, where: str, *, limit: int = CONFIG_LIMIT, object_pairs_hook=None):
@@ -22,20 +23,19 @@ def parse(content: str | bytes, where: str, *, limit: int = CONFIG_LIMIT, object
 
     where: what to call it in a message. object_pairs_hook: as of `json.loads`.
     Raises ValueError, naming `where`, for what is larger than `limit` bytes, nested deeper than MAX_DEPTH, holds an
-    integer of more than MAX_DIGITS digits, is no UTF-8, or no JSON.
+    integer of more than MAX_DIGITS digits, or more than about MAX_VALUES values, is no UTF-8, or no JSON.
     """
     raw = content.encode("utf-8", "surrogatepass") if isinstance(content, str) else content
     if len(raw) > limit:
         raise ValueError(f"{where} has {len(raw)} bytes; more than {limit} are not read.")
+    if sum(map(raw.count, (b",", b"[", b"]", b"{", b"}"))) > 2 * MAX_VALUES or raw.count(b'"') > 4 * MAX_VALUES:
+        raise ValueError(f"{where} holds more than {MAX_VALUES} values; no more are read.")
+    without_strings = _STRING.sub(b"", raw.replace(b"\\\\", b"").replace(b'\\"', b""))
     depth = 0
-    for match in _STRUCTURE.finditer(raw):
-        token = match[0]
-        if token in (b"[", b"{"):
-            depth += 1
-            if depth > MAX_DEPTH:
-                raise ValueError(f"{where} is nested more than {MAX_DEPTH} deep.")
-        elif token in (b"]", b"}"):
-            depth -= 1
+    for bracket in without_strings.translate(None, _BUT_BRACKETS):
+        depth += 1 if bracket in b"[{" else -1
+        if depth > MAX_DEPTH:
+            raise ValueError(f"{where} is nested more than {MAX_DEPTH} deep.")
 
     def parse_int(digits: str) -> int:
         if len(digits) > MAX_DIGITS:

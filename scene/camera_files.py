@@ -1,7 +1,6 @@
 """Reads the camera files people have, told by content: camera.json, NeRF's transforms.json, and the text files of
 COLMAP and RealEstate10K."""
 
-import json
 import logging
 import math
 import re
@@ -9,12 +8,20 @@ from pathlib import Path
 
 import torch
 
-from .cameras import Cameras, cameras_from_json, quaternion_to_rotation, rigid_inverse
+from ..core import throw_exception_if_processing_interrupted
+from ..files import json
+from ..files.regular import read_regular
+from ..files.text import shown
+from .cameras import MAX_SIDE, Cameras, cameras_from_json, check_count, json_size, quaternion_to_rotation, rigid_inverse
 
 # COLMAP camera models: how many focal lengths come before cx, cy; what follows them is lens distortion.
 COLMAP_FOCALS = {"SIMPLE_PINHOLE": 1, "PINHOLE": 2, "SIMPLE_RADIAL": 1, "RADIAL": 1, "OPENCV": 2, "FULL_OPENCV": 2}
 REALESTATE_NUMBERS = 19  # a line
-REALESTATE_HEIGHT, MAX_SIDE = 720, 1 << 16  # pixels
+REALESTATE_HEIGHT = 720  # pixels
+MAX_NAME = 1000  # characters of a picture's name that order it
+MAX_LINES, MAX_LINE = 100_000, 1 << 23  # of a text file, and characters of a line of 2-D points
+MAX_LENSES = 10_000  # of a cameras.txt
+LENS_KEYS = ("w", "h", "fl_x", "fl_y", "cx", "cy", "camera_angle_x")  # of a transforms.json, for all or a frame
 OPENGL_TO_OPENCV = torch.diag(torch.tensor([1.0, -1.0, -1.0, 1.0], dtype=torch.float64))  # camera axes
 
 
@@ -34,33 +41,48 @@ def read_cameras(path: str | Path) -> tuple[Cameras, str]:
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8-sig")
         if path.suffix.lower() != ".json":
+            text = _read_text(path)
             return _realestate(text) if _is_realestate(text) else _colmap(text, path)
-        try:
-            content = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"It is not JSON: {error}.") from error
+        content = json.parse(read_regular(path, json.CAMERA_LIMIT), "It", limit=json.CAMERA_LIMIT)
         if isinstance(content, dict) and "frames" in content:
             return _nerf(content)
         return cameras_from_json(content), "camera.json"
-    except (ValueError, OverflowError, RecursionError) as error:  # malformed JSON and text too
-        raise ValueError(f"No cameras could be read from {path.name}. {error}") from error
+    except (ValueError, OverflowError) as error:
+        raise ValueError(f"No cameras could be read from {shown(path.name)}. {error}") from error
 
 
 def picture_names(path: Path) -> list[str]:
     """The names of the pictures of a NeRF transforms.json or COLMAP's images.txt that `read_cameras` read, in the order
     of its cameras. Raises ValueError for a frame without one."""
-    text = path.read_text(encoding="utf-8-sig")
     if path.suffix.lower() == ".json":
-        names = [frame.get("file_path") for frame in json.loads(text)["frames"]]
+        names = [frame.get("file_path") for frame in json.read(path, limit=json.CAMERA_LIMIT)["frames"]]
         if not all(isinstance(name, str) and name for name in names):
-            raise ValueError(f"{path.name}: a frame has no `file_path`, which names its picture.")
+            raise ValueError(f"{shown(path.name)}: a frame has no `file_path`, which names its picture.")
         return names
-    lines = _lines(text)
+    lines = _lines(_read_text(path))
     while not lines[0][1].strip():
         del lines[0]
     return sorted((line.split(maxsplit=9)[9] for _, line in lines[::2]), key=_natural)
+
+
+def _read_text(path: Path) -> str:
+    try:
+        text = read_regular(path, json.CAMERA_LIMIT).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{shown(path.name)} is no text in UTF-8: {error.reason} at byte {error.start}.") from error
+    text = text.replace("\r\n", "\n").replace("\r", "\n").rstrip()
+    if text.count("\n") > MAX_LINES:
+        raise ValueError(f"{shown(path.name)} has more than {MAX_LINES} lines; no more are read.")
+    return text
+
+
+def _every_so_often(entries, every=1000):
+    """The entries, with a look at ComfyUI's stop button now and then."""
+    for number, entry in enumerate(entries):
+        if number % every == 0:
+            throw_exception_if_processing_interrupted()
+        yield entry
 
 
 def _matrix(fx, fy, cx, cy) -> list[list[float]]:
@@ -75,12 +97,14 @@ def _of_one_size(w2c, K, sizes, width, height) -> Cameras:
 
 def _is_realestate(text: str) -> bool:
     """Whether the first line of numbers, at most one line in, has RealEstate10K's 19."""
-    return any(len(line.split()) == REALESTATE_NUMBERS and _numbers(line) for line in text.splitlines()[:2])
+    return any(_numbers(line) for line in text.split("\n", 2)[:2])
 
 
 def _numbers(line: str) -> list[float] | None:
+    """The 19 numbers of a RealEstate10K line, or None."""
+    fields = line.split(maxsplit=REALESTATE_NUMBERS)
     try:
-        return [float(field) for field in line.split()]
+        return [float(field) for field in fields] if len(fields) == REALESTATE_NUMBERS else None
     except ValueError:
         return None
 
@@ -92,20 +116,23 @@ def _realestate(text: str) -> tuple[Cameras, str]:
 
     The picture's size is not in it; pixels are taken to be square, which gives its shape. Raises ValueError.
     """
-    lines = text.splitlines()
-    if lines and len(lines[0].split()) != REALESTATE_NUMBERS:
+    lines = text.split("\n")
+    if _numbers(lines[0]) is None:
         lines[0] = ""
     rows = []
-    for number, line in enumerate(lines, 1):
+    check_count([line for line in lines if line.strip()])
+    for number, line in _every_so_often(enumerate(lines, 1)):
         if not line.strip():
             continue
         values = _numbers(line)
-        if values is None or len(values) != REALESTATE_NUMBERS:
+        if values is None:
             raise ValueError(
                 f"Line {number} is no RealEstate10K camera: {REALESTATE_NUMBERS} numbers, a time, fx fy cx cy, two "
                 "zeros and a 3x4 pose."
             )
         rows.append(values)
+    if not rows:
+        raise ValueError("It holds no cameras.")
     values = torch.tensor(rows, dtype=torch.float64)
     fx, fy, cx, cy = values[:, 1:5].unbind(1)
     if not ((fx > 0) & (fy > 0) & (values[:, 1:5].abs() < 100).all(1)).all():
@@ -131,12 +158,13 @@ def _colmap(text: str, path: Path) -> tuple[Cameras, str]:
     poses, lines = [], _lines(text)
     while lines and not lines[0][1].strip():
         del lines[0]
-    for number, line in lines[1::2]:
-        if len(line.split()) % 3:  # X, Y and the point's id by turns
+    check_count(lines[::2])
+    for number, line in _every_so_often(lines[1::2]):
+        if len(line) > MAX_LINE or len(line.split()) % 3:  # X, Y and the point's id by turns
             raise ValueError(
                 f"Line {number} is no list of 2-D points: one follows each pose, and may be an empty line."
             )
-    for number, line in lines[::2]:
+    for number, line in _every_so_often(lines[::2]):
         fields = line.split(maxsplit=9)
         try:
             quaternion, translation = [float(f) for f in fields[1:5]], [float(f) for f in fields[5:8]]
@@ -144,7 +172,9 @@ def _colmap(text: str, path: Path) -> tuple[Cameras, str]:
         except (ValueError, IndexError):
             raise ValueError(f"Line {number} is no COLMAP pose: ID QW QX QY QZ TX TY TZ CAMERA_ID NAME.") from None
         if camera not in intrinsics:
-            raise ValueError(f"Line {number} names camera {camera}, which {cameras_path.name} does not hold.")
+            raise ValueError(
+                f"Line {number} names camera {shown(camera)}, which {shown(cameras_path.name)} does not hold."
+            )
         poses.append((_natural(name), quaternion, translation, intrinsics[camera]))
     if not poses:
         raise ValueError("It holds no poses.")
@@ -158,29 +188,33 @@ def _colmap(text: str, path: Path) -> tuple[Cameras, str]:
 
 def _colmap_intrinsics(path: Path) -> dict[str, tuple[list[list[float]], tuple[int, int]]]:
     """The intrinsic matrix and picture size of each camera id in a cameras.txt."""
-    cameras = {}
-    for number, line in _lines(path.read_text(encoding="utf-8-sig")):
-        fields = line.split()
+    cameras, name = {}, shown(path.name)
+    for number, line in _every_so_often(_lines(_read_text(path))):
+        fields = line.split(maxsplit=40)  # no model has as many parameters
         if not fields:
             continue
+        if len(cameras) == MAX_LENSES:
+            raise ValueError(f"{name} holds more than {MAX_LENSES} cameras; no more are read.")
         camera, model, *numbers = fields if len(fields) > 1 else [*fields, ""]
         focals = COLMAP_FOCALS.get(model)
         if focals is None:
             raise ValueError(
-                f"{path.name}, line {number}: the camera model {model} is none of "
+                f"{name}, line {number}: the camera model {shown(model)} is none of "
                 f"{', '.join(COLMAP_FOCALS)}; undistort the model with COLMAP first."
             )
         try:
-            width, height = int(numbers[0]), int(numbers[1])
+            width, height = (int(side[:20]) for side in numbers[:2])
             values = [float(value) for value in numbers[2:]]
             cx, cy = values[focals : focals + 2]
         except (ValueError, IndexError):
-            raise ValueError(f"{path.name}, line {number} is no camera: CAMERA_ID MODEL WIDTH HEIGHT PARAMS.") from None
-        if width < 1 or height < 1:
-            raise ValueError(f"{path.name}, line {number}: the picture size {width}x{height} is not positive.")
+            raise ValueError(f"{name}, line {number} is no camera: CAMERA_ID MODEL WIDTH HEIGHT PARAMS.") from None
+        if not (0 < width <= MAX_SIDE and 0 < height <= MAX_SIDE):
+            raise ValueError(
+                f"{name}, line {number}: the picture size {width}x{height} cannot be used; sides are 1 to {MAX_SIDE}."
+            )
         if any(values[focals + 2 :]):
             logging.warning(
-                "%s: camera %s has lens distortion, which is left out: it is taken for a pinhole.", path.name, camera
+                "%s: camera %s has lens distortion, which is left out: it is taken for a pinhole.", name, shown(camera)
             )
         cameras[camera] = _matrix(values[0], values[focals - 1], cx, cy), (width, height)
     return cameras
@@ -188,12 +222,18 @@ def _colmap_intrinsics(path: Path) -> dict[str, tuple[list[list[float]], tuple[i
 
 def _lines(text: str) -> list[tuple[int, str]]:
     """The lines that are not comments, numbered from 1. Blank ones count: a COLMAP image without points has one."""
-    return [(number, line) for number, line in enumerate(text.rstrip().splitlines(), 1) if not line.startswith("#")]
+    return [(number, line) for number, line in enumerate(text.split("\n"), 1) if not line.startswith("#")]
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
     """A sort key that puts frame_2 before frame_10."""
-    return [(int(digits or -1), other) for digits, other in re.findall(r"(\d+)|(\D+)", name)]
+    return [(int(digits or -1), other) for digits, other in re.findall(r"(\d{1,18})|(\D+)", name[:MAX_NAME])]
+
+
+def _pose(matrix) -> torch.Tensor:
+    if not isinstance(matrix, list) or len(matrix) > 16:
+        raise ValueError("`transform_matrix` is no 4x4 matrix")
+    return torch.tensor(matrix, dtype=torch.float64).view(4, 4)
 
 
 def _nerf(content: dict) -> tuple[Cameras, str]:
@@ -201,24 +241,24 @@ def _nerf(content: dict) -> tuple[Cameras, str]:
     frames = content["frames"]
     if not isinstance(frames, list) or not frames or not all(isinstance(frame, dict) for frame in frames):
         raise ValueError("`frames` is not a list of frames.")
+    check_count(frames)
     c2w, K, sizes = [], [], []
-    for number, frame in enumerate(frames):
-        values = content | frame
+    for_all = {key: content[key] for key in (*LENS_KEYS, "transform_matrix") if key in content}
+    for number, frame in _every_so_often(enumerate(frames), 100):
+        values = for_all | {key: frame[key] for key in (*LENS_KEYS, "transform_matrix") if key in frame}
         try:
-            c2w.append(torch.tensor(values["transform_matrix"], dtype=torch.float64).view(4, 4))
-            width, height = int(values["w"]), int(values["h"])
+            c2w.append(_pose(values["transform_matrix"]))
+            width, height = json_size(values["w"], "w"), json_size(values["h"], "h")
             fx = values["fl_x"] if "fl_x" in values else width / 2 / math.tan(values["camera_angle_x"] / 2)
             K.append(_matrix(fx, values.get("fl_y", fx), values.get("cx", width / 2), values.get("cy", height / 2)))
-            if width < 1 or height < 1:
-                raise ValueError(f"the picture size {width}x{height}")
         except KeyError as error:
             raise ValueError(
                 f"Frame {number} has no `{error.args[0]}`: it needs a 4x4 `transform_matrix`, the picture "
                 "size `w`, `h` and the lens, `fl_x` or `camera_angle_x`; size and lens may stand once for "
                 "the whole file."
             ) from None
-        except (TypeError, ValueError, RuntimeError, ZeroDivisionError) as error:
-            raise ValueError(f"Frame {number} holds a value that cannot be used: {error}.") from None
+        except (TypeError, ValueError, RuntimeError, ZeroDivisionError, OverflowError) as error:
+            raise ValueError(f"Frame {number} holds a value that cannot be used: {shown(error)}.") from None
         sizes.append((width, height))
     c2w = torch.stack(c2w) @ OPENGL_TO_OPENCV
     cameras = _of_one_size(c2w, K, sizes, *sizes[0])  # checks that the poses are rigid

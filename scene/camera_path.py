@@ -9,10 +9,11 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from ..core import turbo
+from ..files.text import shown
 from .cameras import Cameras, centres, quaternion_to_rotation, rigid_inverse
 from .depth import depth_of_moge, points_from_depth
 from .level import guess_pitch
-from .pictures import resize_pictures
+from .pictures import resize_pictures, within
 from .pointcloud import OPENCV_TO_Y_UP, PointCloud
 
 # Axes of the starting camera, except `vertical`, the world's y axis; signs turn or move along OpenCV's (y down).
@@ -51,6 +52,7 @@ EASINGS = {
 LOOK_AT = ("auto", "on", "off")
 LENSES = ("auto", "horizontal field of view (degrees)", "focal length (mm, full frame)")
 DEFAULT_FOV = 60.0
+POINTS_PIXELS = 1 << 21  # of a picture that becomes points to be drawn
 FULL_FRAME_WIDTH = 36.0  # mm
 
 
@@ -111,8 +113,8 @@ def camera_of_viewer(info: dict, width: int, height: int, lens: str, value: floa
             R = quaternion_to_rotation(quaternion) * to_opencv[:, None] * to_opencv
         else:
             R = _looking_at(eye[None], centre, torch.tensor([0.0, 1.0, 0.0], dtype=torch.float64))
-    except (KeyError, TypeError, ZeroDivisionError) as error:
-        raise ValueError(f"The 3-D viewer's camera_info cannot be used: {error!r}.") from error
+    except (KeyError, TypeError, ValueError, ZeroDivisionError, OverflowError, RuntimeError) as error:
+        raise ValueError(f"The 3-D viewer's camera_info cannot be used: {shown(repr(error))}.") from error
     camera = pinhole(width, height, focal)
     return Cameras(_poses(R, eye[None]), camera.K, width, height), (centre - eye).norm().item()
 
@@ -226,7 +228,7 @@ def beginning(
 
     scene: core's MOGE_GEOMETRY of the picture or a point cloud; start: cameras to continue, or core's LOAD3D_CAMERA.
     scene_depth 0 stands for the median depth of the scene, else the viewer's distance to its target, else 1.
-    points_size: height and width of the picture that becomes points; by default its own.
+    points_size: height and width of the picture that becomes points; by default its own, of at most POINTS_PIXELS.
     """
     height, width = image.shape[1:3]
     depth = 1.0
@@ -240,7 +242,7 @@ def beginning(
     else:
         first = pinhole(width, height, focal_length(lens, lens_value, width), pitch=start_pitch)
     if picture_depth is not None:
-        picture = resize_pictures(image, *points_size) if points_size else image[..., :3]
+        picture = resize_pictures(image, *(points_size or within(height, width, POINTS_PIXELS)))
         K = first.scaled_to(picture.shape[2], picture.shape[1]).K[0]
         scene = points_from_depth(picture[0], picture_depth, first.w2c[0], K)
     if scene_depth:

@@ -9,8 +9,12 @@ from dataclasses import dataclass
 import torch
 
 from ..files.atomic import new_file
+from ..files.text import shown
 
 RIGID_TOLERANCE = 1e-3
+LARGEST = 1e12  # of a pose or lens: float32, in which both are kept, still multiplies and squares it
+SMALLEST_FOCAL = 1e-3  # pixels
+MAX_SIDE = 1 << 16  # pixels of a camera's picture
 MAX_CAMERAS = 10_000  # of a path or a file
 CAMERA_0_DISTANCE = 2.0  # of camera 0 from the centre of the path, after normalisation
 OUTLIER_FACTOR = 10.0  # times OUTLIER_QUANTILE of the distances to the median centre
@@ -67,10 +71,10 @@ class Cameras:
                 f"The intrinsics have the shape {list(K.shape)}: {len(w2c)} poses need one 3x3 matrix "
                 f"each, [{len(w2c)}, 3, 3]."
             )
-        if self.width < 1 or self.height < 1:
+        if not all(type(side) is int and 0 < side <= MAX_SIDE for side in (self.width, self.height)):
             raise ValueError(
-                f"The picture size {self.width}x{self.height} is not positive: give the size that the "
-                "intrinsics are in pixels of."
+                f"The picture size {shown(self.width)}x{shown(self.height)} cannot be used: give whole numbers from 1 "
+                f"to {MAX_SIDE}, the size that the intrinsics are in pixels of."
             )
 
         R = w2c[:, :3, :3]
@@ -79,10 +83,14 @@ class Cameras:
         checks = [
             (w2c.isfinite().all((1, 2)), "its pose holds NaN or infinity"),
             (K.isfinite().all((1, 2)), "its intrinsics hold NaN or infinity"),
+            ((w2c.abs() < LARGEST).all((1, 2)), f"its pose holds a number of {LARGEST:g} or more; use a larger unit"),
+            ((K.abs() < LARGEST).all((1, 2)), f"its intrinsics hold a number of {LARGEST:g} or more pixels"),
             ((w2c[:, 3] == last_rows).all(1), "the last row of its pose is not 0 0 0 1 (transposed?)"),
             (gram_error <= RIGID_TOLERANCE, "its rotation is not orthonormal; remove scale and shear from the pose"),
             (R.det() > 0, "its rotation mirrors the world (determinant -1); convert the pose to OpenCV axes"),
             ((K[:, 0, 0] > 0) & (K[:, 1, 1] > 0), "its focal length is not positive; give fx and fy above 0"),
+            (K.diagonal(dim1=1, dim2=2).amin(1) > SMALLEST_FOCAL, f"its focal length is below {SMALLEST_FOCAL} pixels"),
+            (K[:, 1, 0] == 0, "the first number of the second row of its intrinsics is not 0"),
             ((K[:, 2] == last_rows[1:]).all(1), "the last row of its intrinsics is not 0 0 1 (transposed?)"),
         ]
         for good, problem in checks:
@@ -113,6 +121,8 @@ def cameras_from_json(content):
     """Cameras of the parsed content of a camera.json. Raises ValueError."""
     if not isinstance(content, dict) or not {"extrinsic", "intrinsic"} <= content.keys():
         raise ValueError("It has no `extrinsic` and `intrinsic` lists of matrices.")
+    for key in ("extrinsic", "intrinsic"):
+        check_count(content[key])
     w2c, K = json_matrices(content, "extrinsic"), json_matrices(content, "intrinsic")
     if K.shape[1:] != (3, 3) or len(K) == 0:
         raise ValueError(f"`intrinsic` has the shape {list(K.shape)}: it must be one 3x3 matrix for each pose.")
@@ -120,18 +130,26 @@ def cameras_from_json(content):
     return Cameras(w2c, K, json_size(width, "width"), json_size(height, "height"))
 
 
+def check_count(entries):
+    """Raises ValueError for a list of more than MAX_CAMERAS entries."""
+    if isinstance(entries, list) and len(entries) > MAX_CAMERAS:
+        raise ValueError(f"It holds {len(entries)} cameras; at most {MAX_CAMERAS} are read.")
+
+
 def json_matrices(content, key):
     """content[key], nested lists of numbers, as a float64 tensor. Raises ValueError."""
     try:
         return torch.tensor(content[key], dtype=torch.float64)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"`{key}` is not a list of matrices of one size: {error}.") from error
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise ValueError(f"`{key}` is not a list of matrices of one size: {shown(error)}.") from error
 
 
 def json_size(value, key):
     """A picture size in whole pixels. Raises ValueError."""
-    if not isinstance(value, (int, float)) or not 0.5 <= value < 1e6:
-        raise ValueError(f"`{key}` is {value!r}: it must be the size of the picture in pixels.")
+    if type(value) not in (int, float) or not 0.5 <= value <= MAX_SIDE:
+        raise ValueError(
+            f"`{key}` is {shown(repr(value))}: it must be the size of the picture, 1 to {MAX_SIDE} pixels."
+        )
     return round(value)
 
 
@@ -179,11 +197,14 @@ def plucker(w2c, K, height, width):
     w2c, K = w2c.double(), K.double()
     y, x = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) - 0.5, indexing="ij")
     pixels = torch.stack([x, y, torch.ones_like(x)]).double().reshape(3, -1)
-    direction = w2c[:, :3, :3].mT @ torch.linalg.inv(K) @ pixels
-    direction = direction / direction.norm(dim=1, keepdim=True)
-    origin = centres(w2c).unsqueeze(-1).expand_as(direction)
-    rays = torch.cat([direction, torch.linalg.cross(origin, direction, dim=1)], dim=1)
-    return rays.reshape(-1, 6, height, width).transpose(0, 1).float()
+    to_rays, origin = w2c[:, :3, :3].mT @ torch.linalg.inv(K), centres(w2c).unsqueeze(-1)
+    rays = torch.empty(6, len(w2c), height, width)
+    for camera in range(len(w2c)):  # one by one: in float64 all of them would take many times their size
+        direction = to_rays[camera] @ pixels
+        direction = direction / direction.norm(dim=0, keepdim=True)
+        moment = torch.linalg.cross(origin[camera].expand_as(direction), direction, dim=0)
+        rays[:, camera] = torch.cat([direction, moment]).view(6, height, width)
+    return rays
 
 
 def quaternions_and_translations(w2c):

@@ -1,6 +1,7 @@
 """Pictures [N, H, W, C] in 0..1 brought into another shape: cropped, padded or stretched, without transparent parts."""
 
 import torch
+import torch.nn.functional as F
 
 from .pictures import resize_pictures, stretch, within
 
@@ -13,15 +14,23 @@ def lay_on(pictures: torch.Tensor, transparency: torch.Tensor | None, colour: tu
 
     transparency: [1 or N, h, w], 1 where nothing is, as core's Load Image gives it; a fourth channel is the opacity.
     """
-    opacity = torch.ones_like(pictures[..., :1])
-    if pictures.shape[-1] == 4:
-        opacity = pictures[..., 3:]
-    if transparency is not None and transparency.any():
-        size = pictures.shape[1:3]
-        mask = torch.nn.functional.interpolate(transparency[:, None].float(), size, mode="bilinear", antialias=True)
-        opacity = opacity * (1 - mask.clamp(0, 1)).movedim(1, -1).to(opacity)
-    laid = pictures[..., :3] * opacity + pictures.new_tensor(colour) * (1 - opacity)
-    return laid, bool((opacity < 1).any())
+    masked = transparency is not None and bool(transparency.any())
+    if masked and len(transparency) not in (1, len(pictures)):
+        raise ValueError(
+            f"transparency holds {len(transparency)} masks for {len(pictures)} pictures: give one, or one each."
+        )
+    if pictures.shape[-1] < 4 and not masked:
+        return pictures, False
+    laid, transparent = torch.empty_like(pictures[..., :3]), False
+    for number, picture in enumerate(pictures):  # one by one: a batch of large ones would fill the memory
+        opacity = picture[..., 3:] if picture.shape[-1] == 4 else torch.ones_like(picture[..., :1])
+        if masked:
+            mask = transparency[number % len(transparency), None, None].float()
+            mask = F.interpolate(mask, picture.shape[:2], mode="bilinear", antialias=True)
+            opacity = opacity * (1 - mask.clamp(0, 1))[0].movedim(0, -1).to(opacity)
+        laid[number] = picture[..., :3] * opacity + picture.new_tensor(colour) * (1 - opacity)
+        transparent |= bool((opacity < 1).any())
+    return laid, transparent
 
 
 def fit_pictures(

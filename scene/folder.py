@@ -9,9 +9,11 @@
 gsplat, nerfstudio, Brush and Postshot train on it as it is. Folders of these four kinds that others wrote are read too.
 """
 
+import array
 import json
 import re
 from collections.abc import Callable
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +22,7 @@ import safetensors.torch
 import torch
 from PIL import Image
 
+from ..core import throw_exception_if_processing_interrupted
 from ..files import json as bounded_json
 from ..files.atomic import new_folder
 from ..files.regular import open_regular, read_regular
@@ -370,17 +373,20 @@ def _thinned(cloud: PointCloud) -> PointCloud:
 
 
 def _colmap_points(path: Path) -> PointCloud:
-    rows = []
-    for number, line in enumerate(read_regular(path, TEXT_LIMIT).splitlines(), 1):
+    numbers = array.array("f")  # a list of rows would take several times as much
+    for line_number, line in enumerate(BytesIO(read_regular(path, TEXT_LIMIT)), 1):
+        if line_number % 10_000 == 0:
+            throw_exception_if_processing_interrupted()
         if not line.strip() or line.startswith(b"#"):
             continue
+        row = line.split(maxsplit=7)[1:7]
         try:
-            rows.append(np.array(line.split(maxsplit=7)[1:7], np.float32))
-            if len(rows[-1]) != 6:
+            if len(row) != 6:
                 raise ValueError
+            numbers.extend(map(float, row))
         except ValueError:
-            raise ValueError(f"points3D.txt, line {number} is no point: POINT3D_ID X Y Z R G B ERROR.") from None
-    values = torch.from_numpy(np.stack(rows)) if rows else torch.zeros(0, 6)
+            raise ValueError(f"points3D.txt, line {line_number} is no point: POINT3D_ID X Y Z R G B ERROR.") from None
+    values = torch.from_numpy(np.array(numbers)).view(-1, 6)
     try:
         return PointCloud(values[:, :3].contiguous(), (values[:, 3:] / 255).clamp(0, 1))
     except ValueError as error:

@@ -4,8 +4,10 @@ import math
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
+from ..core import throw_exception_if_processing_interrupted
 from .cameras import thin
 
 SHAPE_TOLERANCE = 0.05  # relative, of height/width: what rounding sides to whole pixels or patches may change
@@ -17,9 +19,13 @@ SHEET_WIDTH = 1680  # pixels
 def resize_pictures(pictures: torch.Tensor, height: int, width: int, antialias: bool = True) -> torch.Tensor:
     """[N,H,W,C] in 0..1, bicubic to [N,height,width,3]. WorldStereo resizes the picture with Pillow, which filters what
     is made smaller (antialias), and renders and references with PyTorch, which does not."""
-    pictures = pictures[..., :3].movedim(-1, 1).float()  # --fp16-intermediates gives what no CPU filters
-    resized = torch.nn.functional.interpolate(pictures, (height, width), mode="bicubic", antialias=antialias)
-    return resized.clamp(0, 1).movedim(1, -1)
+    resized = torch.empty(len(pictures), height, width, 3, device=pictures.device)
+    for picture, part in zip(pictures, resized):  # one by one: a batch of large ones would fill the memory
+        throw_exception_if_processing_interrupted()
+        channels = picture[..., :3].movedim(-1, 0)[None].float()  # --fp16-intermediates gives what no CPU filters
+        part[:] = F.interpolate(channels, (height, width), mode="bicubic", antialias=antialias)[0].movedim(0, -1)
+        part.clamp_(0, 1)
+    return resized
 
 
 def same_shape(height: int, width: int, other_height: int, other_width: int) -> bool:
@@ -58,8 +64,12 @@ def side_by_side(frames: torch.Tensor, beside: torch.Tensor) -> torch.Tensor:
     brought to the frames' size: [N, H, 2 W, 3]. Raises ValueError for fewer."""
     if len(beside) < len(frames):
         raise ValueError(f"There are {len(frames)} keyframes and {len(beside)} pictures beside them: give as many.")
-    beside = resize_pictures(beside[thin(len(beside), len(frames))].cpu(), *frames.shape[1:3])
-    return torch.cat([beside, frames[..., :3].float().cpu()], dim=2)
+    count, height, width = frames.shape[:3]
+    pairs = torch.empty(count, height, 2 * width, 3)
+    for number, place in enumerate(thin(len(beside), count).tolist()):
+        pairs[number, :, :width] = resize_pictures(beside[place, None], height, width)[0]
+        pairs[number, :, width:] = frames[number, ..., :3]
+    return pairs
 
 
 def contact_sheet(frames: torch.Tensor, width: int = SHEET_WIDTH) -> torch.Tensor:

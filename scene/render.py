@@ -22,6 +22,10 @@ SMALLEST_PIXELS = 1.0  # a splat's radius: of less, a grid of points a pixel apa
 POINTS_PER_PIXEL = 20
 BACKGROUND = (0.5, 0.5, 0.5)  # the original composites colours in -1..1 over 0
 TILE_PIXELS = 1 << 16  # pixels composited at a time
+CHUNK_POINTS = 1 << 22  # points projected at a time
+MOST_PIXELS = 1 << 23  # of one frame: 4K, 3840x2160
+RENDER_LIMIT = 4 << 30  # bytes of all frames of a render
+FRAME_PIXEL = 16  # bytes: three colours and the hole, in float32
 CHUNK_CELLS = 1 << 22  # pixels that points may cover, looked at at a time; with the tile, this bounds the memory
 
 
@@ -48,6 +52,7 @@ def render_start(
     """
     if len(image) != 1:
         raise ValueError(f"image holds {len(image)} pictures; WorldStereo starts from one.")
+    check_size(len(cameras), height, width)
     picture = resize_pictures(image, height, width)
     cameras = cameras.scaled_to(width, height)
     if not isinstance(scene, PointCloud):
@@ -98,9 +103,16 @@ def render(
 
     radius is in units in which the shorter side of the picture spans 2. progress(1) is called after every frame.
     Coordinates are computed by single IEEE operations, so that every device draws the same points on the same pixels.
+    Raises ValueError for what `check_size` refuses.
     """
     points, colors = cloud.points.to(device), cloud.colors.to(device)
     height, width = cameras.height, cameras.width
+    check_size(len(cameras), height, width)
+    if not (0 < radius <= 2 and points_per_pixel >= 1):
+        raise ValueError(
+            f"radius is {radius} and points_per_pixel {points_per_pixel}: a radius above 0, up to 2, and at least one "
+            "point are needed."
+        )
     radius = radius * min(height, width) / 2
     pictures = torch.empty(len(cameras), height, width, 3)
     holes = torch.empty(len(cameras), height, width)
@@ -116,6 +128,21 @@ def render(
     return pictures, holes
 
 
+def check_size(frames: int, height: int, width: int) -> None:
+    """Raises ValueError for frames of more than MOST_PIXELS, and for more of them than RENDER_LIMIT holds."""
+    if not 0 < height * width <= MOST_PIXELS:
+        raise ValueError(
+            f"A picture of {width}x{height} is not drawn: it may have at most {MOST_PIXELS} pixels. Give a smaller "
+            "width and height."
+        )
+    most = RENDER_LIMIT // (FRAME_PIXEL * height * width)
+    if frames > most:
+        raise ValueError(
+            f"cameras holds {frames}: their render of {width}x{height} would take "
+            f"{frames * height * width * FRAME_PIXEL / 1e9:.1f} GB. Give at most {most} cameras, or a smaller size."
+        )
+
+
 def project(
     points: torch.Tensor, w2c: torch.Tensor, K: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -129,11 +156,19 @@ def project(
 
 def _visible(points, w2c, K, height, width, radius):
     """Pixel coordinates u, v of the points whose splats reach the picture, near to far, and their indices."""
-    u, v, z = project(points, w2c, K)
-    inside = (z > 0) & (u > -radius) & (u < width + radius) & (v > -radius) & (v < height + radius)
-    index = inside.nonzero().squeeze(1)
-    index = index[z[index].sort(stable=True).indices]
-    return u[index], v[index], index
+    parts = []
+    for first in range(0, len(points), CHUNK_POINTS):
+        throw_exception_if_processing_interrupted()
+        u, v, z = project(points[first : first + CHUNK_POINTS], w2c, K)
+        inside = (z > 0) & (u > -radius) & (u < width + radius) & (v > -radius) & (v < height + radius)
+        index = inside.nonzero().squeeze(1)
+        parts.append((u[index], v[index], z[index], index + first))
+    if not parts:
+        none = points.new_zeros(0)
+        return none, none, none.long()
+    u, v, z, index = (torch.cat(values) for values in zip(*parts))
+    near_to_far = z.sort(stable=True).indices
+    return u[near_to_far], v[near_to_far], index[near_to_far]
 
 
 def _splat(u, v, colors, index, top, bottom, width, radius, points_per_pixel, background):

@@ -5,6 +5,7 @@ import math
 import torch
 import torch.nn.functional as F
 
+from ..core import throw_exception_if_processing_interrupted
 from .camera_path import LENSES, camera_of_moge, focal_length, pinhole
 from .cameras import Cameras
 from .depth import depth_of_moge, depth_of_picture, points_from_depth
@@ -12,6 +13,7 @@ from .fuse import POINTS_LIMIT, thin_by_voxels
 from .panorama import depth_of_view, points_of_panorama, view_of_panorama
 from .pictures import resize_pictures, same_shape
 from .pointcloud import PointCloud
+from .render import check_size
 from .scene import Scene, to_bytes
 
 START = "start"  # the name of the one picture's view
@@ -42,6 +44,7 @@ def scene_of_picture(
     took the picture; without one it stands at the origin, level, with MoGe's lens, else one of 60 degrees.
     Raises ValueError for more than one picture and for unusable depth.
     """
+    check_size(1, height, width)
     if len(image) != 1:
         raise ValueError(f"image holds {len(image)} pictures; a scene starts from one.")
     moge = isinstance(depth, dict)
@@ -68,14 +71,15 @@ def scene_of_panorama(geometry: dict, width: int, height: int) -> Scene:
 
     geometry: core's MOGE_GEOMETRY of a panorama. Raises ValueError for one of an ordinary picture, and without depth.
     """
+    check_size(1, height, width)
     cloud = points_of_panorama(geometry)
     distance = geometry["depth"][0].float().cpu().where(geometry["mask"][0].cpu(), torch.inf)
     cameras = panorama_cameras(width, height)
     views = [cameras[number] for number in range(len(cameras))]
-    pictures = torch.cat([view_of_panorama(geometry["image"], view) for view in views])
-    depths = tuple(_or_infinite(depth_of_view(distance, view)) for view in views)
+    pictures = [to_bytes(view_of_panorama(geometry["image"], view))[0] for view in _interruptible(views)]
+    depths = tuple(_or_infinite(depth_of_view(distance, view)) for view in _interruptible(views))
     names = tuple(panorama_view(number) for number in range(len(views)))
-    return Scene(to_bytes(pictures), cameras, names, depths, _thinned(cloud))
+    return Scene(tuple(pictures), cameras, names, depths, _thinned(cloud))
 
 
 def panorama_cameras(width: int, height: int) -> Cameras:
@@ -98,6 +102,12 @@ def panorama_view(number: int) -> str:
 def level_view(heading: int) -> str:
     """The name of the level view at a heading, 0 the panorama's middle, each next 40 degrees to the right."""
     return panorama_view(heading + 2 if heading else 0)
+
+
+def _interruptible(views):
+    for view in views:
+        throw_exception_if_processing_interrupted()
+        yield view
 
 
 def _or_infinite(depth):

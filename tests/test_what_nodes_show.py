@@ -9,6 +9,7 @@ from toy import GOLDEN
 from worldstereo_fp8.comfy_nodes import camera, common, model, picture
 from worldstereo_fp8.loaders import load_worldstereo
 from worldstereo_fp8.scene.cameras import Cameras
+from worldstereo_fp8.scene.depth import DEPTH_PICTURES
 from worldstereo_fp8.scene.pointcloud import PointCloud
 
 
@@ -46,18 +47,18 @@ def render(image, cameras, **inputs):
     cloud = PointCloud(torch.rand(50, 3) + torch.tensor([0, 0, 1.0]), torch.rand(50, 3))
     sizes = {"width": 0, "height": 0} | inputs
     return run(
-        camera.WorldStereoRender, image, cloud, cameras, "", 1.0, 2.0, radius=0.1, points_per_pixel=3,
+        camera.WorldStereoRender, image, cloud, cameras, DEPTH_PICTURES[0], 1.0, 2.0, radius=0.1, points_per_pixel=3,
         background="#808080", **sizes,
     )  # fmt: skip
 
 
 def test_picture_shows_its_crop_and_what_lies_under_transparent_parts(shown, worldstereo):
     image = torch.rand(1, 40, 48, 3)
-    result = run(picture.WorldStereoPicture, worldstereo, image, "crop", 0.5, "#204060")
+    result = run(picture.WorldStereoPicture, image, "crop", 0.5, "#204060", worldstereo)
     assert result.result[0].shape == (1, 32, 48, 3) and result.ui.shape == (1, 40, 48, 3)
     transparency = torch.zeros(1, 40, 48)
     transparency[:, :, :10] = 1
-    result = run(picture.WorldStereoPicture, worldstereo, image, "stretch", 0.5, "#204060", transparency)
+    result = run(picture.WorldStereoPicture, image, "stretch", 0.5, "#204060", worldstereo, transparency)
     torch.testing.assert_close(result.result[0][0, 0, 0], torch.tensor([0x20, 0x40, 0x60]) / 255)
     assert shown == [
         "48×40 to 48×32: cropped by 4 px top, 4 px bottom",
@@ -89,7 +90,8 @@ def test_conditioning_says_what_it_stretches_and_what_is_no_mask(shown, worldste
     latent = torch.zeros(1, 16, 2, 4, 6)
     monkeypatch.setattr(model, "condition", lambda *inputs: ({}, latent))
     inputs = [torch.rand(1, 32, 48, 3), torch.rand(2, 40, 40, 3), torch.ones(2, 32, 48), cameras_of(48, 32)]
-    run(model.WorldStereoConditioning, worldstereo, [], [], None, *inputs)
+    prompt = [[torch.zeros(1, 2, 8), {}]]
+    run(model.WorldStereoConditioning, worldstereo, prompt, prompt, SimpleNamespace(first_stage_model=None), *inputs)
     size, stretched, holes = shown[0].split("\n")
     assert size == "48×32, 2 keyframes of 2 frames"
     assert stretched == "render_video 40×40 stretched to 48×32: 50% wider"

@@ -4,6 +4,7 @@ sizes, thinning, condition latent, camera embedding, references."""
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from ..core import TAEHV, HunyuanVideo, ProgressBar, WanVAE, throw_exception_if_processing_interrupted
 from ..files.text import shown
@@ -190,7 +191,7 @@ def remarks(
     if references is not None:
         sizes["reference_images"] = references.images.shape[1:3]
     lines = stretches(height, width, **sizes)
-    grey = ((mask > 0.1) & (mask < 0.9)).float().mean().item()
+    grey = sum(((frame > 0.1) & (frame < 0.9)).float().mean().item() for frame in mask) / len(mask)
     if grey > NO_MASK:
         lines.append(
             f"render_mask is no hole mask: {grey:.0%} of it is neither black nor white. Give white where the render "
@@ -227,8 +228,10 @@ def condition(
     keyframes, dense = _frames(config, len(render))
     height, width = keyframe_size(config, *image.shape[1:3])
     image = resize_pictures(image, height, width)
-    render = torch.cat([image, resize_pictures(render[keyframes[1:]], height, width, antialias=False)])
-    mask = torch.nn.functional.interpolate(mask[dense, None].float(), (height, width), mode="nearest")
+    # Frame by frame: 21 of 4K are 2 GB, and a copy of those that stay would be as large.
+    small = (resize_pictures(render[frame, None], height, width, antialias=False) for frame in keyframes[1:].tolist())
+    render = torch.cat([image, *small])
+    mask = torch.cat([F.interpolate(mask[frame, None, None].float(), (height, width)) for frame in dense.tolist()])
     mask[dense == 0] = 0
     cameras = cameras.scaled_to(width, height)
     seen, repeated = dense.unique(return_inverse=True)
