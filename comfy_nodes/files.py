@@ -52,13 +52,17 @@ def file_name(name: str, suffix: str) -> str:
 def camera_files() -> list[str]:
     """The files in ComfyUI's input folder that may hold cameras."""
     folder = Path(folder_paths.get_input_directory())
-    return sorted(path.name for path in folder.iterdir() if path.suffix.lower() in CAMERA_FILES and path.is_file())
+    return sorted(
+        path.name
+        for path in folder.iterdir()
+        if path.suffix.lower() in CAMERA_FILES and path.name.isprintable() and path.is_file()
+    )
 
 
 def camera_file(name: str) -> Path:
     """Where a file of `camera_files` is. Raises ValueError for any other name."""
     if name not in camera_files():
-        raise ValueError(f"camera: {name!r} is no camera file in ComfyUI's input folder; upload it there.")
+        raise ValueError(f"camera: {shown(repr(name))} is no camera file in ComfyUI's input folder; upload it there.")
     return Path(folder_paths.get_input_directory()) / name
 
 
@@ -78,9 +82,13 @@ def save_output(filename_prefix: str, suffix: str, write: Callable[[Path], None]
 
     Raises ValueError and what core and `write` raise.
     """
-    folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(
-        prefix_of(filename_prefix), folder_paths.get_output_directory()
-    )
+    prefix, output = prefix_of(filename_prefix), folder_paths.get_output_directory()
+    try:
+        folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(prefix, output)
+    except OSError:
+        raise
+    except Exception as error:  # as core raises it, with whole paths
+        raise ValueError(f"filename_prefix: {shown(filename_prefix)} leads outside the output folder.") from error
     for number in range(counter, counter + TAKEN_LIMIT):
         path = Path(folder) / f"{name}_{number:05}_{suffix}"
         try:

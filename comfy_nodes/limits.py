@@ -91,6 +91,8 @@ def _text(declared, value):
 
 
 def _choice(declared, value):
+    if not value.isprintable():
+        raise ValueError(f"{declared.id} is {shown(value)}: it holds characters that cannot be printed.")
     if declared.id not in FILES and value not in declared.options:
         raise ValueError(f"{declared.id} is {shown(repr(value))}: choose one of {first_few(declared.options, 30)}.")
     return value

@@ -27,10 +27,15 @@ OPENGL_TO_OPENCV = torch.diag(torch.tensor([1.0, -1.0, -1.0, 1.0], dtype=torch.f
 
 def files_of(path: Path) -> list[Path]:
     """The files that `read_cameras` reads for a path: itself and, for COLMAP's images.txt, the cameras.txt beside it."""
-    intrinsics = path.with_name(path.name.replace("images", "cameras"))
+    intrinsics = path.with_name(re.sub("images", _cameras_written_alike, path.name, flags=re.IGNORECASE))
     return (
         [path, intrinsics] if path.suffix.lower() == ".txt" and intrinsics != path and intrinsics.is_file() else [path]
     )
+
+
+def _cameras_written_alike(images: re.Match) -> str:
+    """ "cameras", "Cameras" or "CAMERAS", as "images" is written."""
+    return "CAMERAS" if images[0].isupper() else "Cameras" if images[0].istitle() else "cameras"
 
 
 def read_cameras(path: str | Path) -> tuple[Cameras, str]:

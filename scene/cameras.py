@@ -150,7 +150,7 @@ def json_size(value, key):
         raise ValueError(
             f"`{key}` is {shown(repr(value))}: it must be the size of the picture, 1 to {MAX_SIDE} pixels."
         )
-    return round(value)
+    return max(1, round(value))  # 0.5 is rounded to 0
 
 
 def write_camera_json(path, cameras):

@@ -10,11 +10,13 @@ an earlier one that it follows, or mirrors.
 import re
 from dataclasses import dataclass
 
+from ..files.text import shown
 from .camera_path import AROUND_CENTRE, ON_THE_SPOT, PRESETS
 from .start import HEADINGS, level_view
 from .walk import ASK_MIRRORED, ASK_NOTHING, ASK_SPARSELY, LAST
 
-MAX_PATHS = 100
+MAX_PATHS, MAX_NAME = 100, 100
+MAX_DEGREES, MAX_DISTANCE = 720, 100
 LINE = re.compile(
     rf"(?P<name>[\w-]+)(?:\s+from\s+(?P<view>\S+))?\s*:\s*(?P<preset>{'|'.join(map(re.escape, PRESETS))})"
     r"\s+(?P<amount>\d+(?:\.\d+)?)(?:\s+(?P<ask>asks|mirrors)\s+(?P<asked>[\w-]+))?"
@@ -50,11 +52,18 @@ def read_walks(text: str) -> list[Walk]:
             )
         names = [walk.name for walk in walks]
         if found["name"] in names:
-            raise ValueError(f"paths, line {number}: {found['name']} is the name of an earlier line; give another.")
+            raise ValueError(
+                f"paths, line {number}: {shown(found['name'])} is the name of an earlier line; give another."
+            )
         if found["asked"] and found["asked"] not in names:
-            raise ValueError(f"paths, line {number}: {found['asked']} is no path of an earlier line.")
+            raise ValueError(f"paths, line {number}: {shown(found['asked'])} is no path of an earlier line.")
         turns = found["preset"] in AROUND_CENTRE or found["preset"] in ON_THE_SPOT
         amount = float(found["amount"])
+        if len(found["name"]) > MAX_NAME or amount > (MAX_DEGREES if turns else MAX_DISTANCE):
+            raise ValueError(
+                f"paths, line {number}: a name has at most {MAX_NAME} characters, a turn at most {MAX_DEGREES} degrees, "
+                f"and a distance is at most {MAX_DISTANCE}."
+            )
         ask = {None: ASK_NOTHING, "asks": ASK_SPARSELY, "mirrors": ASK_MIRRORED}[found["ask"]]
         walks.append(
             Walk(

@@ -17,7 +17,7 @@ import torch
 from ..files import json
 from ..files.text import shown
 from .camera_path import EASINGS, beginning, draw_path
-from .cameras import Cameras, quaternion_to_rotation, rigid_inverse
+from .cameras import LARGEST, Cameras, quaternion_to_rotation, rigid_inverse
 from .pointcloud import PointCloud
 from .render import RADIUS
 
@@ -197,7 +197,7 @@ def viewer_scene(
         chosen = torch.randperm(len(cloud), generator=torch.Generator().manual_seed(0))[:VIEWER_POINTS]
         points, colors = points[chosen], colors[chosen]
     records = np.empty(len(points), [("position", "<f4", 3), ("color", "u1", 4)])
-    records["position"] = ((points.double() @ pose[:3, :3].T + pose[:3, 3]) / depth).numpy()
+    records["position"] = ((points.double() @ pose[:3, :3].T + pose[:3, 3]) / depth).clamp(-LARGEST, LARGEST).numpy()
     records["color"] = 255
     records["color"][:, :3] = (colors * 255).round().clamp(0, 255)
     info |= {"count": len(points), "radius": RADIUS * spacing * math.sqrt(len(cloud) / max(len(points), 1))}

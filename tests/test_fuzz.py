@@ -9,7 +9,7 @@ from fuzz import CLASSES
 from fuzz.planted import FAULTS
 from fuzz.runner import Worker, run
 
-COUNT = 150
+COUNT = 120
 
 
 def test_hostile_inputs():

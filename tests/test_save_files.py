@@ -167,7 +167,7 @@ def test_kills_leave_nothing_half_under_a_final_name(output, suffix):
 
 
 def test_many_cameras_are_saved_in_little_memory(output):
-    cameras = Cameras(torch.eye(4).expand(20_000, 4, 4), torch.eye(3).expand(20_000, 3, 3), 64, 48)
+    cameras = Cameras(torch.eye(4).expand(10_000, 4, 4), torch.eye(3).expand(10_000, 3, 3), 64, 48)
     tracemalloc.start()
     started = time.monotonic()
     write_camera_json(output / "many.json", cameras)

@@ -98,7 +98,7 @@ def decode_keyframes(vae, latent: torch.Tensor) -> torch.Tensor:
     check_vae(vae)
     if latent.ndim != 5 or latent.shape[1] != LATENT_CHANNELS:
         raise ValueError(
-            f"The latent is {tuple(latent.shape)}; keyframes are (batch, {LATENT_CHANNELS}, frames, "
+            f"samples: The latent is {tuple(latent.shape)}; keyframes are (batch, {LATENT_CHANNELS}, frames, "
             "height, width), as the sampler returns them for the latent of WorldStereo Conditioning."
         )
     frames = latent.movedim(2, 1).flatten(0, 1).unsqueeze(2)

@@ -11,7 +11,7 @@ cases in a process of their own, whose memory is limited; `runner` watches it an
 from collections.abc import Callable
 from dataclasses import dataclass
 
-CLASSES = ("headers", "indexes", "configs")
+CLASSES = ("headers", "indexes", "configs", "cameras", "inputs")
 LONGEST = 1000  # characters of a clear error
 
 # Values where others are expected.

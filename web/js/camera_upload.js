@@ -32,8 +32,8 @@ app.registerExtension({
       const prefix = new Date().toISOString().replace(/\D/g, "").slice(0, 14);
       try {
         for (const file of files) {
-          const name = await upload(file, file.name.endsWith(".txt") ? `${prefix}_${file.name}` : file.name);
-          if (/cameras[^/]*\.txt$/.test(file.name)) continue; // found by the images' name
+          const name = await upload(file, /\.txt$/i.test(file.name) ? `${prefix}_${file.name}` : file.name);
+          if (/cameras[^/]*\.txt$/i.test(file.name)) continue; // found by the images' name
           if (!camera.options.values.includes(name)) camera.options.values.push(name);
           camera.value = name;
           camera.callback?.(name);

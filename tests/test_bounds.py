@@ -1,0 +1,287 @@
+"""What one picture, number or file can cost: memory beside the result, and time, whatever the inputs say."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import comfy.model_management as management
+import pytest
+import torch
+from fuzz.inputs import cameras, geometry, nodes, vae
+from worldstereo_fp8.comfy_nodes import camera, fly, limits, save, show
+from worldstereo_fp8.comfy_nodes import scene as scene_nodes
+from worldstereo_fp8.files import json as bounded_json
+from worldstereo_fp8.scene.camera_files import read_cameras
+from worldstereo_fp8.scene.cameras import MAX_CAMERAS, Cameras
+from worldstereo_fp8.scene.depth import DEPTH_PICTURES
+from worldstereo_fp8.scene.explore import read_walks
+from worldstereo_fp8.scene.pointcloud import PointCloud
+from worldstereo_fp8.scene.render import RENDER_LIMIT, render
+
+LIMIT = 2 << 30  # bytes beside a result
+IMAGE = torch.rand(1, 24, 32, 3)
+POINTS = PointCloud(torch.rand(50, 3) + torch.tensor([0, 0, 1.0]), torch.rand(50, 3))
+RENDER = dict(
+    image=IMAGE, depth=POINTS, cameras=cameras(), depth_picture=DEPTH_PICTURES[0], near=1.0, far=10.0, width=32,
+    height=24, radius=0.1, points_per_pixel=3, background="#808080",
+)  # fmt: skip
+PATH = dict(
+    image=IMAGE, preset="orbit left", degrees=10.0, distance=0.1, keyframes=3, easing="linear", look_at_centre="auto",
+    lens="auto", lens_value=60.0, scene_depth=1.0, start_pitch=0.0,
+)  # fmt: skip
+
+
+def run(node, **inputs):
+    hidden = SimpleNamespace(unique_id=None, prompt=None, extra_pnginfo=None)
+    return type(node.__name__, (node,), {"hidden": hidden}).execute(**inputs)
+
+
+@pytest.mark.parametrize("node", nodes(), ids=lambda node: node.__name__)
+def test_every_node_is_checked(node):
+    name = "\ud800 no input"
+    with pytest.raises(ValueError, match=r"\\ud800 no input is no input of"):
+        run(node, **{name: 1})
+    for entry in node.define_schema().inputs:
+        if hasattr(entry, "max"):
+            for value in (entry.min - 1, entry.max + 1, 10**400, float("nan"), "1", True, [1], torch.ones(1)):
+                with pytest.raises(ValueError, match=f"^{entry.id} is "):
+                    limits.check(entry, value)
+
+
+@pytest.mark.parametrize(
+    ("node", "inputs", "message"),
+    [
+        (camera.WorldStereoCameraPath, PATH | {"keyframes": 10**7}, "keyframes is 10000000: .* between 2 and 1000"),
+        (camera.WorldStereoCameraPath, PATH | {"degrees": float("nan")}, "degrees is nan"),
+        (camera.WorldStereoCameraPath, PATH | {"distance": 1e39}, "distance is 1e\\+39"),
+        (camera.WorldStereoCameraPath, PATH | {"start": 5}, "start is 5: give WORLDSTEREO_CAMERAS or LOAD3D_CAMERA"),
+        (camera.WorldStereoCameraPath, PATH | {"image": "x"}, "image is 'x': give IMAGE"),
+        (camera.WorldStereoCameraPath, PATH | {"preset": "\ud800"}, "preset is "),
+        (camera.WorldStereoCameraPath, PATH | {"scene": {"depth": 1}}, "scene is no MoGe geometry"),
+        (camera.WorldStereoRender, RENDER | {"cameras": 5}, "cameras is 5: give WORLDSTEREO_CAMERAS"),
+        (camera.WorldStereoRender, RENDER | {"radius": 0}, "radius is 0"),
+        (camera.WorldStereoRender, RENDER | {"radius": 1e9}, "radius is 1000000000"),
+        (camera.WorldStereoRender, RENDER | {"points_per_pixel": 0}, "points_per_pixel is 0"),
+        (camera.WorldStereoRender, RENDER | {"points_per_pixel": 10**9}, "points_per_pixel is 1000000000"),
+        (camera.WorldStereoRender, RENDER | {"background": "#12"}, "background is '#12', which is no colour"),
+        (camera.WorldStereoRender, RENDER | {"width": 8192, "height": 8192}, "8192x8192 is not drawn"),
+        (camera.WorldStereoRender, RENDER | {"image": IMAGE[:, :0]}, "image is empty"),
+        (camera.WorldStereoRender, RENDER | {"image": IMAGE[..., :2]}, "image is 1×24×32×2"),
+        (camera.WorldStereoRender, RENDER | {"image": IMAGE.expand(-1, -1, -1, 3)[0]}, "image is 24×32×3"),
+        (camera.WorldStereoRender, RENDER | {"image": IMAGE * float("nan")}, "image holds NaN or infinity"),
+        (fly.WorldStereoFlyPath, {"path": "x" * 70_000}, "path has 70000 characters"),
+        (save.WorldStereoSaveCamera, {"cameras": cameras(), "filename_prefix": "\ud800"}, "filename_prefix is "),
+        (show.WorldStereoPreviewClip, {"images": IMAGE, "fps": 0.0}, "fps is 0"),
+        (scene_nodes.WorldStereoAddToScene, {"scene": cameras()}, "scene is a Cameras: give WORLDSTEREO_SCENE"),
+        (scene_nodes.WorldStereoContinue, {"scene": None, "view": "last"}, "scene is None"),
+    ],
+)  # fmt: skip
+def test_an_input_is_refused_by_name(node, inputs, message):
+    with pytest.raises(ValueError, match=message):
+        run(node, **inputs)
+
+
+def declared(node, name):
+    return next(entry for entry in node.define_schema().inputs if entry.id == name)
+
+
+def test_pictures_and_masks_that_are_cleaned(caplog):
+    image = declared(camera.WorldStereoRender, "image")
+    grey = limits.check(image, torch.rand(1, 4, 5, 1))
+    assert grey.shape == (1, 4, 5, 3) and torch.equal(grey[..., 0], grey[..., 2])
+    limits.check(image, torch.full((1, 4, 5, 3), 255.0))
+    assert "pixels of image run from 255 to 255" in caplog.text
+    mask = next(entry for node in nodes() for entry in node.define_schema().inputs if entry.id == "render_mask")
+    assert limits.check(mask, torch.zeros(4, 5)).shape == (1, 4, 5)
+    with pytest.raises(ValueError, match="render_mask is 1×1×4×5"):
+        limits.check(mask, torch.zeros(1, 1, 4, 5))
+
+
+def test_cameras_of_numbers_that_float32_does_not_hold(tmp_path):
+    pose, K = torch.eye(4, dtype=torch.float64)[None].clone(), torch.tensor([[[50.0, 0, 16], [0, 50, 12], [0, 0, 1]]])
+    pose[0, 0, 3] = 1e39
+    with pytest.raises(ValueError, match="Camera 0 of 1 .*: its pose holds a number of 1e\\+12 or more"):
+        Cameras(pose, K, 32, 24)
+    K = K.double()
+    K[0, 0, 0] = 1e-50
+    with pytest.raises(ValueError, match="its focal length is below 0.001 pixels"):
+        Cameras(torch.eye(4)[None], K, 32, 24)
+    path = tmp_path / "camera.json"
+    path.write_text(
+        json.dumps({"extrinsic": torch.eye(4).tolist(), "intrinsic": 10**400, "width": 10**5000 // 10**4990})
+    )
+    with pytest.raises(ValueError, match="camera.json"):
+        read_cameras(path)
+
+
+def test_frames_times_keys_is_linear(tmp_path):
+    frame = {"transform_matrix": torch.eye(4).tolist()}
+    keys = {f"key_{number}": 0 for number in range(40_000)}
+    path = tmp_path / "transforms.json"
+    path.write_text(json.dumps({"w": 32, "h": 24, "fl_x": 30, **keys, "frames": [frame] * 8000}))
+    start = time.monotonic()
+    assert len(read_cameras(path)[0]) == 8000
+    assert time.monotonic() - start < 10  # 320 million copied keys before
+
+
+@pytest.mark.parametrize("name", ["transforms.json", "images.txt", "realestate.txt"])
+def test_reading_can_be_interrupted(name, tmp_path, monkeypatch):
+    frame = {"transform_matrix": torch.eye(4).tolist()}
+    text = {
+        "transforms.json": json.dumps({"w": 32, "h": 24, "fl_x": 30, "frames": [frame] * 5}),
+        "images.txt": "1 1 0 0 0 0 0 0 1 a.png\n\n",
+        "realestate.txt": "0 1 1 .5 .5 0 0 1 0 0 0 0 1 0 0 0 0 1 0\n",
+    }
+    (tmp_path / name).write_text(text[name])
+    (tmp_path / "cameras.txt").write_text("1 PINHOLE 32 24 30 30 16 12\n")
+    monkeypatch.setattr(management, "interrupt_processing", True)
+    with pytest.raises(management.InterruptProcessingException):
+        read_cameras(tmp_path / name)
+
+
+@pytest.mark.parametrize("count", [MAX_CAMERAS + 1])
+def test_files_of_too_many_cameras(count, tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps({"extrinsic": [0] * count, "intrinsic": []}))
+    (tmp_path / "b.json").write_text(json.dumps({"frames": [{}] * count}))
+    (tmp_path / "c.txt").write_text("0 1 1 .5 .5 0 0 1 0 0 0 0 1 0 0 0 0 1 0\n" * count)
+    for name in ("a.json", "b.json", "c.txt"):
+        with pytest.raises(ValueError, match=f"{name}. .*{count} cameras; at most {MAX_CAMERAS} are read"):
+            read_cameras(tmp_path / name)
+
+
+@pytest.mark.parametrize("content", [b"[]," * (20 << 20), b"[" * (60 << 20), b'"' * (60 << 20), b"0," * (30 << 20)])
+def test_a_large_json_is_refused_before_it_is_parsed(content):
+    start = time.monotonic()
+    with pytest.raises(ValueError, match="x (holds more than|is nested|is not JSON)"):
+        bounded_json.parse(content, "x", limit=bounded_json.CAMERA_LIMIT)
+    assert time.monotonic() - start < 3
+
+
+def test_5000_cameras_are_not_rendered():
+    many = cameras(5000).scaled_to(768, 480)
+    with pytest.raises(ValueError, match="cameras holds 5000: their render of 768x480 would take 29.5 GB"):
+        render(POINTS, many)
+    assert RENDER_LIMIT < 29.5e9
+
+
+@pytest.mark.parametrize("line", ["a: orbit left " + "9" * 400, "a: dolly in 101", "a" * 101 + ": dolly in 1"])
+def test_a_walk_is_bounded(line):
+    with pytest.raises(ValueError, match="line 1: .* at most"):
+        read_walks(line)
+
+
+MEASURE = """
+import sys
+sys.path.insert(0, {tests!r})
+import conftest, torch, json, test_bounds
+from pathlib import Path
+def status(key):
+    return next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith(key))
+work, result_bytes = getattr(test_bounds, "big_" + sys.argv[1])(Path(sys.argv[2]))
+Path("/proc/self/clear_refs").write_text("5")
+before = status("VmRSS")
+result = work()
+print(status("VmHWM") - before - result_bytes)
+"""
+
+
+def refused(work):
+    def refuse():
+        with pytest.raises(ValueError):
+            work()
+
+    return refuse
+
+
+def big_render(folder):
+    """8.4 megapixels a frame, as many points."""
+    image = torch.rand(1, 2048, 4096, 3)
+    depth = geometry() | {
+        "depth": torch.rand(1, 2048, 4096) * 0.1 + 1,
+        "mask": torch.ones(1, 2048, 4096, dtype=torch.bool),
+    }
+    depth.pop("image")
+    inputs = RENDER | dict(image=image, depth=depth, cameras=cameras(2), width=4096, height=2048, radius=0.001)
+    return lambda: run(camera.WorldStereoRender, **inputs), 2 * 2048 * 4096 * 16
+
+
+def big_conditioning(folder):
+    """21 frames of 4K."""
+    from fuzz.inputs import model
+    from worldstereo_fp8.comfy_nodes.model import WorldStereoConditioning
+
+    video = torch.rand(1, 2160, 3840, 3)
+    inputs = dict(
+        model=model(), positive=[[torch.zeros(1, 2, 8), {}]], negative=[[torch.zeros(1, 2, 8), {}]], vae=vae(),
+        image=video, render_video=video.expand(21, -1, -1, -1), render_mask=torch.ones(1, 2160, 3840).expand(21, -1, -1),
+        cameras=cameras(21),
+    )  # fmt: skip
+    return lambda: run(WorldStereoConditioning, **inputs), 0
+
+
+def big_save(folder):
+    """The most cameras."""
+    from worldstereo_fp8.scene.cameras import write_camera_json
+
+    many = cameras(MAX_CAMERAS)
+    return lambda: write_camera_json(folder / "camera.json", many), 0
+
+
+def big_load(folder):
+    """64 MB of numbers."""
+    path = folder / "camera.json"
+    path.write_bytes(b'{"extrinsic": [' + b"0.1," * (15 << 20) + b"0]}")
+    return refused(lambda: read_cameras(path)), 0
+
+
+def big_text(folder):
+    """60 MB of empty lines, and a line of 20 million fields."""
+    path = folder / "images.txt"
+    path.write_bytes(b"\n" * (60 << 20))
+    (folder / "cameras.txt").write_bytes(b"1 PINHOLE 32 24 " + b"1 " * (20 << 20))
+    return refused(lambda: read_cameras(path)), 0
+
+
+def big_explore(folder):
+    """4000 paths."""
+    text = "\n".join(f"p{n}: dolly in 1" for n in range(4000))
+    return refused(lambda: read_walks(text)), 0
+
+
+def big_fuse(folder):
+    """5 frames of 832x480 into two million points."""
+    from worldstereo_fp8.scene.fuse import fuse
+
+    cloud = PointCloud(
+        torch.rand(2_000_000, 3) * torch.tensor([4, 3, 0.1]) + torch.tensor([-2, -1.5, 1.0]), torch.rand(2_000_000, 3)
+    )
+    frames = [torch.zeros(480, 832, 3, dtype=torch.uint8)] * 5
+    depths = [torch.full((480, 832), 1.0)] * 5
+    return lambda: fuse(cloud, frames, depths, cameras(5).scaled_to(832, 480)), 2_000_000 * 24
+
+
+def big_scene(folder):
+    """27 views of 1920x1080 of a panorama."""
+    from worldstereo_fp8.scene.start import scene_of_panorama
+
+    height, width = 2048, 4096
+    depth = torch.rand(1, height, width) + 1
+    panorama = {
+        "depth": depth,
+        "mask": torch.ones_like(depth, dtype=torch.bool),
+        "image": torch.rand(1, height, width, 3),
+    }
+    return lambda: scene_of_panorama(panorama, 1920, 1080), 27 * 1920 * 1080 * 7
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks are measured through Linux's /proc")
+@pytest.mark.parametrize("work", ["render", "conditioning", "save", "load", "text", "explore", "fuse", "scene"])
+def test_memory_beside_the_result(work, tmp_path):
+    code = MEASURE.format(tests=str(Path(__file__).parent))
+    done = subprocess.run([sys.executable, "-c", code, work, str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert int(done.stdout.split()[-1]) < LIMIT
+    print(work, f"{int(done.stdout.split()[-1]) / 1e9:.2f} GB")
