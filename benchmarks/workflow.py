@@ -14,11 +14,13 @@ import threading
 import time
 from pathlib import Path
 
+from step import make_checkpoint  # makes ComfyUI and the pack importable
+
+# isort: split
 import torch
 from card import Card
 from comfy.ldm.wan.vae import WanVAE
 from safetensors.torch import save_file
-from step import make_checkpoint  # makes ComfyUI and the pack importable
 from worldstereo_fp8.demo import job, scene, server
 
 VAE_WIDTH = 96  # of Wan 2.1's

@@ -34,7 +34,7 @@ import comfy.memory_management
 import comfy.model_patcher
 
 if DYNAMIC_VRAM:
-    if not comfy_aimdo.control.init_devices([torch.cuda.current_device()]):
+    if not comfy_aimdo.control.init_devices(range(torch.cuda.device_count())):
         raise SystemExit("comfy-aimdo does not work here. Set WORLDSTEREO_DYNAMIC_VRAM=0 to do without dynamic VRAM.")
     comfy_aimdo.control.set_log_warning()
     comfy.model_patcher.CoreModelPatcher = comfy.model_patcher.ModelPatcherDynamic
