@@ -15,7 +15,7 @@ from toy import cooked, forward, golden_inputs, golden_weights, relative_error, 
 from worldstereo_fp8 import loaders, remap
 from worldstereo_fp8.fp8.arithmetic import NATIVE_FP8
 from worldstereo_fp8.loaders import load_worldstereo
-from worldstereo_fp8.worldstereo import blocks, comfy_model, control
+from worldstereo_fp8.worldstereo import blocks, comfy_model, control, model
 from worldstereo_fp8.worldstereo import prompt_cache as prompt_cache_module
 
 CASE = "memory_dmd"
@@ -544,3 +544,18 @@ def test_the_memory_estimate(files, monkeypatch):
     upcast = required(shape, references)
     monkeypatch.setattr(type(patcher.model.diffusion_model.blocks[0].self_attn.q), "arithmetic", lambda *_: NATIVE_FP8)
     assert required(shape, references) < upcast  # tokens in FP8 take less
+
+
+@pytest.mark.parametrize("model_type, whole", [("worldstereo-memory", True), ("worldstereo-memory-dmd", False)])
+@pytest.mark.parametrize("prompt_cache", [True, False])
+def test_what_is_not_distilled_is_sampled_at_whole_timesteps(model_type, whole, prompt_cache, tmp_path, monkeypatch):
+    weights, config = golden_weights(CASE)
+    patcher = load(
+        save(weights, tmp_path / "m.safetensors", config | {"model_type": model_type}), prompt_cache=prompt_cache
+    )
+    seen = []
+    embedding = model.sinusoidal_embedding_1d
+    monkeypatch.setattr(model, "sinusoidal_embedding_1d", lambda dim, t: seen.extend(t.tolist()) or embedding(dim, t))
+    sample(patcher, conditioning(0), conditioning(1))
+    assert len(set(seen)) == 4
+    assert all(t == int(t) for t in seen) == whole

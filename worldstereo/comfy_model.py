@@ -24,7 +24,7 @@ from .blocks import CHUNK, UPCAST_QUERIES
 from .config import CONFIG_TENSOR, MASK_CAM_CHANNELS, PATCH, SPATIAL_DOWNSCALE, WorldStereoConfig, config_content
 from .model import WorldStereoModel
 from .preview import KeyframeLatents
-from .prompt_cache import COMING_TIMESTEPS, WEIGHTS
+from .prompt_cache import COMING_TIMESTEPS, WEIGHTS, WHOLE_TIMESTEPS
 
 TEXT_TOKENS, IMAGE_TOKENS = 512, 257
 WORKSPACE = 150 * 2**20  # bytes, of cuBLAS, cuDNN and what is too small to count
@@ -75,8 +75,10 @@ class WorldStereo(WAN21):
             self._said.add(remark)
             logging.warning(remark)
 
-    # Core's own signature; beside core's it tells the diffusion model which weights it runs with.
+    # Core's own signature; beside core's it tells the diffusion model which weights it runs with, and that the variants
+    # that are not distilled are sampled at whole timesteps, as diffusers' UniPC does.
     def _apply_model(self, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options={}, **kwargs):
+        transformer_options = transformer_options | {WHOLE_TIMESTEPS: not self.diffusion_model.config.is_dmd}
         if self.use_prompt_cache and self.current_patcher is not None and not _changes_the_model(self.current_patcher):
             sigmas = transformer_options.get("sample_sigmas", t)
             coming = self.model_sampling.timestep(sigmas[sigmas > 0]).float().tolist()

@@ -22,7 +22,7 @@ from .config import (
 )
 from .control import ControlBranch, add_control
 from .object_patches import forward_is_replaced
-from .prompt_cache import COMING_TIMESTEPS, WEIGHTS, KeysValues, Prompt, PromptCache, Time
+from .prompt_cache import COMING_TIMESTEPS, WEIGHTS, WHOLE_TIMESTEPS, KeysValues, Prompt, PromptCache, Time
 
 
 @torch.compiler.disable
@@ -299,9 +299,10 @@ class WorldStereoModel(WanModel):
                 for s in range(len(timesteps))
             ]
 
-        return cache.timesteps(
-            timestep.float().tolist(), transformer_options.get(COMING_TIMESTEPS, []), (dtype, device), compute
-        )
+        wanted, coming = timestep.float().tolist(), transformer_options.get(COMING_TIMESTEPS, [])
+        if transformer_options.get(WHOLE_TIMESTEPS):
+            wanted, coming = ([float(int(t)) for t in timesteps] for timesteps in (wanted, coming))
+        return cache.timesteps(wanted, coming, (dtype, device), compute)
 
     def _prompt(self, context, clip_fea) -> Prompt:
         """What follows from one sample's text [1,512,text_dim] and picture [1,257,image_dim] or None."""

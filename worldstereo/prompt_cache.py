@@ -15,6 +15,7 @@ KEPT_TIMESTEPS = 256
 # What the sampling model tells the diffusion model in transformer_options; without it nothing outlives a call.
 WEIGHTS = "worldstereo_weights"  # which LoRAs the weights carry
 COMING_TIMESTEPS = "worldstereo_timesteps"  # the timesteps this run will come by
+WHOLE_TIMESTEPS = "worldstereo_whole_timesteps"  # whether timesteps are cut to whole numbers
 
 # Layers whose weights are used for nothing else, by the ends of their native names.
 LAYERS = (
