@@ -1,9 +1,9 @@
 """The one door to ComfyUI's internals: every name outside its documented node API that this pack uses, and what for.
 
-ComfyUI moves; its node API (`comfy_api.latest`, `folder_paths`, `node_helpers`) is kept
-stable, these names are not. `from ..core import X` finds X where the table says, each time it is asked for: some are
-set while ComfyUI starts. A name that is gone is a MissingFromCore, which says who needs it; `nodes` then leaves out
-only the nodes that do. tests/test_core_contract.py holds the signatures and layouts we rely on.
+ComfyUI keeps its node API (`comfy_api.latest`, `folder_paths`, `node_helpers`) stable, but not these names.
+`from ..core import X` looks X up where the table says, at each import, because some are set only while ComfyUI starts.
+A name that is gone raises MissingFromCore, which says what needs it; `nodes` then leaves out only the nodes that do.
+tests/test_core_contract.py checks the signatures and layouts this pack relies on.
 """
 
 import importlib
@@ -35,7 +35,7 @@ NAMES = {
     "WanI2VCrossAttention": ("comfy.ldm.wan.model", "cross-attention over text and picture"),
     "WanModel": ("comfy.ldm.wan.model", "the backbone"),
     "WanSelfAttention": ("comfy.ldm.wan.model", "self-attention"),
-    "attention_pytorch": ("comfy.ldm.modules.attention", "telling whether another attention was chosen"),
+    "attention_pytorch": ("comfy.ldm.modules.attention", "whether the user chose another attention"),
     "optimized_attention": ("comfy.ldm.modules.attention", "attention as the user chose it"),
     "sinusoidal_embedding_1d": ("comfy.ldm.wan.model", "the timestep's embedding"),
     # The model as samplers see it
@@ -49,15 +49,15 @@ NAMES = {
     "WAN21": ("comfy.model_base", "Wan's conditions"),
     "WAN21_I2V": ("comfy.supported_models", "Wan's model configuration"),
     "get_attr": ("comfy.utils", "a weight by its name, while a LoRA is merged or a hook changes it"),
-    "get_key_weight": ("comfy.model_patcher", "the same, with what it takes to set it"),
+    "get_key_weight": ("comfy.model_patcher", "the same, with the functions that convert and set it"),
     "set_attr": ("comfy.utils", "a weight put back after hooks"),
     "set_attr_param": ("comfy.utils", "a weight set for hooks"),
     "convert_tensor": ("comfy.model_base", "conditions in the inference dtype"),
     # Files
     "load_torch_file": ("comfy.utils", "mapping a safetensors file into memory"),
-    "lora": ("comfy", "LoRA names: `model_lora_keys_unet` is wrapped, for it has no hook for diffusers' names"),
+    "lora": ("comfy", "LoRA names: `model_lora_keys_unet` is wrapped, as it has no hook for diffusers' names"),
     # The VAE
-    "HunyuanVideo": ("comfy.latent_formats", "telling a wrong tiny VAE"),
+    "HunyuanVideo": ("comfy.latent_formats", "recognising a wrong tiny VAE"),
     "TAEHV": ("comfy.taesd.taehv", "accepting tiny VAEs of Wan"),
     "WanVAE": ("comfy.ldm.wan.vae", "refusing other VAEs"),
     # The page
@@ -66,7 +66,7 @@ NAMES = {
     "Latent2RGBPreviewer": ("latent_preview", "the preview of all keyframes"),
     "LatentPreviewMethod": ("comfy.cli_args", "whether core shows a preview of its own"),
     "ProgressBar": ("comfy.utils", "progress of long work"),
-    "Wan21": ("comfy.latent_formats", "Wan's latents, whose preview ours lays out"),
+    "Wan21": ("comfy.latent_formats", "Wan's latents, whose preview ours replaces"),
     "args": ("comfy.cli_args", "whether core shows a preview of its own"),
     "turbo": ("comfy.ldm.colormap", "the colours of a drawn path"),
 }

@@ -18,7 +18,9 @@ def available() -> list[type[io.ComfyNode]]:
         try:
             nodes += importlib.import_module(f".comfy_nodes.{theme}", __package__).NODES
         except MissingFromCore as e:
-            logging.error("WorldStereo FP8 does without its %s nodes. %s", theme.replace("_", " "), e)
+            logging.error(
+                "WorldStereo FP8: the nodes of the theme %s are not available. %s", theme.replace("_", " "), e
+            )
     return nodes
 
 

@@ -44,7 +44,7 @@ class WorldStereoLoadCamera(io.ComfyNode):
                 io.Combo.Input(
                     "camera",
                     options=camera_files(),
-                    tooltip="A .json or .txt in ComfyUI's input folder; the kind is told by its content.",
+                    tooltip="A .json or .txt in ComfyUI's input folder; its kind is recognised by the content.",
                 )
             ],
             outputs=[
@@ -122,8 +122,8 @@ class WorldStereoCameraPath(io.ComfyNode):
                     "look_at_centre",
                     options=list(LOOK_AT),
                     tooltip="on: turn to keep the centre of the scene in the middle. off: keep the "
-                    "direction. auto: on for orbit, arc, spiral and ellipse loop. Dolly, pan, tilt "
-                    "and roll keep their own.",
+                    "direction. auto: on for orbit, arc, spiral and ellipse loop. No effect on dolly, pan, tilt "
+                    "and roll.",
                 ),
                 io.Combo.Input(
                     "lens",
@@ -156,8 +156,8 @@ class WorldStereoCameraPath(io.ComfyNode):
                     max=89.0,
                     step=1.0,
                     advanced=True,
-                    tooltip="How far up (down: below 0) the picture's camera looks, in degrees, so that "
-                    "orbits and pans stay level. Not used with start.",
+                    tooltip="How far above (negative: below) the horizon the picture's camera looks, in degrees, so "
+                    "that orbits and pans stay level. Not used with start.",
                 ),
                 io.MultiType.Input(
                     "scene",
@@ -170,22 +170,23 @@ class WorldStereoCameraPath(io.ComfyNode):
                     "start",
                     types=[Cameras, io.Load3DCamera],
                     optional=True,
-                    tooltip="Where to start: after the last camera of another path, which stays in "
-                    "front, or at the camera of core's 3-D viewer.",
+                    tooltip="Where to start: at the last camera of another path, which this one continues and "
+                    "contains, or at the camera of core's 3-D viewer.",
                 ),
                 io.Boolean.Input(
                     "guess_pitch",
                     default=False,
                     optional=True,
                     advanced=True,
-                    tooltip="Guess how far up the picture's camera looks from MoGe's normals of floors, tables and "
+                    tooltip="Estimate how far up the picture's camera looks from MoGe's normals of floors, tables and "
                     "ceilings (MoGe 2 gives them), instead of start_pitch. Not used with start.",
                 ),
             ],
             outputs=[
                 Cameras.Output(display_name="cameras"),
                 io.Image.Output(
-                    display_name="picture", tooltip="The path from above and from the side, blue to red in time."
+                    display_name="picture",
+                    tooltip="The path from above and from the side, from blue (start) to red (end).",
                 ),
             ],
             hidden=[io.Hidden.unique_id],
@@ -240,7 +241,7 @@ class WorldStereoRender(io.ComfyNode):
                     tooltip="MoGe's geometry of the picture, a grey depth or disparity picture, or a "
                     "point cloud in the cameras' world.",
                 ),
-                Cameras.Input("cameras", tooltip="One camera a frame: world-to-camera, OpenCV axes."),
+                Cameras.Input("cameras", tooltip="One camera per frame: world-to-camera, OpenCV axes."),
                 io.Combo.Input(
                     "depth_picture",
                     options=list(DEPTH_PICTURES),
@@ -271,8 +272,8 @@ class WorldStereoRender(io.ComfyNode):
                     max=8192,
                     step=16,
                     advanced=True,
-                    tooltip="Of the render, in pixels. If width or height is 0: the model's size for this picture, or, "
-                    "without model, the picture's own size (a large one's reduced).",
+                    tooltip="Size of the render, in pixels. If width or height is 0: the model's size for this "
+                    "picture, or, without model, the picture's own size (reduced if it is large).",
                 ),
                 io.Int.Input(
                     "height",
@@ -281,8 +282,8 @@ class WorldStereoRender(io.ComfyNode):
                     max=8192,
                     step=16,
                     advanced=True,
-                    tooltip="Of the render, in pixels. If width or height is 0: the model's size for this picture, or, "
-                    "without model, the picture's own size (a large one's reduced).",
+                    tooltip="Size of the render, in pixels. If width or height is 0: the model's size for this "
+                    "picture, or, without model, the picture's own size (reduced if it is large).",
                 ),
                 io.Float.Input(
                     "radius",
@@ -292,8 +293,8 @@ class WorldStereoRender(io.ComfyNode):
                     step=0.0005,
                     round=0.0001,
                     advanced=True,
-                    tooltip="Radius of a point, where the shorter side of the picture is 2. The model was "
-                    f"trained with {RADIUS}; below 250 pixels that is drawn larger, so that no gaps show.",
+                    tooltip="Radius of a point, in units in which the shorter side of the picture is 2. The model was "
+                    f"trained with {RADIUS}; below 250 pixels that radius is drawn larger, so that no gaps show.",
                 ),
                 io.Int.Input(
                     "points_per_pixel",
@@ -307,7 +308,7 @@ class WorldStereoRender(io.ComfyNode):
                     "background",
                     default="#808080",
                     advanced=True,
-                    tooltip="Colour behind the points: of the holes, and what thin splats fade to. The model was "
+                    tooltip="Colour behind the points: it fills the holes, and thin splats fade to it. The model was "
                     "trained with mid-grey (#808080).",
                 ),
                 io.Model.Input(
@@ -374,7 +375,7 @@ class WorldStereoPanorama(io.ComfyNode):
             node_id="WorldStereoPanorama",
             display_name="WorldStereo Panorama",
             category=CATEGORY,
-            description="Starts from an equirectangular panorama: the point cloud of all around, and an ordinary "
+            description="Starts from an equirectangular panorama: its whole point cloud, and an ordinary "
             "picture in a chosen direction with its camera, for Camera Path and Render.",
             search_aliases=["360", "equirectangular", "panorama to perspective", "world"],
             inputs=[
@@ -393,7 +394,7 @@ class WorldStereoPanorama(io.ComfyNode):
                     min=-89.0,
                     max=89.0,
                     step=1.0,
-                    tooltip="Degrees above the horizon (below: negative).",
+                    tooltip="Degrees above the horizon; negative below.",
                 ),
                 io.Float.Input(
                     "fov",

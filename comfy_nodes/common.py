@@ -19,8 +19,8 @@ MoGeGeometry = io.Custom("MOGE_GEOMETRY")  # core's dict of comfy_extras/nodes_m
 
 
 def show_on_node(node: type[io.ComfyNode], text: str, remarks: Sequence[str] = ()):
-    """Shows a text on the node that runs, and below it remarks, which are logged as warnings too. The text of a node
-    that another one was expanded into ("12.0.0.left.add") is shown on that one."""
+    """Shows a text on the running node, and below it remarks, which are also logged as warnings. A node that another
+    one was expanded into ("12.0.0.left.add") shows its text on that other one."""
     for remark in remarks:
         logging.warning("%s: %s.", node.define_schema().display_name, remark)
     text = "\n".join([text, *remarks])
@@ -29,5 +29,5 @@ def show_on_node(node: type[io.ComfyNode], text: str, remarks: Sequence[str] = (
 
 
 def color_of(text: str) -> tuple[float, float, float]:
-    """The value of a colour input (#rrggbb) in 0..1. 128 is mid-grey, 0.5, which no byte is exactly."""
+    """The value of a colour input (#rrggbb) in 0..1. 128 stands for mid-grey, 0.5, which no byte is exactly."""
     return tuple(0.5 if channel == 128 else channel / 255 for channel in ImageColor.getrgb(text)[:3])

@@ -67,8 +67,8 @@ def camera_file(name: str) -> Path:
 
 
 def prefix_of(filename_prefix: str) -> str:
-    """A filename prefix as core's counter understands it: "/" between its parts, no empty or "." parts, a name at its
-    end. Where it names nothing, "worldstereo". Raises ValueError for NUL."""
+    """A filename prefix in the form core's counter understands: parts separated by "/", none of them empty or ".", the
+    last one a name. "worldstereo" where the prefix names nothing. Raises ValueError for a NUL character."""
     if "\0" in filename_prefix:
         raise ValueError(f"filename_prefix: {shown(filename_prefix)} holds a NUL character.")
     root = "/" if filename_prefix.startswith(("/", "\\")) else ""  # which core refuses
@@ -77,10 +77,10 @@ def prefix_of(filename_prefix: str) -> str:
 
 
 def save_output(filename_prefix: str, suffix: str, write: Callable[[Path], None]) -> tuple[Path, str]:
-    """Has `write` make a file or folder in the output folder, numbered as core's savers number: its path, and its
-    subfolder. A number that is taken is passed over, so nothing is replaced; `write` raises FileExistsError for it.
+    """Lets `write` make a file or folder in the output folder, numbered as core's save nodes do. Returns its path and
+    its subfolder. `write` raises FileExistsError for a taken number, which is then skipped: nothing is replaced.
 
-    Raises ValueError and what core and `write` raise.
+    Raises ValueError for a prefix that cannot be used, and what `write` raises.
     """
     prefix, output = prefix_of(filename_prefix), folder_paths.get_output_directory()
     try:

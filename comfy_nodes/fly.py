@@ -64,8 +64,8 @@ class WorldStereoFlyPath(io.ComfyNode):
                     max=89.0,
                     step=1.0,
                     advanced=True,
-                    tooltip="How far up (down: below 0) the picture's camera looks, in degrees, so that looking "
-                    "around stays level. Not used with start.",
+                    tooltip="How far above (negative: below) the horizon the picture's camera looks, in degrees, so "
+                    "that looking around stays level. Not used with start.",
                 ),
                 io.MultiType.Input(
                     "scene",
@@ -78,14 +78,15 @@ class WorldStereoFlyPath(io.ComfyNode):
                     "start",
                     types=[Cameras, io.Load3DCamera],
                     optional=True,
-                    tooltip="Where to start: after the last camera of another path, which stays in front, or at the "
-                    "camera of core's 3-D viewer.",
+                    tooltip="Where to start: at the last camera of another path, which this one continues and "
+                    "contains, or at the camera of core's 3-D viewer.",
                 ),
             ],
             outputs=[
                 Cameras.Output(display_name="cameras"),
                 io.Image.Output(
-                    display_name="picture", tooltip="The path from above and from the side, blue to red in time."
+                    display_name="picture",
+                    tooltip="The path from above and from the side, from blue (start) to red (end).",
                 ),
             ],
         )

@@ -1,5 +1,5 @@
-"""What comes into a node, looked at before it runs. ComfyUI checks the least and most of a widget's number, but not of
-one that comes over a link, and the type of no value at all."""
+"""Checks of a node's inputs before it runs. ComfyUI checks the range of a widget's number, but not of a number that
+comes over a link, and it checks no value's type."""
 
 import functools
 import inspect
@@ -22,15 +22,15 @@ MAX_SIDE, MAX_PIXELS = 1 << 15, 1 << 26  # of one picture: photos of 50 megapixe
 MAX_FRAMES = 10_000  # pictures of one input
 MAX_POINTS = 1 << 26
 MAX_CONDITIONS = 1000
-OUTSIDE = 0.05  # by how much pixels may leave 0..1, as filters make them, before it is told
-FILES = {"camera", "folder", "model_name", "base_model", "source"}  # their nodes name a file that is not there
+OUTSIDE = 0.05  # how far pixels may lie outside 0..1, as filters leave them, before it is logged
+FILES = {"camera", "folder", "model_name", "base_model", "source"}  # their nodes report a file that is missing
 
 
 def checked(execute):
     """For `execute` of every node: refuses inputs that are not of their declared type, range or choices.
 
-    A ValueError names the input. Tensors, cameras and geometries are looked at as far as the nodes rely on them;
-    pictures of one channel become grey ones of three, a mask [H, W] becomes [1, H, W].
+    A ValueError names the input. Tensors, cameras and geometries are checked as far as the nodes rely on them. Pictures
+    of one channel become grey ones of three; a mask [H, W] becomes [1, H, W].
     """
     names = list(inspect.signature(execute).parameters)[1:]
 
@@ -48,7 +48,7 @@ def checked(execute):
 
 
 def check(declared: io.Input, value):
-    """The value of an input, or what it is cleaned to. Raises ValueError that names the input."""
+    """The value of an input, converted where `checked` says so. Raises ValueError that names the input."""
     name = declared.id
     if value is None and declared.optional:
         return None
@@ -123,7 +123,7 @@ def _check_size(name, count, height, width):
 
 
 def _check_values(name, tensor) -> tuple[float, float]:
-    """The least and the largest value of a batch, looked at one after the other: the whole may fill the memory."""
+    """The smallest and the largest value of a batch, one picture at a time: a copy of the whole may fill the memory."""
     low, high = math.inf, -math.inf
     for number, part in enumerate(tensor):
         least, most = (value.item() for value in part.aminmax())

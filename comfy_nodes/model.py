@@ -43,7 +43,7 @@ class LoadWorldStereoFP8(io.ComfyNode):
                     default=COMPUTE[0],
                     tooltip="How quantised layers multiply. auto: as they are stored where the card can (FP8: GeForce RTX "
                     "40, Hopper and newer; INT8: RTX 20 and newer), else the weight is upcast for each product. fp8: "
-                    "as they are stored, or an error. bf16: always upcast.",
+                    "as they are stored, else an error. bf16: always upcast.",
                 ),
                 io.Combo.Input(
                     "base_model",
@@ -51,7 +51,7 @@ class LoadWorldStereoFP8(io.ComfyNode):
                     default=NO_BASE,
                     optional=True,
                     advanced=True,
-                    tooltip="Only for an overlay file that holds a part of the backbone: the "
+                    tooltip="Only for an overlay, a file that holds only a part of the backbone: the "
                     "Wan2.1-I2V-14B-480P model it was made on.",
                 ),
                 io.Boolean.Input(
@@ -59,8 +59,8 @@ class LoadWorldStereoFP8(io.ComfyNode):
                     default=True,
                     optional=True,
                     advanced=True,
-                    tooltip="Keeps what depends on the prompt or the timestep alone: 0.6 GB a prompt, in "
-                    "VRAM during a run, for which 8 GB of weights need not stay there. Off: "
+                    tooltip="Keeps what depends only on the prompt or the timestep: 0.6 GB per prompt, in "
+                    "VRAM during a run; 8 GB of weights then need no VRAM. Off: "
                     "computed anew at every step, with the same result.",
                 ),
             ],
@@ -105,11 +105,11 @@ class WorldStereoConditioning(io.ComfyNode):
             "of the model's table nearest to the picture's shape, and makes the empty latent to sample.",
             search_aliases=["worldstereo", "camera control", "image to video"],
             inputs=[
-                io.Model.Input("model", tooltip="From Load WorldStereo FP8: its settings say sizes and frame counts."),
+                io.Model.Input("model", tooltip="From Load WorldStereo FP8: its settings give sizes and frame counts."),
                 io.Conditioning.Input("positive"),
                 io.Conditioning.Input("negative"),
                 io.Vae.Input("vae", tooltip="The Wan 2.1 VAE."),
-                io.Image.Input("image", tooltip="The one picture to start from. Camera 0 took it."),
+                io.Image.Input("image", tooltip="The picture to start from, taken by camera 0."),
                 io.Image.Input(
                     "render_video",
                     tooltip="The point cloud seen by each camera, as many frames as "
@@ -118,10 +118,10 @@ class WorldStereoConditioning(io.ComfyNode):
                 ),
                 io.Mask.Input(
                     "render_mask",
-                    tooltip="For each frame of the render, 1 (white) where no point fell. Frame 0, the picture itself, "
-                    "is taken without holes.",
+                    tooltip="For each frame of the render, 1 (white) where no point fell. Frame 0 is the picture "
+                    "itself and has no holes, whatever the mask says.",
                 ),
-                Cameras.Input("cameras", tooltip="One camera a frame: world-to-camera, OpenCV axes."),
+                Cameras.Input("cameras", tooltip="One camera per frame: world-to-camera, OpenCV axes."),
                 io.ClipVisionOutput.Input(
                     "clip_vision_output",
                     optional=True,
@@ -145,7 +145,7 @@ class WorldStereoConditioning(io.ComfyNode):
                     default="",
                     optional=True,
                     tooltip="For each reference the keyframe that it matches best, separated by commas: 1, 5, 12. "
-                    "Keyframes are numbered from 0, the picture itself, which no reference is matched with.",
+                    "Keyframes are numbered from 0; keyframe 0 is the picture itself and is matched with no reference.",
                 ),
                 SceneReferences.Input(
                     "references",
@@ -201,11 +201,11 @@ class WorldStereoKeyframeDecode(io.ComfyNode):
             node_id="WorldStereoKeyframeDecode",
             display_name="WorldStereo Keyframe Decode",
             category=CATEGORY,
-            description="Decodes every keyframe alone, as WorldStereo's latents are made. The plain VAE Decode would "
-            "read them as one video and blend them.",
+            description="Decodes each keyframe on its own, as WorldStereo's latents are made. The plain VAE Decode "
+            "would read them as one video and blend them.",
             search_aliases=["vae decode"],
             inputs=[io.Latent.Input("samples"), io.Vae.Input("vae", tooltip="The Wan 2.1 VAE.")],
-            outputs=[io.Image.Output(tooltip="The keyframes in order; show them at 16 frames a second.")],
+            outputs=[io.Image.Output(tooltip="The keyframes in order; show them at 16 frames per second.")],
         )
 
     @classmethod
@@ -221,14 +221,14 @@ class WorldStereoKeyframeEncode(io.ComfyNode):
             node_id="WorldStereoKeyframeEncode",
             display_name="WorldStereo Keyframe Encode",
             category=CATEGORY,
-            description="Encodes every picture alone into a keyframe latent, the inverse of Keyframe Decode: to start "
-            "from existing frames with a denoise below 1.",
+            description="Encodes each picture on its own into a keyframe latent, the inverse of Keyframe Decode: to "
+            "start from existing frames with a denoise below 1.",
             search_aliases=["vae encode"],
             inputs=[
                 io.Image.Input(
                     "pixels",
                     tooltip="The keyframes in order; both sides are cropped to a multiple of 8 "
-                    "pixels, and the model wants multiples of 16.",
+                    "pixels; the model needs multiples of 16.",
                 ),
                 io.Vae.Input("vae", tooltip="The Wan 2.1 VAE."),
             ],

@@ -18,17 +18,17 @@ class WorldStereoPicture(io.ComfyNode):
             node_id="WorldStereoPicture",
             display_name="WorldStereo Picture",
             category=CATEGORY,
-            description="Brings the picture to the model's size once, for all that follows: MoGe, CLIP Vision, Camera "
+            description="Brings the picture to the model's size once, for everything after it: MoGe, CLIP Vision, Camera "
             "Path, Render and Conditioning. The size is the entry of the model's table with the nearest shape.",
             search_aliases=["resize", "crop", "pad", "scale image", "worldstereo size"],
             inputs=[
                 io.Model.Input(
                     "model",
                     optional=True,
-                    tooltip="From Load WorldStereo FP8: its settings say the sizes. Without it, those of the published "
-                    "models, and nothing waits for the model.",
+                    tooltip="From Load WorldStereo FP8: its settings give the sizes. Without it they are those of the "
+                    "published models, and the nodes after this one need not wait for the model to load.",
                 ),
-                io.Image.Input("image", tooltip="The picture. Several are all treated alike."),
+                io.Image.Input("image", tooltip="The picture. Several pictures are all treated alike."),
                 io.Combo.Input(
                     "fit",
                     options=list(FITS),
@@ -50,7 +50,7 @@ class WorldStereoPicture(io.ComfyNode):
                     "background",
                     default="#808080",
                     advanced=True,
-                    tooltip="Colour under transparent parts, and of what pad adds.",
+                    tooltip="Colour under transparent parts and of the border that pad adds.",
                 ),
                 io.Mask.Input(
                     "transparency",
@@ -80,16 +80,16 @@ class WorldStereoPrompt(io.ComfyNode):
             node_id="WorldStereoPrompt",
             display_name="WorldStereo Prompt",
             category=CATEGORY,
-            description="Encodes a caption as WorldStereo was trained on them: plain text, in which parentheses are "
-            f"parentheses and no weights, cleaned, and cut at {TEXT_TOKENS} tokens.",
+            description="Encodes a caption in the form WorldStereo was trained on: cleaned plain text, in which "
+            f"parentheses are not weights, cut at {TEXT_TOKENS} tokens.",
             search_aliases=["caption", "clip text encode", "text", "prompt"],
             inputs=[
                 io.Clip.Input("clip", tooltip="UMT5-XXL: Load CLIP with the type wan."),
                 io.String.Input(
                     "text",
                     multiline=True,
-                    tooltip="What the scene shows and how it looks. Web entities (&amp;), repeated blanks, curly quotes "
-                    "and wrongly decoded letters are mended.",
+                    tooltip="What the scene shows and how it looks. HTML entities (&amp;), repeated spaces, curly quotes "
+                    "and wrongly decoded letters are cleaned up.",
                 ),
             ],
             outputs=[io.Conditioning.Output()],

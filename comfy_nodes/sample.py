@@ -53,7 +53,7 @@ class WorldStereoSamplePanorama(io.ComfyNode):
             node_id="WorldStereoSamplePanorama",
             display_name="WorldStereo Sample Panorama",
             category=CATEGORY,
-            description="The room of WorldStereo Sample Scene all around its camera, with exact distances: a panorama to "
+            description="The room of WorldStereo Sample Scene as a panorama around its camera, with exact distances: to "
             "try a workflow with, without a file or a depth model.",
             search_aliases=["example", "demo", "360", "equirectangular"],
             outputs=[

@@ -99,7 +99,7 @@ class WorldStereoSaveFrames(io.ComfyNode):
                 io.Image.Input("images", tooltip="The decoded keyframes."),
                 Cameras.Input(
                     "cameras",
-                    tooltip="One camera a frame. Where there are more, they are thinned as "
+                    tooltip="One camera per frame. Where there are more, they are thinned as "
                     "WorldStereo Conditioning thinned them.",
                 ),
                 io.String.Input(

@@ -1,4 +1,4 @@
-"""A scene that remembers: start it, look along a path, add what was made, go on, and explore it by a list of paths."""
+"""A scene that remembers: start it, render a path, add the generated frames, continue, explore it by a list of paths."""
 
 from comfy_api.latest import io, ui
 
@@ -26,15 +26,15 @@ class WorldStereoStartScene(io.ComfyNode):
             node_id="WorldStereoStartScene",
             display_name="WorldStereo Start Scene",
             category=CATEGORY,
-            description="Starts a scene that remembers: from one picture and its depth, or from a panorama, of which 27 "
-            "views are cut. Paths through it then see what earlier paths showed.",
+            description="Starts a scene that remembers: from one picture and its depth, or from a panorama, out of which "
+            "27 views are taken. Paths through it then see what earlier paths showed.",
             search_aliases=["world", "scene memory", "explore", "panorama bank", "memory bank"],
             inputs=[
                 io.Image.Input("image", tooltip="The picture to start from, or an equirectangular panorama."),
                 io.MultiType.Input(
                     "depth",
                     types=[MoGeGeometry, io.Image],
-                    tooltip="Of this very picture: MoGe's geometry, or a grey depth or disparity picture. Of a panorama: "
+                    tooltip="MoGe's geometry of this very picture, or its grey depth or disparity picture. For a panorama: "
                     "the geometry from Run MoGe Panorama Inference.",
                 ),
                 Cameras.Input(
@@ -75,7 +75,7 @@ class WorldStereoStartScene(io.ComfyNode):
                     step=16,
                     advanced=True,
                     tooltip="Of the scene's views, in pixels. If width or height is 0: the model's size for this picture, "
-                    f"or, without model, the picture's own size; of a panorama {VIEW_SIZE[0]}x{VIEW_SIZE[1]}.",
+                    f"or, without model, the picture's own size; for a panorama {VIEW_SIZE[0]}x{VIEW_SIZE[1]}.",
                 ),
                 io.Int.Input(
                     "height",
@@ -120,8 +120,8 @@ class WorldStereoScenePath(io.ComfyNode):
             node_id="WorldStereoScenePath",
             display_name="WorldStereo Scene Path",
             category=CATEGORY,
-            description="What a camera path finds in a scene: the render and holes of the scene's points, and the "
-            "views remembered that the model is shown as references.",
+            description="Prepares a camera path through a scene: the render of the scene's points with its holes, and "
+            "the remembered views that the model is shown as references.",
             search_aliases=["memory", "reference views", "retrieval", "point cloud render"],
             inputs=[
                 Scene.Input("scene"),
@@ -132,7 +132,7 @@ class WorldStereoScenePath(io.ComfyNode):
                     default=REFERENCES,
                     min=1,
                     max=20,
-                    tooltip=f"The most views to show the model. It was trained with up to {REFERENCES}; fewer are "
+                    tooltip=f"At most how many views to show the model. It was trained with up to {REFERENCES}; fewer are "
                     "faster.",
                 ),
                 io.Combo.Input(
@@ -151,14 +151,14 @@ class WorldStereoScenePath(io.ComfyNode):
                     step=0.0005,
                     round=0.0001,
                     advanced=True,
-                    tooltip="Radius of a point, where the shorter side of the picture is 2. The model was trained with "
+                    tooltip="Radius of a point, in units in which the shorter side of the picture is 2. The model was trained with "
                     f"{RADIUS}.",
                 ),
                 io.ClipVision.Input(
                     "clip_vision",
                     optional=True,
-                    tooltip="Where more views fit than references allows, those are chosen that look different; "
-                    "without it, those whose cameras differ.",
+                    tooltip="Where more views fit than references allows, helps to choose views that look different; "
+                    "without it, views whose cameras differ are chosen.",
                 ),
             ],
             outputs=[
@@ -201,8 +201,8 @@ class WorldStereoAddToScene(io.ComfyNode):
             node_id="WorldStereoAddToScene",
             display_name="WorldStereo Add to Scene",
             category=CATEGORY,
-            description="Remembers a generated path: some of its keyframes as views and, with their depth, the points "
-            "they show. The scene it was given stays as it was: bypass this node to undo it.",
+            description="Adds a generated path to the scene: some of its keyframes as views and, with their depth, the "
+            "points they show. The scene it was given stays as it was: bypass this node to undo it.",
             search_aliases=["memory", "remember", "fuse", "grow point cloud"],
             inputs=[
                 Scene.Input("scene"),
@@ -223,7 +223,7 @@ class WorldStereoAddToScene(io.ComfyNode):
                     max=MAX_POINTS,
                     step=1000,
                     advanced=True,
-                    tooltip="The point cloud is thinned to about so many points.",
+                    tooltip="The point cloud is thinned to about this many points.",
                 ),
                 MoGeGeometry.Input(
                     "depth",
@@ -264,8 +264,8 @@ class WorldStereoContinue(io.ComfyNode):
             node_id="WorldStereoContinue",
             display_name="WorldStereo Continue",
             category=CATEGORY,
-            description="Goes on from a view of the scene: its picture for image and its camera for start of Camera "
-            "Path, and the scene's points.",
+            description="Takes a view of the scene as the start of the next path: its picture for image and its camera "
+            "for start of Camera Path, and the scene's points.",
             search_aliases=["extend", "last frame", "next path", "walk on"],
             inputs=[
                 Scene.Input("scene"),
@@ -319,7 +319,7 @@ class WorldStereoExploreScene(io.ComfyNode):
                     io.ClipVision,
                     "clip_vision",
                     optional=True,
-                    tooltip="CLIP ViT-H: each path's start picture through it, as the model expects, and the choice "
+                    tooltip="CLIP ViT-H: encodes each path's start picture, as the model expects, and helps the choice "
                     "among many references.",
                 ),
                 linked(
@@ -338,15 +338,15 @@ class WorldStereoExploreScene(io.ComfyNode):
                     "own_list",
                     multiline=True,
                     default="left from first: orbit left 25\non: dolly in 0.2",
-                    tooltip=f"For {OWN_LIST}: a line a path, NAME [from VIEW]: PRESET AMOUNT [asks PATH | mirrors PATH]. "
-                    "Without a view it goes on from the path before. AMOUNT: degrees, or units of the scene's depth.",
+                    tooltip=f"For {OWN_LIST}: one line per path, NAME [from VIEW]: PRESET AMOUNT [asks PATH | mirrors PATH]. "
+                    "Without a view it continues the path before. AMOUNT: degrees, or units of the scene's depth.",
                 ),
                 io.Int.Input(
                     "stop_after",
                     default=0,
                     min=0,
                     max=100,
-                    tooltip="Take only so many paths of the list; 0: all. Raise it to go on from there.",
+                    tooltip="Take only the first so many paths of the list; 0: all. Raise it to go on from there.",
                 ),
                 io.Int.Input("keyframes", default=21, min=2, max=21, tooltip="Of each path."),
                 io.Int.Input(
@@ -354,7 +354,7 @@ class WorldStereoExploreScene(io.ComfyNode):
                     default=REFERENCES,
                     min=1,
                     max=20,
-                    tooltip="The most remembered views that each path is shown.",
+                    tooltip="At most how many remembered views each path is shown.",
                 ),
                 io.Int.Input(
                     "noise_seed",
@@ -362,7 +362,7 @@ class WorldStereoExploreScene(io.ComfyNode):
                     min=0,
                     max=0xFFFFFFFFFFFFFFFF,
                     control_after_generate=io.ControlAfterGenerate.fixed,
-                    tooltip="Of the first path; each next has one more. Keep it fixed, or every path is new each time.",
+                    tooltip="Of the first path; each following path adds one. Keep it fixed, or every path is computed anew each time.",
                 ),
                 io.Float.Input(
                     "cfg", default=1.0, min=0.0, max=100.0, step=0.1, tooltip="1 for memory-dmd, 5 for memory."
@@ -377,7 +377,7 @@ class WorldStereoExploreScene(io.ComfyNode):
                     "scene_prefix",
                     default="",
                     tooltip="The whole scene is saved after every path, each time in a new folder of this name in "
-                    "ComfyUI's output folder. Empty: not saved; connect Save Scene for the last one.",
+                    "ComfyUI's output folder. Empty: not saved; connect Save Scene to save the last one.",
                 ),
             ],
             outputs=[

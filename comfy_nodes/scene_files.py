@@ -25,8 +25,8 @@ class WorldStereoSaveScene(io.ComfyNode):
             node_id="WorldStereoSaveScene",
             display_name="WorldStereo Save Scene",
             category=CATEGORY,
-            description="Writes the scene as one folder into the output folder: for WorldStereo Load Scene, and for "
-            "others, with pictures, cameras and points as nerfstudio, COLMAP and WorldMirror read them.",
+            description="Writes the scene as one folder into the output folder: for WorldStereo Load Scene, and with "
+            "pictures, cameras and points in the forms that nerfstudio, COLMAP and WorldMirror read.",
             search_aliases=["export scene", "colmap", "nerfstudio", "transforms.json", "3dgs dataset", "worldmirror"],
             inputs=[
                 Scene.Input("scene"),
@@ -66,7 +66,7 @@ class WorldStereoLoadScene(io.ComfyNode):
                     "folder",
                     options=scene_folders(),
                     tooltip="A folder with scene.json, cameras.json, transforms.json or sparse/0/images.txt in ComfyUI's "
-                    "output or input folder. Press R for what came since the page was opened.",
+                    "output or input folder. Press R to list folders made since the page was opened.",
                 )
             ],
             outputs=[Scene.Output(display_name="scene")],
@@ -95,8 +95,8 @@ class WorldStereoSceneToSplat(io.ComfyNode):
             node_id="WorldStereoSceneToSplat",
             display_name="WorldStereo Scene to Splat",
             category=CATEGORY,
-            description="Each remembered pixel that has a depth as a Gaussian, for core's Render Splat, Merge Splats and "
-            "Create 3D File (from Splat). It shows the views as they are; nothing is optimised.",
+            description="Turns each remembered pixel that has a depth into a Gaussian, for core's Render Splat, Merge "
+            "Splats and Create 3D File (from Splat). It shows the views as they are; nothing is optimised.",
             search_aliases=["gaussian splat", "3dgs", "splat", "preview scene", "export splat"],
             inputs=[
                 Scene.Input("scene"),
@@ -106,7 +106,7 @@ class WorldStereoSceneToSplat(io.ComfyNode):
                     min=1000,
                     max=MAX_POINTS,
                     step=1000,
-                    tooltip="At most; more are thinned evenly in space, and what stays is widened.",
+                    tooltip="At most this many; more are thinned evenly in space, and the remaining ones widened.",
                 ),
             ],
             outputs=[io.Splat.Output(display_name="splat", tooltip="In the axes of splat files: y down, z forward.")],

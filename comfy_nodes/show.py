@@ -1,4 +1,4 @@
-"""Nodes that only show: a result as a moving picture and as a sheet, a cloud in 3-D. They write nothing that stays."""
+"""Nodes that only show: the keyframes as a clip and as a sheet, a point cloud in 3-D. They save nothing."""
 
 import math
 import uuid
@@ -36,7 +36,7 @@ class WorldStereoPreviewClip(io.ComfyNode):
                     optional=True,
                     tooltip="Shown to the left of the keyframes. Where it has more frames, they are thinned evenly.",
                 ),
-                io.Float.Input("fps", default=FPS, min=1.0, max=120.0, step=1.0, tooltip="Frames a second."),
+                io.Float.Input("fps", default=FPS, min=1.0, max=120.0, step=1.0, tooltip="Frames per second."),
             ],
             outputs=[
                 io.Image.Output(display_name="sheet", tooltip="All frames on one sheet, numbered from 0."),
@@ -49,7 +49,7 @@ class WorldStereoPreviewClip(io.ComfyNode):
     @checked
     def execute(cls, images, render_video=None, fps=FPS) -> io.NodeOutput:
         frames = images if render_video is None else side_by_side(images, render_video)
-        even = frames[:, : frames.shape[1] // 2 * 2, : frames.shape[2] // 2 * 2]  # as H.264 wants them
+        even = frames[:, : frames.shape[1] // 2 * 2, : frames.shape[2] // 2 * 2]  # H.264 needs even sides
         clip = InputImpl.VideoFromComponents(Types.VideoComponents(images=even, frame_rate=Fraction(fps)))
         name = f"worldstereo_clip_{uuid.uuid4().hex}.mp4"
         clip.save_to(str(Path(folder_paths.get_temp_directory()) / name))
@@ -65,7 +65,7 @@ class WorldStereoPointsTo3D(io.ComfyNode):
             display_name="WorldStereo Points to 3D",
             category=CATEGORY,
             description="The point cloud for core's 3-D nodes, without saving it: a PLY for Preview Point Cloud, and a "
-            "splat, one round Gaussian a point, for Create 3D File (from Splat) and Preview Splat. WorldStereo Save "
+            "splat, one round Gaussian for each point, for Create 3D File (from Splat) and Preview Splat. WorldStereo Save "
             "Point Cloud saves.",
             search_aliases=["ply", "preview points", "point cloud", "3d viewer", "gaussian splat"],
             inputs=[Points.Input("points")],
