@@ -11,8 +11,10 @@ NAMES = (
     "picture_to_camera_move_camera_variant",
     "panorama_to_camera_move",
     "your_own_render_and_mask",
+    "fly_a_path",
     "cook_fp8",
 )
+SCENES = ("explore_picture", "explore_panorama", "continue_scene")  # they save what they are for: a scene
 TITLE = 30  # pixels of a node's title bar, above its position
 BYPASSED = 4
 
@@ -30,7 +32,7 @@ def meet(a, b):
     return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", NAMES + SCENES)
 def test_nothing_overlaps(name):
     workflow = example(name)
     nodes = {f"{node['id']} {node['type']}": rectangle(node) for node in workflow["nodes"]}
@@ -54,11 +56,11 @@ def test_only_the_video_is_written_unasked(name):
     assert {kind for kind in active if "Save" in kind} <= {"SaveVideo"}
 
 
-@pytest.mark.parametrize("name", NAMES[:4])
+@pytest.mark.parametrize("name", [name for name in NAMES + SCENES if name != "cook_fp8"])
 def test_the_page_can_offer_every_file_that_is_published(name):
     """`properties.models` of each loader names the very file that its widget asks for."""
     for node in example(name)["nodes"]:
-        if "Load" not in node["type"] or node["type"] in ("LoadImage", "LoadVideo", "WorldStereoLoadCamera"):
+        if "Load" not in node["type"] or node["type"] in ("LoadImage", "LoadVideo", "WorldStereoLoadCamera", "WorldStereoLoadScene"):
             continue
         file = node["widgets_values"][0]
         if file.startswith("WorldStereo-camera"):  # made with Cook FP8
@@ -68,7 +70,7 @@ def test_the_page_can_offer_every_file_that_is_published(name):
         assert model["directory"]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", NAMES + SCENES)
 def test_notes_have_no_code_spans(name):
     """Nodes 2.0 shows them unreadably on a note's colour."""
     assert not [
