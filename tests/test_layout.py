@@ -60,7 +60,12 @@ def test_only_the_video_is_written_unasked(name):
 def test_the_page_can_offer_every_file_that_is_published(name):
     """`properties.models` of each loader names the very file that its widget asks for."""
     for node in example(name)["nodes"]:
-        if "Load" not in node["type"] or node["type"] in ("LoadImage", "LoadVideo", "WorldStereoLoadCamera", "WorldStereoLoadScene"):
+        if "Load" not in node["type"] or node["type"] in (
+            "LoadImage",
+            "LoadVideo",
+            "WorldStereoLoadCamera",
+            "WorldStereoLoadScene",
+        ):
             continue
         file = node["widgets_values"][0]
         if file.startswith("WorldStereo-camera"):  # made with Cook FP8
