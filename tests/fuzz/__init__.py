@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 CLASSES = ("headers", "indexes", "configs", "cameras", "inputs")
+SERVED = ("prompts",)  # these start a server, and are run when they are asked for
 LONGEST = 1000  # characters of a clear error
 
 # Values where others are expected.

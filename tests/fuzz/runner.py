@@ -1,15 +1,21 @@
 """Sends cases to a worker process, watches it, and counts by class."""
 
 import collections
+import contextlib
 import json
+import os
 import queue
+import signal
 import subprocess
 import sys
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from . import SERVED
+
 SECONDS = 10  # a case that takes longer hangs
+SERVED_SECONDS = 300  # with the start of the server; the class itself looks at what a prompt takes
 START_SECONDS = 300
 VERDICTS = ("refused", "accepted", "dead", "hang", "unclear", "wrong")
 BAD = ("dead", "hang", "unclear", "wrong")
@@ -27,6 +33,7 @@ class Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
+            start_new_session=True,  # so that a server it started ends with it
         )
         self.lines = queue.SimpleQueue()
         threading.Thread(target=self._read, args=(self.process, self.lines), daemon=True).start()
@@ -58,6 +65,9 @@ class Worker:
 
     def stop(self):
         if self.process is not None:
+            if hasattr(os, "killpg"):
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(self.process.pid, signal.SIGKILL)
             self.process.kill()
             self.process.wait()
             self.process = None
@@ -84,7 +94,7 @@ def run(classes, count: int, seed: int = 0, seconds: float = SECONDS, first: int
     try:
         for name in classes:
             for number in range(first, first + count):
-                verdict, what = worker.ask(name, seed, number, seconds)
+                verdict, what = worker.ask(name, seed, number, SERVED_SECONDS if name in SERVED else seconds)
                 table.counts[name][verdict] += 1
                 if verdict in BAD:
                     table.bad.append(f"{name}, seed {seed}, case {number}: {verdict}: {what}")
