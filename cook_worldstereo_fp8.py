@@ -1,7 +1,7 @@
 """Makes the FP8 or INT8 file of a WorldStereo model, and checks such files. Needs torch only.
 
     python cook_worldstereo_fp8.py SRC DST [--recipe default|published|int8] [--convs fp8|bf16]
-    python cook_worldstereo_fp8.py --verify FILE SRC    does FILE come out of SRC, byte for byte?
+    python cook_worldstereo_fp8.py --verify FILE SRC    checks that FILE is what the recipe makes of SRC, byte for byte
     python cook_worldstereo_fp8.py --compare A B        the error of B's weights against A's
 
 SRC is a .safetensors file, or the .safetensors.index.json of a model in shards.
@@ -79,7 +79,7 @@ FORMATS = (
 
 
 def write_card(report: Report, folder: Path, options: Options, config: str | None):
-    """What a model repository owes beside the file: README.md, config.json, LICENSE, the Apache License, NOTICE."""
+    """Writes what a model repository needs beside the file: README.md, config.json, LICENSE, the Apache License, NOTICE."""
     folder.mkdir(parents=True, exist_ok=True)
     facts = dict(report.heading)
     kinds = [
@@ -109,7 +109,7 @@ for the node Load WorldStereo FP8 in ComfyUI.
 |---|---|
 {chr(10).join(f"| {what} | {value} |" for what, value in facts.items() if what != "time")}
 
-## What it cost
+## Error
 
 Against the source's weights, over all {kind} weights: relative RMS error {total.relative:.3%}, SQNR {total.sqnr or 0:.2f} dB,
 {total.zeroed / total.count:.4%} of the values became zero, {total.saturated / total.count:.4%} saturated.
@@ -181,7 +181,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         "--recipe",
         choices=RECIPES,
         help="default: FP8 with a smaller error, in the published format; published: bit for bit as the published files; "
-        "int8: INT8 with rotation (SRC may be FP8, at a cost that is told). With --verify: what the file says, else "
+        "int8: INT8 with rotation (SRC may be FP8, with a larger error). With --verify: what the file says, else "
         "published",
     )
     parser.add_argument(

@@ -8,10 +8,10 @@ GIB = 2**30
 BALLAST = """
 import sys, torch
 for line in sys.stdin:
-    held = None
+    ballast = None
     torch.cuda.empty_cache()
     free = torch.cuda.mem_get_info()[0]
-    held = torch.empty(max(free - int(line), 0), dtype=torch.uint8, device="cuda")
+    ballast = torch.empty(max(free - int(line), 0), dtype=torch.uint8, device="cuda")
     print(torch.cuda.mem_get_info()[0], flush=True)
 """
 

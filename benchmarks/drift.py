@@ -31,10 +31,10 @@ from safetensors.torch import load_file, save_file
 INT8_ATTENTION = "INT8 attention"
 ROWS = (  # name, weights, compute, attention; the first is what the others are compared with
     ("BF16", "bf16", "auto", ""),
-    ("INT8, native", "int8", "auto", ""),
-    ("INT8, native, INT8 attention", "int8", "auto", INT8_ATTENTION),
+    ("INT8 matmul", "int8", "auto", ""),
+    ("INT8 matmul, INT8 attention", "int8", "auto", INT8_ATTENTION),
     ("INT8, upcast", "int8", "bf16", ""),
-    ("FP8, native", "fp8", "auto", ""),
+    ("FP8 matmul", "fp8", "auto", ""),
     ("FP8, upcast", "fp8", "bf16", ""),
     ("FP8, ComfyUI's own Linear", "fp8", CORE, ""),
 )

@@ -318,8 +318,8 @@ def attention(rounds: int):
     ):
         q = torch.randn(1, queries, HEADS, DIM // HEADS, device=DEVICE).bfloat16().transpose(1, 2)
         k, v = (torch.randn(1, keys, HEADS, DIM // HEADS, device=DEVICE).bfloat16().transpose(1, 2) for _ in range(2))
-        some = slice(0, 256)
-        scores = q[:, :, some].float() @ k.float().transpose(2, 3) * (DIM // HEADS) ** -0.5
+        sample = slice(0, 256)
+        scores = q[:, :, sample].float() @ k.float().transpose(2, 3) * (DIM // HEADS) ** -0.5
         reference = scores.softmax(-1) @ v.float()
         del scores
 
@@ -329,7 +329,7 @@ def attention(rounds: int):
 
         times = time_in_turns({backend: lambda backend=backend: run(backend) for backend in backends}, repeats)
         for backend, ms in times.items():
-            error = (run(backend)[:, :, some].float() - reference).norm() / reference.norm()
+            error = (run(backend)[:, :, sample].float() - reference).norm() / reference.norm()
             rows.append([f"{queries} × {keys}", backend.name, f"{ms:.2f}", f"{error.item():.2e}"])
     table(f"Attention, {HEADS} heads of {DIM // HEADS}, BF16", ["queries × keys", "PyTorch's", "ms", "error"], rows)
 

@@ -1,1 +1,1 @@
-"""Reading and writing files that strangers may have made: the ground floor, which knows of no format but JSON."""
+"""Reading and writing files that may come from strangers. Knows no format but JSON, and imports no other room."""

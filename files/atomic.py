@@ -1,4 +1,4 @@
-"""Files and folders that appear under their names whole, or not at all."""
+"""Files and folders that get their names only once they are complete."""
 
 import contextlib
 import itertools
@@ -20,7 +20,7 @@ except ImportError:  # Windows, which locks open files by itself
     fcntl = None
 
 TEMPORARY = ".writing"  # what the name of an unfinished file or folder ends in
-GROWING = ".cooking"  # and that of an unfinished large file
+GROWING = ".cooking"  # what the name of an unfinished large file ends in
 SECONDS_BETWEEN_SYNCS = 0.2
 
 
@@ -33,15 +33,15 @@ def new_file(path: str | os.PathLike, overwrite: bool = False) -> Iterator[Binar
     """
     path = Path(path)
     refuse_taken(path, overwrite)
-    with told(path):
+    with naming(path):
         descriptor, name = tempfile.mkstemp(prefix=f".{path.name[:100]}.", suffix=TEMPORARY, dir=path.parent)
         temporary = Path(name)
     try:
-        with told(path), open(descriptor, "wb") as file:
+        with naming(path), open(descriptor, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        with told(path):
+        with naming(path):
             _open_to_others(temporary, 0o666)
             _put(temporary, path, overwrite)
     except BaseException:
@@ -63,14 +63,14 @@ def new_folder(path: str | os.PathLike) -> Iterator[Path]:
     """
     path = Path(path)
     refuse_taken(path, False)
-    with told(path):
+    with naming(path):
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name[:100]}.", suffix=TEMPORARY, dir=path.parent))
     try:
-        with told(path):
+        with naming(path):
             yield temporary
             _open_to_others(temporary, 0o777)
             refuse_taken(path, False)
-            os.rename(temporary, path)  # refused by the system where a folder with content has come there meanwhile
+            os.rename(temporary, path)  # the system refuses where a folder with content has appeared meanwhile
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -78,11 +78,12 @@ def new_folder(path: str | os.PathLike) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def new_large_file(path: str | os.PathLike, nbytes: int, overwrite: bool = False) -> Iterator[BinaryIO]:
-    """As `new_file`, for a file of `nbytes` that takes minutes: written out while it grows, by one run at a time.
+    """As `new_file`, for a file of `nbytes` that takes minutes: flushed to disk while it grows, by one run at a time.
 
-    Until it is whole it lies beside `path` under its name and GROWING; what killed runs left so in the folder is
-    removed first. Where the finished file cannot take its name (Windows replaces no file that a program has open), it
-    gets a free one beside it, and the OSError says which. Raises FileExistsError too where another run is making it.
+    Until it is complete its name is that of `path` followed by GROWING; such files of killed runs in the folder are
+    removed first. Where the finished file cannot take its name (Windows does not replace a file that a program has
+    open), it gets a free name beside it, and the OSError says which. Also raises FileExistsError where another run is
+    making the file.
     """
     path = Path(path)
     refuse_taken(path, overwrite)
@@ -96,7 +97,7 @@ def new_large_file(path: str | os.PathLike, nbytes: int, overwrite: bool = False
     temporary = path.with_name(path.name + GROWING)
     in_work = f"{shown(path.name)} is being made already: another run has {shown(temporary.name)}. Wait for it."
     try:
-        with told(path):
+        with naming(path):
             file = open(temporary, "xb")
     except FileExistsError as e:
         raise FileExistsError(in_work) from e
@@ -107,7 +108,7 @@ def new_large_file(path: str | os.PathLike, nbytes: int, overwrite: bool = False
         try:
             with _written_out(file, path):
                 yield file
-            with told(path):
+            with naming(path):
                 file.flush()
                 os.fsync(file.fileno())
             if fcntl is None:
@@ -126,7 +127,7 @@ def new_large_file(path: str | os.PathLike, nbytes: int, overwrite: bool = False
 
 @contextlib.contextmanager
 def _written_out(file, path: Path):
-    """Has the system write the file out while it grows, so that the sync at its end has little left to wait for."""
+    """Flushes the file to disk while it grows, so that the final sync has little left to write."""
     stop = threading.Event()
 
     def run():
@@ -139,7 +140,7 @@ def _written_out(file, path: Path):
             yield
         finally:
             stop.set()
-        with told(path):
+        with naming(path):
             syncs.result()  # the system reports a failed write once, to whichever sync comes next
 
 
@@ -169,7 +170,7 @@ def _remove_abandoned(path: Path):
 
 
 def _put_or_keep(temporary: Path, path: Path, overwrite: bool):
-    """Gives a finished file its name; where that fails, a free one, and says so."""
+    """Gives a finished file its name; where that fails, a free one, which the OSError names."""
     try:
         _put(temporary, path, overwrite)
     except OSError as e:
@@ -194,7 +195,7 @@ def refuse_taken(path: Path, overwrite: bool):
 
 
 def _put(temporary: Path, path: Path, overwrite: bool):
-    """Renames; without `overwrite` in a way that never replaces what has come there meanwhile."""
+    """Renames; without `overwrite` in a way that never replaces a file that has appeared meanwhile."""
     if overwrite:
         os.replace(temporary, path)
         return
@@ -219,8 +220,8 @@ def _open_to_others(path: Path, mode: int):
 
 
 @contextlib.contextmanager
-def told(path: Path):
-    """Has an OSError name the file that was to be written."""
+def naming(path: Path):
+    """Adds the name of the file that was to be written to an OSError."""
     try:
         yield
     except FileExistsError:

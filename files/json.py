@@ -1,4 +1,4 @@
-"""JSON of strangers: bounded in size, depth and digits before Python's parser sees it."""
+"""JSON that may come from strangers: bounded in size, depth and digits before Python's parser sees it."""
 
 import json
 import os
@@ -19,9 +19,9 @@ _BUT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 
 
 def parse(content: str | bytes, where: str, *, limit: int = CONFIG_LIMIT, object_pairs_hook=None):
-    """The value of a JSON text; a byte order mark is read over.
+    """The value of a JSON text; a byte order mark is skipped.
 
-    where: what to call it in a message. object_pairs_hook: as of `json.loads`.
+    where: what to call the text in a message. object_pairs_hook: as for `json.loads`.
     Raises ValueError, naming `where`, for what is larger than `limit` bytes, nested deeper than MAX_DEPTH, holds an
     integer of more than MAX_DIGITS digits, or more than about MAX_VALUES values, is no UTF-8, or no JSON.
     """
@@ -50,6 +50,6 @@ def parse(content: str | bytes, where: str, *, limit: int = CONFIG_LIMIT, object
 
 
 def read(path: str | os.PathLike, *, limit: int = CONFIG_LIMIT):
-    """The value of a JSON file; see `parse`. Raises ValueError that names the file, FileNotFoundError where it is not."""
+    """The value of a JSON file; see `parse`. Raises ValueError, naming the file, and FileNotFoundError."""
     path = Path(path)
     return parse(read_regular(path, limit), shown(path.name), limit=limit)

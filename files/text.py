@@ -7,7 +7,7 @@ def shown(value: object, limit: int = LIMIT) -> str:
     """A value as one printable line of at most `limit` characters.
 
     What is not printable (control characters, newlines, lone surrogates, which no log can encode) is escaped as Python
-    writes it; what is longer is cut, and its length is told.
+    writes it. Longer text is cut, with its length added.
     """
     if isinstance(value, int):
         try:
@@ -24,7 +24,7 @@ def shown(value: object, limit: int = LIMIT) -> str:
 
 
 def first_few(names, limit: int = 4, length: int = LIMIT) -> str:
-    """The first few of some names, printable and at most `length` characters each, and how many more there are."""
+    """The first few of the names, printable and at most `length` characters each, and how many more there are."""
     names = list(names)
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(shown(name, length) for name in names[:limit]) + more

@@ -1,13 +1,13 @@
-"""Activations between FP8 matmuls: quantised token by token, the element-wise work before it in the same pass.
+"""Activations between FP8 matmuls: quantised token by token, together with the element-wise operations before them.
 
 Each function has three backends, taken in this order:
 
 - triton: one kernel each (`kernels`); NVIDIA GPUs.
-- kitchen: comfy-kitchen's CUDA kernels; it quantises with one scale for the whole tensor. For machines without Triton,
-  as Windows is.
+- kitchen: comfy-kitchen's CUDA kernels, which quantise with one scale for the whole tensor; for machines without
+  Triton, such as those with Windows.
 - eager: plain torch operations, the reference for the other two.
 
-`backend` tells which one a device gets and why not a better one.
+`backend` returns which one a device gets and why not a better one.
 """
 
 import functools
@@ -40,7 +40,7 @@ class QuantisedTokens:
     """Activations in FP8 or INT8: values · scale, of M tokens with K channels, rotated if they have a group."""
 
     values: torch.Tensor  # float8_e4m3fn or int8 [M, K], contiguous
-    scale: torch.Tensor  # float32, [M, 1] for a scale a token or [1, 1] for one scale in all
+    scale: torch.Tensor  # float32: [M, 1], a scale for each token, or [1, 1], one for all
     shape: tuple[int, ...]  # of the activations as they came, [..., K]
     dtype: torch.dtype  # of the activations as they came
     group: int = 0  # the channels that are rotated together, 0 for no rotation
@@ -51,7 +51,7 @@ class QuantisedTokens:
 
     @classmethod
     def room(cls, x: torch.Tensor) -> "QuantisedTokens":
-        """Room for x in FP8 with a scale a token, not filled."""
+        """Uninitialised memory for x in FP8 with a scale for each token."""
         width = x.shape[-1]
         values = x.new_empty(x.numel() // width, width, dtype=FP8)
         return cls(values, x.new_empty(len(values), 1, dtype=torch.float32), tuple(x.shape), x.dtype)
@@ -73,9 +73,9 @@ class QuantisedTokens:
 def quantise(x: torch.Tensor, into: QuantisedTokens | None = None) -> QuantisedTokens:
     """Activations to FP8.
 
-    x: [..., K], float32, bfloat16 or float16. The scale is amax/448 of a token, or of the tensor where the backend has
-    no scale for each token; 1 where that is no normal number (zeros). A NaN stays one in the token's values or scale.
-    into: tokens of x's size that are done with; the backend may write the result over them.
+    x: [..., K], float32, bfloat16 or float16. The scale is amax/448 of a token, or of the whole tensor where the backend
+    has no scale for each token; 1 where amax/448 is not a normal number (zeros). A NaN stays a NaN in the token's values
+    or scale. into: tokens of x's size that are no longer needed; the backend may write the result over them.
     """
     return _implementation(x.device).quantise(x, into)
 
@@ -238,7 +238,7 @@ class Triton(Eager):
 
 @functools.cache
 def row_scales_refusal(device: torch.device) -> str | None:
-    """Why `torch._scaled_mm` takes no scale a token on this device (some builds of PyTorch for Windows), or None."""
+    """Why `torch._scaled_mm` takes no scale for each token on this device (some PyTorch builds for Windows), or None."""
     x, weight = (torch.zeros(rows, 64, dtype=FP8, device=device) for rows in (5, 48))
     x_scale, weight_scale = torch.ones(5, 1, device=device), torch.ones(1, 48, device=device)
     bias = torch.zeros(48, dtype=torch.bfloat16, device=device)
@@ -253,7 +253,7 @@ def row_scales_refusal(device: torch.device) -> str | None:
             use_fast_accum=True,
         )
     except RuntimeError as e:
-        return f"this PyTorch has no FP8 matmul with a scale a token ({str(e).splitlines()[0]})"
+        return f"this PyTorch has no FP8 matmul with a scale for each token ({str(e).splitlines()[0]})"
     return None
 
 
@@ -271,9 +271,9 @@ BACKENDS = {"triton": Triton, "kitchen": Kitchen, "eager": Eager}  # the best fi
 
 
 def backend(device: torch.device) -> tuple[str, str]:
-    """The name of the backend that tensors on `device` get, and why no better one, "" for the best.
+    """The name of the backend for tensors on `device`, and why it is not a better one ("" for the best).
 
-    Raises ValueError where the environment variable WORLDSTEREO_FP8_BACKEND asks for one that cannot be had.
+    Raises ValueError where the environment variable WORLDSTEREO_FP8_BACKEND asks for one that cannot run here.
     """
     return _choose(device, forced)
 

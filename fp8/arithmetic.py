@@ -1,5 +1,5 @@
-"""How a Linear multiplies: in FP8, in INT8, or with its weight upcast. Whoever computes a layer's input asks the layer,
-and leaves the input in the form that the layer takes, without knowing which that is."""
+"""How a Linear multiplies: in FP8, in INT8, or with its weight upcast. Code that computes a layer's input asks the layer
+for its arithmetic and lets that prepare the input, without knowing which one it is."""
 
 from dataclasses import dataclass
 
@@ -19,11 +19,11 @@ def dequantised(x: Tokens) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Upcast:
-    """Plain tensors: the weight is upcast for each product, or is no quantised one."""
+    """Plain tensors: the weight is upcast for each product, or is not quantised."""
 
     def take(self, x: torch.Tensor, done: Tokens | None = None) -> Tokens:
-        """x as the layer's input, kept until its turn comes. done: tokens of x's size, which are written over where they
-        are of the kind that the layer takes."""
+        """x as the layer's input, kept until the layer runs. done: tokens of x's size that are no longer needed; the
+        result is written over them where they have the form that the layer takes."""
         return done.copy_(x) if isinstance(done, torch.Tensor) else x
 
     def gelu(self, x: torch.Tensor) -> Tokens:
@@ -36,7 +36,7 @@ class Upcast:
 
 
 @dataclass(frozen=True)
-class NativeFP8:
+class FP8Matmul:
     """FP8 weight and tokens; see `matmul`."""
 
     dtype = FP8
@@ -62,7 +62,7 @@ class NativeFP8:
 
 
 @dataclass(frozen=True)
-class NativeINT8:
+class INT8Matmul:
     """INT8 weight and tokens, rotated in groups of `group` channels (0: not); see `int8_matmul`."""
 
     group: int
@@ -84,4 +84,4 @@ class NativeINT8:
         return int8_matmul.int8_linear(x, weight, scale, bias, self.group)
 
 
-UPCAST, NATIVE_FP8 = Upcast(), NativeFP8()
+UPCAST, FP8_MATMUL = Upcast(), FP8Matmul()

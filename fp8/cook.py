@@ -1,4 +1,4 @@
-"""Makes an FP8 or INT8 file from a BF16 one: read once, in slices, and never left half written."""
+"""Makes an FP8 or INT8 file from a BF16 one, which is read once, in slices. The result is never left half written."""
 
 import bisect
 import collections
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from ..files.atomic import new_large_file, refuse_taken, told
+from ..files.atomic import naming, new_large_file, refuse_taken
 from ..files.regular import open_regular
 from ..files.text import shown
 from . import int8
@@ -44,8 +44,8 @@ AHEAD = 2 * WORKERS  # slices in work
 
 
 FROM_FP8 = (
-    "The source is FP8. A Linear of the result is off by about 3.0e-2, where one made from the BF16 model is off by "
-    "1.4e-2: take the BF16 model if you can."
+    "The source is FP8. The relative error of a Linear will be about 3.0e-2; made from the BF16 model it would be "
+    "1.4e-2. Use the BF16 model if you can."
 )
 
 
@@ -159,7 +159,7 @@ def fp8_scale(files: TensorFiles, tensor: Tensor) -> float | None:
 def check(files: TensorFiles, options: Options, refusal: Refusal):
     """Raises ValueError for a source that the recipe must not or cannot be used on.
 
-    refusal: why the recipe was not made for a tensor of this name, or None.
+    refusal: a function of a tensor's name that returns why the recipe does not apply to it, or None.
     """
     where = shown(files.path.name)
     if not files.tensors:
@@ -248,19 +248,19 @@ class _Cooking:
         """Surveys the values as they are read, finds the scale, then encodes the slices: those still in memory, or, of
         a tensor too large for that, read from the file once more."""
         survey, merge = (_largest, torch.maximum) if tensor.dtype == "F32" else (_histogram, torch.add)
-        held, found = [], None
+        pieces, found = [], None
         for piece, result in self._in_order(
             lambda piece: survey(piece.values.to(self.device)), self.reader.slices(tensor)
         ):
             found = result if found is None else merge(found, result, out=found)
             if self.reader.holds(tensor):
-                held.append(piece)
+                pieces.append(piece)
             else:
                 self.reader.release(piece)
             self.on_slice(piece.nbytes)
 
         def again() -> Iterator[torch.Tensor]:
-            return (piece.values for piece in held) if held else self.reader.files.slices(tensor)
+            return (piece.values for piece in pieces) if pieces else self.reader.files.slices(tensor)
 
         if tensor.dtype == "F32":
             amax = found
@@ -280,14 +280,16 @@ class _Cooking:
             self.published.append(_error(tensor, samples(), *find_scale(amax, samples(), "published")))
         divisor = divisor.to(self.device)
 
-        def encode_in_place(values: torch.Tensor) -> torch.Tensor:  # into the memory of the slice, which is done with
+        def encode_in_place(
+            values: torch.Tensor,
+        ) -> torch.Tensor:  # into the memory of the slice, which is no longer needed
             return values.view(FP8)[: values.numel()].copy_(encode(values.to(self.device), divisor))
 
         begin = 0
         for _, values in self._in_order(encode_in_place, again()):
             self._send(tensor.name, begin, values)
             begin += values.numel()
-        for piece in held:
+        for piece in pieces:
             self.reader.release(piece)
 
     def _quantise_int8(self, tensor: Tensor):
@@ -314,7 +316,7 @@ class _Cooking:
         self.errors.append(error)
 
     def _rows(self, tensor: Tensor) -> Iterator[torch.Tensor]:
-        """The tensor's values in whole rows, FP32, some at a time."""
+        """The tensor's values in FP32, a number of whole rows at a time."""
         width, scale = tensor.shape[1], fp8_scale(self.reader.files, tensor)
         begun = torch.empty(0)
         for piece in self.reader.slices(tensor):
@@ -327,7 +329,7 @@ class _Cooking:
                 yield values[:whole].view(-1, width)
 
     def _in_order(self, function: Callable, items: Iterable) -> Iterator[tuple]:
-        """(item, function(item)) in order, some of them computed ahead in other threads."""
+        """(item, function(item)) in order; other threads compute a few of them ahead."""
         ahead = collections.deque()
         for item in items:
             ahead.append((item, self.pool.submit(function, item)))
@@ -447,8 +449,8 @@ def cook(
 ) -> Report:
     """Writes the FP8 or INT8 file of a source. The same source and options give the same bytes everywhere.
 
-    Memory stays below 2 GB whatever the size. Until it is finished the result has another name; on any exception, one
-    that `on_progress` raises included, nothing of it is left, and the source is only ever read.
+    Memory stays below 2 GB for a model of any size. Until it is finished the result has another name; after any
+    exception, including one that `on_progress` raises, nothing of it is left. The source is only ever read.
 
     Args:
         source: .safetensors with BF16, FP16 or FP32 weights, or the .safetensors.index.json of its shards. The recipe
@@ -481,12 +483,12 @@ def cook(
     with new_large_file(target, nbytes, overwrite) as file:
 
         def emit(name: str, begin: int, data: memoryview):
-            with told(target):
+            with naming(target):
                 file.seek(room + layout[name].begin + begin)
                 file.write(data)
 
         digests, cooking = _produce(files, options, device, emit, on_progress)
-        with told(target):
+        with naming(target):
             file.seek(0)
             file.write(header(layout, make_metadata(options, config, digests)))
     seconds = time.monotonic() - started
@@ -527,11 +529,11 @@ def verify(
         )
     check(files, options, refusal)
     layout = plan(weights_of(files, options), options)
-    held = {name: name for name in found.tensors}
+    stored = {name: name for name in found.tensors}
     for name in found.tensors:  # the other name a scale may have
-        held.setdefault(name.removesuffix(f"weight.{SCALE_SUFFIX}") + SCALE_SUFFIX, name)
-    differences = [f"{shown(name)} is missing" for name in layout if name not in held]
-    expected = {held[name]: tensor for name, tensor in layout.items() if name in held}
+        stored.setdefault(name.removesuffix(f"weight.{SCALE_SUFFIX}") + SCALE_SUFFIX, name)
+    differences = [f"{shown(name)} is missing" for name in layout if name not in stored]
+    expected = {stored[name]: tensor for name, tensor in layout.items() if name in stored}
     for name, tensor in found.tensors.items():
         if name not in expected:
             differences.append(f"{shown(name)} does not belong to the recipe's result")
@@ -545,7 +547,7 @@ def verify(
     with open_regular(path) as file:
 
         def compare(name: str, begin: int, data: memoryview):
-            tensor = found.tensors.get(held.get(name))
+            tensor = found.tensors.get(stored.get(name))
             if tensor is None or tensor.name not in expected:
                 return
             file.seek(tensor.begin + begin)

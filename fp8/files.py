@@ -35,7 +35,7 @@ DTYPES = {
 INDEX_SUFFIX = ".safetensors.index.json"
 SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")  # in the name of a model's shard
 SLICE = 2 * 2**20  # bytes read at once
-BUFFERS = 128  # slices in memory, 268 MB; more than are held of one tensor and in work
+BUFFERS = 128  # slices in memory, 268 MB; more than one tensor keeps and the threads work on
 HELD = 72  # slices of one tensor in memory, 150 MB; the largest FP8 weight of Wan 14B has 142 MB
 MAX_HEADER = 8 * 2**20  # bytes; WorldStereo's have 0.3 MB, a saved workflow in the metadata makes that some MB
 MAX_NAME = 300  # characters of a tensor's name; the longest of a checkpoint has under 100
@@ -98,7 +98,7 @@ class TensorFiles:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far the reading of some tensors is."""
+    """How much of the tensors has been read."""
 
     nbytes: int
     total_nbytes: int
@@ -121,7 +121,7 @@ OnProgress = Callable[[Progress], None]  # called after each slice; may raise, w
 def open_files(path: str | Path) -> TensorFiles:
     """The tensors of a .safetensors file, or of the shards that a .safetensors.index.json names.
 
-    Raises ValueError for anything else (a pickle, a truncated file, an index its shards do not bear out) and
+    Raises ValueError for anything else (a pickle, a truncated file, an index that contradicts its shards) and
     FileNotFoundError for missing shards.
     """
     path = Path(path)
@@ -356,7 +356,7 @@ class Reader:
         self._thread.join()
 
     def holds(self, tensor: Tensor) -> bool:
-        """Whether all slices of the tensor can be out at once and leave room to read ahead."""
+        """Whether all slices of the tensor can be in use at once and still leave buffers to read ahead."""
         return tensor.nbytes <= HELD * SLICE
 
     def slices(self, tensor: Tensor) -> Iterator["Slice"]:

@@ -33,7 +33,7 @@ def description(group: int = GROUP) -> bytes:
 
 
 def group_of(quant: dict) -> int:
-    """The group that a `comfy_quant` rotates in, 0 for none. Some tools nest the settings in `params`."""
+    """The group size of a `comfy_quant`'s rotation, 0 for none. Some tools nest the settings in `params`."""
     nested = quant.get("params")
     settings = (nested if isinstance(nested, dict) else {}) | quant
     return settings.get("convrot_groupsize", GROUP) if settings.get("convrot", False) else 0

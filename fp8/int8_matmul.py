@@ -1,9 +1,9 @@
-"""Native INT8 matmul: activations rotated and quantised with a dynamic scale for each token, multiplied by an INT8
+"""INT8 matmul: activations rotated and quantised with a dynamic scale for each token, multiplied by an INT8
 weight.
 
 The kernels are comfy-kitchen's. Its public `int8_linear` quantises and multiplies in one call, so three products of one
-input would quantise it three times; what it calls inside is called here apart. Those are no public names: each is tried
-once, on a few numbers against plain torch, before it is used, and plain torch stands in for what does not pass.
+input would quantise it three times; this module calls the two kernels separately. They are not public, so each is
+checked once against plain torch on a few numbers, and plain torch takes the place of one that fails.
 """
 
 import functools
@@ -19,7 +19,7 @@ from .int8 import INT8
 from .rotation import GROUP
 
 MIN_CAPABILITY = (7, 5)  # the first CUDA compute capability with INT8 matrix units
-ROWS = 4096  # that plain torch multiplies at once: its sums are INT32, as wide as the result twice over
+ROWS = 4096  # that plain torch multiplies at once: its INT32 sums take twice the memory of the result
 
 
 @functools.cache
@@ -42,7 +42,7 @@ def quantise(x: torch.Tensor, group: int = GROUP, into: QuantisedTokens | None =
     """Activations to INT8.
 
     x: [..., K], float32, bfloat16 or float16. Rotated in groups of `group` channels, 0 for not; the scale is amax/127 of
-    a token. into: tokens of x's size that are done with; where they are INT8 the result is written over them.
+    a token. into: tokens of x's size that are no longer needed; where they are INT8 the result is written over them.
     """
     values, scale = _quantise_rows(x.reshape(-1, x.shape[-1]), group)
     if into is not None and into.values.dtype == INT8:
@@ -79,7 +79,7 @@ def int8_linear(
 def _quantise_rows(rows: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor]:
     if rows.numel() == 0:  # no kernel is launched for nothing
         return rows.to(INT8), rows.new_ones(len(rows), 1, dtype=torch.float32)
-    if group:  # of a weight, says its name; the matrix is symmetric, so activations are rotated alike
+    if group:  # named after weights; the matrix is symmetric, so it rotates activations the same way
         return torch.ops.comfy_kitchen.quantize_int8_convrot_weight(rows.contiguous(), group)
     return torch.ops.comfy_kitchen.quantize_int8_rowwise(rows.contiguous())
 
@@ -178,7 +178,7 @@ def _never(*_) -> None:
 
 @functools.cache
 def product_kernel(device: torch.device, dtype: torch.dtype) -> tuple[str, Kernel]:
-    """The name of the fastest kernel that multiplies right on this device, and the kernel; plain torch if none does."""
+    """The name of the fastest kernel that multiplies correctly on this device, and the kernel; else plain torch."""
     if torch.cuda.get_device_capability(device) >= (8, 0):
         kernels = [lambda bias_dtype=d: _cutlass(dtype, bias_dtype) for d in dict.fromkeys((dtype, torch.float32))]
     else:
@@ -206,7 +206,7 @@ def product_kernel(device: torch.device, dtype: torch.dtype) -> tuple[str, Kerne
 
 @functools.cache
 def _folds_gelu(device: torch.device, dtype: torch.dtype, width: int, group: int) -> bool:
-    """Whether comfy-kitchen's quantiser takes GELU along at this width."""
+    """Whether comfy-kitchen's quantiser can apply GELU in the same kernel at this width."""
     x = torch.randn(4, width, generator=torch.Generator("cpu").manual_seed(0)).to(device, dtype)
     try:
         values, scale = _kitchen().quantize_int8_rowwise_convrot64(x, group, input_act="gelu_tanh")

@@ -1,4 +1,4 @@
-"""The Triton kernels behind `activations`: a program takes whole rows (tokens) into registers, all arithmetic in FP32.
+"""The Triton kernels behind `activations`: a program loads whole rows (tokens) into registers; arithmetic is in FP32.
 
 Every tensor's last axis has stride 1; rows may have any stride.
 """

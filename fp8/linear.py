@@ -1,8 +1,8 @@
 """The quantised Linear as a ComfyUI operation.
 
 The weight is core's QuantizedTensor (per-tensor float8_e4m3fn, or int8_tensorwise with or without rotation), so offload,
-dynamic VRAM, LoRA patching and saving are core's. What is ours is the product: native matmul with a dynamic scale for
-each token, or the weight upcast.
+dynamic VRAM, LoRA patching and saving are core's. Ours is the product: quantised weights times activations quantised
+with a dynamic scale for each token, or the weight upcast.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from ..core import (
 )
 from . import int8_matmul
 from .activations import backend, row_scales_refusal
-from .arithmetic import NATIVE_FP8, UPCAST, NativeFP8, NativeINT8, Tokens, Upcast, dequantised
+from .arithmetic import FP8_MATMUL, UPCAST, FP8Matmul, INT8Matmul, Tokens, Upcast, dequantised
 from .int8 import INT8
 
 COMPUTE = ("auto", "fp8", "bf16")
@@ -31,10 +31,11 @@ COMPUTE = ("auto", "fp8", "bf16")
 
 @functools.cache
 def matmul_refusal(compute: str, dtype: torch.dtype, device: torch.device) -> str | None:
-    """Why Linear layers whose weights are of `dtype` (FP8 or INT8) cannot take native matmul on `device`, or None if
-    they can.
+    """Why `device` does not multiply matrices of `dtype` (FP8 or INT8), so that layers upcast their weights, or None if
+    it does.
 
-    compute: "auto" and "fp8" want native matmul, "bf16" does not. Raises ValueError where "fp8" cannot be had.
+    compute: "auto" and "fp8" ask for the product of quantised weights, "bf16" does not. Raises ValueError where "fp8"
+    is not possible.
     """
     if compute not in COMPUTE:
         raise ValueError(f"compute is {compute!r}, expected one of {', '.join(COMPUTE)}")
@@ -70,19 +71,19 @@ def operations(storage_dtype: torch.dtype, refusal: Callable[[torch.dtype, torch
 
     class Operations(core_operations):
         class Linear(core_operations.Linear):
-            """Linear over the last axis of any input; see `arithmetic` for the native products."""
+            """Linear over the last axis of any input; see `arithmetic` for the products."""
 
-            native: NativeFP8 | NativeINT8 | None = None  # how its weight multiplies where the device can
+            matmul: FP8Matmul | INT8Matmul | None = None  # how its weight multiplies where the device can
 
             def _load_from_state_dict(self, state_dict, prefix, *args):
                 weight = state_dict[f"{prefix}weight"]
-                if f"{prefix}comfy_quant" not in state_dict:  # kept as the file has it; core would round it
+                if f"{prefix}comfy_quant" not in state_dict:  # kept in the file's dtype; core would round it
                     self.factory_kwargs["dtype"] = weight.dtype
                 super()._load_from_state_dict(state_dict, prefix, *args)
                 if isinstance(self.weight, QuantizedTensor):
                     params = self.weight._params
                     rotated = params.convrot_groupsize if getattr(params, "convrot", False) else 0
-                    self.native = NativeINT8(rotated) if weight.dtype == INT8 else NATIVE_FP8
+                    self.matmul = INT8Matmul(rotated) if weight.dtype == INT8 else FP8_MATMUL
 
             def set_weight(self, weight, inplace_update=False, **kwargs):
                 """Core's hook LoRAs ask for an update in place, which core's own layer of this kind does not offer."""
@@ -90,14 +91,14 @@ def operations(storage_dtype: torch.dtype, refusal: Callable[[torch.dtype, torch
 
             def upcast_reason(self, device: torch.device) -> str | None:
                 """Why this layer upcasts its weight on `device`, or None if it multiplies as it is stored."""
-                if not isinstance(self.weight, QuantizedTensor) or self.native is None:
+                if not isinstance(self.weight, QuantizedTensor) or self.matmul is None:
                     return "not a quantised weight"
                 if self._full_precision_mm_config:
                     return "the file asks for full precision"
                 if getattr(self, "comfy_force_cast_weights", False):
                     return "another compute dtype was chosen for the model"
-                refusal = refused(self.native.dtype, device)
-                return refusal or self.native.size_refusal(self.in_features, self.out_features)
+                refusal = refused(self.matmul.dtype, device)
+                return refusal or self.matmul.size_refusal(self.in_features, self.out_features)
 
             def is_wrapped(self) -> bool:
                 """Whether something stands in for `forward` (core's bypass LoRAs) or hooks onto it."""
@@ -105,9 +106,9 @@ def operations(storage_dtype: torch.dtype, refusal: Callable[[torch.dtype, torch
                 own = isinstance(self.forward, types.MethodType) and self.forward.__func__ is type(self).forward
                 return not own or bool(self._forward_hooks or self._forward_pre_hooks)
 
-            def arithmetic(self, device: torch.device) -> Upcast | NativeFP8 | NativeINT8:
-                """How it multiplies on `device`, and so the form in which its input is best left."""
-                return UPCAST if self.upcast_reason(device) or self.is_wrapped() else self.native
+            def arithmetic(self, device: torch.device) -> Upcast | FP8Matmul | INT8Matmul:
+                """How the layer multiplies on `device`, which decides the form its input should have."""
+                return UPCAST if self.upcast_reason(device) or self.is_wrapped() else self.matmul
 
             @contextlib.contextmanager
             def fetched(self, device: torch.device, dtype: torch.dtype):
@@ -123,20 +124,20 @@ def operations(storage_dtype: torch.dtype, refusal: Callable[[torch.dtype, torch
             @contextlib.contextmanager
             def _fetched(self, device: torch.device, dtype: torch.dtype):
                 run_every_op()
-                native = self.upcast_reason(device) is None
+                quantised = self.upcast_reason(device) is None
                 # A weight with a LoRA comes back requantised where core streams it, else dequantised with it added.
                 weight, bias, stream = cast_bias_weight(
                     self,
-                    dtype=self.weight.dtype if native else dtype,
+                    dtype=self.weight.dtype if quantised else dtype,
                     device=device,
                     bias_dtype=dtype,
                     offloadable=True,
                     compute_dtype=dtype,
-                    want_requant=native,
+                    want_requant=quantised,
                 )
-                if isinstance(weight, QuantizedTensor) and native:
+                if isinstance(weight, QuantizedTensor) and quantised:
                     scale = weight._params.scale
-                    product = functools.partial(self.native.product, weight=weight._qdata, scale=scale)
+                    product = functools.partial(self.matmul.product, weight=weight._qdata, scale=scale)
                 else:
                     weight = weight.dequantize() if isinstance(weight, QuantizedTensor) else weight
                     product = functools.partial(_plain_linear, weight=weight.to(dtype))

@@ -1,4 +1,4 @@
-"""Native FP8 matmul: activations quantised with a dynamic scale, multiplied by the FP8 weight in `torch._scaled_mm`."""
+"""FP8 matmul: activations quantised with a dynamic scale, multiplied by the FP8 weight in `torch._scaled_mm`."""
 
 import torch
 
@@ -31,7 +31,9 @@ def scaled_linear(
         return x.values.new_empty(shape, dtype=x.dtype)
     scale = scale.reshape(1, 1)
     if x.scale.numel() > 1:
-        scale = scale.expand(1, len(weight)).contiguous()  # a scale a token wants a scale an output, in memory
+        scale = scale.expand(
+            1, len(weight)
+        ).contiguous()  # with a scale for each token, torch requires a contiguous scale for each output
     y = torch._scaled_mm(
         x.values,
         weight.t(),

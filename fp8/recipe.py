@@ -45,7 +45,7 @@ CONVS = {
     "default": "bf16",
     "published": "fp8",
     "int8": "bf16",
-}  # what each recipe does with convolution weights unless told otherwise
+}  # what each recipe does with convolution weights by default
 
 
 def is_quantised(name: str, shape: tuple[int, ...], convs: str = "fp8") -> bool:
@@ -60,7 +60,7 @@ def is_quantised(name: str, shape: tuple[int, ...], convs: str = "fp8") -> bool:
 
 
 def is_side_tensor(name: str) -> bool:
-    """Whether the tensor of this name says how another is quantised, and is no weight."""
+    """Whether the tensor of this name describes how another is quantised and is not itself a weight."""
     return any(name == suffix or name.endswith("." + suffix) for suffix in SIDE_SUFFIXES)
 
 

@@ -1,4 +1,4 @@
-"""What quantising cost: the error of every weight, as numbers, as text and as one picture."""
+"""The error that quantisation makes in every weight, as numbers, as text and as one picture."""
 
 import math
 import re
@@ -37,21 +37,21 @@ class WeightError:
     zeroed: int = 0  # values other than 0 that became 0
     saturated: int = 0  # values so far beyond the largest number of FP8 that they lost more than a rounding
 
-    def add(self, values: torch.Tensor, held: torch.Tensor, counts: torch.Tensor | int = 1, limit: float = math.inf):
-        """Takes in some reference values, FP32, the FP64 values held for them, and how often each pair occurs.
+    def add(self, values: torch.Tensor, stored: torch.Tensor, counts: torch.Tensor | int = 1, limit: float = math.inf):
+        """Adds reference values, FP32, the FP64 values stored for them, and how often each pair occurs.
 
         limit: the magnitude above which a value is saturated; see `saturation`.
         """
         values = values.double()
-        error = (held - values).abs_()
+        error = (stored - values).abs_()
         self.max = max(self.max, error.max().item())
         self.error_squares += (error.square_() * counts).sum().item()
         self.signal_squares += (values.square() * counts).sum().item()
-        self.zeroed += int((((held == 0) & (values != 0)) * counts).sum())
+        self.zeroed += int((((stored == 0) & (values != 0)) * counts).sum())
         self.saturated += int(((values.abs_() > limit) * counts).sum())
 
     def merge(self, other: "WeightError"):
-        """Takes in the errors of other weights, or of other parts of this one."""
+        """Adds the errors of other weights, or of other parts of this one."""
         self.max = max(self.max, other.max)
         self.error_squares += other.error_squares
         self.signal_squares += other.signal_squares
@@ -87,7 +87,8 @@ class WeightError:
 
 
 def saturation(dtype: torch.dtype) -> float:
-    """Half a step beyond the largest number of an FP8 dtype (464 for float8_e4m3fn): up to there it is the nearest."""
+    """The magnitude up to which an FP8 dtype's largest number is the nearest: half a spacing beyond it, 464 for
+    float8_e4m3fn."""
     info = torch.finfo(dtype)
     return info.max + 2.0 ** math.floor(math.log2(info.max)) * info.eps / 2
 
@@ -97,7 +98,7 @@ class Report:
     """The errors of the weights of one file.
 
     heading: what was done, in lines of (what, value). published: for the same weights, what the published recipe
-    costs; empty where that is not known. notes: what else there is to say, such as tensors that were not compared.
+    loses; empty where that is not known. notes: further remarks, such as tensors that were not compared.
     """
 
     heading: list[tuple[str, str]]

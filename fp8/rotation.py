@@ -1,5 +1,5 @@
 """The rotation of ConvRot: groups of neighbouring channels multiplied by a regular Hadamard matrix, which spreads an
-outlier over its group, so that INT8's even steps suit all of them.
+outlier over its group, so that INT8's uniform steps suit all values.
 
 The matrix is the Kronecker power of [[1,1,1,−1], [1,1,−1,1], [1,−1,1,1], [−1,1,1,1]] over √size, symmetric and its own
 inverse. Source: ConvRot (arXiv 2512.03673), in the form that comfy-kitchen's `int8_tensorwise` has.

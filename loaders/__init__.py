@@ -31,9 +31,9 @@ from .patcher import make_patcher, resident_bytes
 
 lora.register()
 
-REFERENCES = 8  # what the memory line reckons with
+REFERENCES = 8  # the number assumed in the log's memory line
 LINE = 250  # characters of a tensor's name and shapes in a message
-# Without these a file has no size of its own: it is no whole model.
+# Without these the sizes cannot be read: the file is not a whole model.
 ANCHORS = tuple(name for name in RANKS if not name.startswith(("controlnet.", "camera_embedding.")))
 CONTROL_ANCHORS = tuple(name for name in RANKS if name.startswith("controlnet."))
 
@@ -133,7 +133,7 @@ def load_worldstereo(
     base = None if base is None else Checkpoint(base)
     dtypes = {dtype for file in (checkpoint, base) if file is not None for dtype in file.quantised_dtypes()}
     for dtype_of_file in dtypes or {FP8}:
-        matmul_refusal(compute, dtype_of_file, device)  # raises for a compute that cannot be had
+        matmul_refusal(compute, dtype_of_file, device)  # raises for a compute that is not possible
     source = _overlay(checkpoint, base)
     shapes = {name: file.weights[name].shape for name, file in source.items()}
     found = find_config(checkpoint.path, checkpoint.config, shapes)
@@ -185,7 +185,7 @@ def _memory(model, config: WorldStereoConfig, device) -> str:
     )
     if need > free:
         line += (
-            f" About {(need - free) / 1e9:.1f} GB of weights will be streamed from RAM at every step, while it computes. "
+            f" About {(need - free) / 1e9:.1f} GB of weights will be streamed from RAM during every step. "
             "That costs no time as long as the bus is done before the step is; fewer references need less."
         )
     return line
@@ -198,7 +198,7 @@ def _summary(name: str, model, config: WorldStereoConfig, compute: str, dtype, d
     if not layers:
         return f"{kind}: no quantised weights in the file, its {str(model.get_dtype()).removeprefix('torch.')} weights are used as they are"
     parts = [
-        _multiplied(label, [layer for layer in layers if layer.native.dtype == of_format], device)
+        _multiplied(label, [layer for layer in layers if layer.matmul.dtype == of_format], device)
         for label, of_format in (("FP8", FP8), ("INT8", INT8))
     ]
     return f"{kind}: " + "; ".join(part for part in parts if part)
@@ -213,7 +213,7 @@ def _multiplied(label: str, layers: list, device) -> str:
     if len(upcast) == len(layers):
         return f"all {len(layers)} {label} layers upcast their weight for each product, because {why}"
     name = get_torch_device_name(device)
-    line = f"native {label} matmul on {len(layers) - len(upcast)} of {len(layers)} {label} layers ({name})"
+    line = f"{label} matmul on {len(layers) - len(upcast)} of {len(layers)} {label} layers ({name})"
     if label == "FP8":
         kernels, reason = backend(device)
         line += f", activations quantised by {kernels}" + (f" because {reason}" if reason else "")

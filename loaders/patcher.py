@@ -1,4 +1,4 @@
-"""ComfyUI's ModelPatcher, told which weights can do without VRAM."""
+"""ComfyUI's ModelPatcher, extended to keep weights out of VRAM that the prompt cache makes unnecessary."""
 
 import torch
 
@@ -22,21 +22,21 @@ CACHED = tuple(f".{name}" for name in CACHED_LAYERS)
 ROOM_TO_STREAM = 256 * 2**20  # bytes that core sets aside, of what it loads, for the layers it streams
 
 
-class ConstantsLast:
-    """Where not all weights fit, those that are used once a prompt or once a timestep are the first to stay in RAM:
-    core streams them through when they are wanted."""
+class CachedLayersLast:
+    """Where not all weights fit, those that are used only once per prompt or timestep are the first to stay in RAM:
+    core streams them when they are needed."""
 
     def _load_list(self, for_dynamic=False, default_device=None):
         entries = super()._load_list(for_dynamic, default_device)
-        constants = constant_layers(self.model, self.object_patches)
+        cached = cached_layers(self.model, self.object_patches)
         # Core's keys: with dynamic VRAM ascending, the first item False for small modules; else descending by size.
         last = 2 if for_dynamic else -1
-        return [(last, *entry[1:]) if entry[-3].endswith(constants) else entry for entry in entries]
+        return [(last, *entry[1:]) if entry[-3].endswith(cached) else entry for entry in entries]
 
 
 class ListedWeight(QuantizedTensor):
-    """A quantised weight that is a plain tensor once it is converted, as core's LoRA extraction takes for granted: it
-    writes `half()` of a weight to the file."""
+    """A quantised weight whose `half()` and `float()` are plain tensors, as core's LoRA extraction expects: it writes
+    `half()` of a weight to the file."""
 
     @classmethod
     def of(cls, weight):
@@ -53,11 +53,11 @@ class ListedWeight(QuantizedTensor):
 
 
 class QuantisedWeights:
-    """Gives weights out as core's merges, LoRA extraction and hook LoRAs want them."""
+    """Gives weights in the form that core's merges, LoRA extraction and hook LoRAs need."""
 
     def model_state_dict(self, filter_prefix=None):
-        """Core's without a quantised weight's scale and format, which core would look for as attributes of the layer;
-        a quantised weight is there as itself."""
+        """Core's, with each quantised weight as one tensor: core would look for its scale and format as attributes of
+        the layer."""
         weights = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
         return {key: ListedWeight.of(weights[key]) for key in super().model_state_dict(filter_prefix) if key in weights}
 
@@ -66,8 +66,8 @@ class QuantisedWeights:
 
 
 class HooksReplaceWeights:
-    """Hook LoRAs put another weight in the place of a Linear's and set the Linear's own aside, where core copies values
-    to and fro: a quantised weight's scale would not come back with its values."""
+    """Hook LoRAs replace a Linear's weight and keep the original for later. Core copies values back and forth instead,
+    which would not restore a quantised weight's scale."""
 
     def _set_aside(self, key: str) -> bool:
         """Keeps the weight of `key`, if it is a Linear's, until the hooks are off. Returns whether it is."""
@@ -100,16 +100,17 @@ class HooksReplaceWeights:
         super().unpatch_hooks(whitelist_keys_set)
 
 
-class WorldStereoPatcher(HooksReplaceWeights, QuantisedWeights, ConstantsLast, ModelPatcher):
+class WorldStereoPatcher(HooksReplaceWeights, QuantisedWeights, CachedLayersLast, ModelPatcher):
     """Core's patcher that loads what an estimate says fits."""
 
     def load(self, device_to=None, lowvram_model_memory=0, force_patch_weights=False, full_load=False):
-        """Loads no more than every step uses where not all fits: the weights behind the prompt cache would fill the rest for nothing."""
+        """Where not all weights fit, loads only those that every step uses: the weights behind the prompt cache would
+        occupy VRAM for nothing."""
         enough = resident_bytes(self.model, self.object_patches) + ROOM_TO_STREAM
         super().load(device_to, min(lowvram_model_memory, enough), force_patch_weights, full_load)
 
 
-class WorldStereoPatcherDynamic(QuantisedWeights, ConstantsLast, ModelPatcherDynamic):
+class WorldStereoPatcherDynamic(QuantisedWeights, CachedLayersLast, ModelPatcherDynamic):
     """Core's patcher with dynamic VRAM: weights come to the GPU as they are used, and are evicted for other needs."""
 
     def clone(self, disable_dynamic=False, **kwargs):
@@ -121,8 +122,9 @@ class WorldStereoPatcherDynamic(QuantisedWeights, ConstantsLast, ModelPatcherDyn
         return clone
 
 
-def constant_layers(model, patched=()) -> tuple[str, ...]:
-    """How the names of layers end that no step uses once the prompt cache is filled. patched: names of object patches."""
+def cached_layers(model, patched=()) -> tuple[str, ...]:
+    """The ends of the names of layers that no step uses once the prompt cache is filled. patched: names of object
+    patches."""
     if not model.use_prompt_cache:
         return ()
     if any(name.endswith("cross_attn.forward") for name in patched):  # it computes keys and values at every step
@@ -132,8 +134,8 @@ def constant_layers(model, patched=()) -> tuple[str, ...]:
 
 def resident_bytes(model, patched=()) -> int:
     """Bytes of the weights that every step uses. patched: names of object patches."""
-    constants = constant_layers(model, patched)
-    return sum(p.nbytes for name, p in model.named_parameters() if not name.rsplit(".", 1)[0].endswith(constants))
+    cached = cached_layers(model, patched)
+    return sum(p.nbytes for name, p in model.named_parameters() if not name.rsplit(".", 1)[0].endswith(cached))
 
 
 def make_patcher(model, load_device, offload_device, disable_dynamic: bool):
@@ -157,5 +159,5 @@ def _start_run(patcher):
 
 
 def _forget_cache(patcher, unpatch_all: bool):
-    if unpatch_all:  # unloaded, and not only another clone's turn
+    if unpatch_all:  # unloaded, not merely replaced by another clone
         patcher.model.diffusion_model.prompt_cache.forget()

@@ -129,7 +129,7 @@ def is_native(name: str) -> bool:
 
 
 def source_refusal(name: str) -> str | None:
-    """Why no tensor of a WorldStereo source, which has diffusers names, is called so; None if one is."""
+    """Why this cannot be a tensor name of a WorldStereo source, which has diffusers names; None if it is one."""
     if is_native(name):
         return (
             "is a native Wan name. The recipe's exclusion words are made for the source's names and would leave out "

@@ -6,6 +6,7 @@ Axes are OpenCV's everywhere: x right, y down, z forward. `w2c` takes world coor
 import json
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from ..files.atomic import new_file
@@ -23,12 +24,8 @@ OUTLIER_QUANTILE = 0.97
 
 def thin(count, wanted):
     """The indices of at most `wanted` of `count` frames: linspace(0, count - 1, wanted) truncated, as WorldStereo thins
-    its videos. In NumPy's arithmetic: where the exact place is a whole number, its rounding decides."""
-    wanted = min(count, wanted)
-    places = torch.arange(wanted, dtype=torch.float64) * ((count - 1) / max(wanted - 1, 1))
-    if wanted > 1:
-        places[-1] = count - 1
-    return places.long()
+    its videos. By NumPy, as there: where the exact place is a whole number, its rounding decides."""
+    return torch.from_numpy(np.linspace(0, count - 1, min(count, wanted)).astype(np.int64))
 
 
 def centres(w2c):

@@ -54,23 +54,23 @@ def fit_pictures(
     if fit == "pad":
         scale = min(height / own_height, width / own_width)
         inner_height, inner_width = max(1, round(own_height * scale)), max(1, round(own_width * scale))
-        rows, columns, told = _place(inner_height, inner_width, height, width, position)
+        rows, columns, amount = _place(inner_height, inner_width, height, width, position)
         fitted = pictures.new_tensor(colour).float().repeat(len(pictures), height, width, 1)
         fitted[:, rows, columns] = resize_pictures(pictures, inner_height, inner_width)
-        return fitted, fitted[:1], line + (f"padded with {told}" if told else "nothing padded")
+        return fitted, fitted[:1], line + (f"padded with {amount}" if amount else "nothing padded")
     scale = min(own_height / height, own_width / width)
     kept_height, kept_width = max(1, round(height * scale)), max(1, round(width * scale))
-    rows, columns, told = _place(kept_height, kept_width, own_height, own_width, position)
+    rows, columns, amount = _place(kept_height, kept_width, own_height, own_width, position)
     preview = pictures[:1] * LEFT_OUT
     preview[:, rows, columns] = pictures[:1, rows, columns]
     preview = resize_pictures(preview, *within(own_height, own_width))
     fitted = resize_pictures(pictures[:, rows, columns], height, width)
-    return fitted, preview, line + (f"cropped by {told}" if told else "nothing cropped")
+    return fitted, preview, line + (f"cropped by {amount}" if amount else "nothing cropped")
 
 
 def _place(height: int, width: int, outer_height: int, outer_width: int, position: float) -> tuple[slice, slice, str]:
     """The rows and columns of a rectangle in a larger one, and how many pixels lie outside it on each side."""
     top, left = (round((outer - inner) * position) for outer, inner in ((outer_height, height), (outer_width, width)))
     outside = {"left": left, "right": outer_width - width - left, "top": top, "bottom": outer_height - height - top}
-    told = ", ".join(f"{pixels} px {side}" for side, pixels in outside.items() if pixels)
-    return slice(top, top + height), slice(left, left + width), told
+    amount = ", ".join(f"{pixels} px {side}" for side, pixels in outside.items() if pixels)
+    return slice(top, top + height), slice(left, left + width), amount

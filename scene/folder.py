@@ -207,7 +207,9 @@ def _read_own(folder: Path, progress) -> Scene:
         lengths = [_whole(path, "cameras") for path in paths]
         sizes = [(_whole(path, "width"), _whole(path, "height")) for path in paths]
         views = [tuple(path["views"]) for path in paths]
-        if sum(lengths) > MAX_CAMERAS or not all(type(v) is int and 0 <= v < count for some in views for v in some):
+        if sum(lengths) > MAX_CAMERAS or not all(
+            type(v) is int and 0 <= v < count for numbers in views for v in numbers
+        ):
             raise ValueError("its paths name views that are not there, or too many cameras")
         path_names = [path["name"] for path in paths]
         if not all(isinstance(name, str) for name in path_names):
@@ -228,8 +230,8 @@ def _read_own(folder: Path, progress) -> Scene:
         progress(1)
     try:
         taken = tuple(
-            TakenPath(name, Cameras(tensors[f"path.{n}.w2c"], tensors[f"path.{n}.K"], *size), some)
-            for n, (name, size, some) in enumerate(zip(path_names, sizes, views))
+            TakenPath(name, Cameras(tensors[f"path.{n}.w2c"], tensors[f"path.{n}.K"], *size), numbers)
+            for n, (name, size, numbers) in enumerate(zip(path_names, sizes, views))
         )
         return Scene(
             tuple(pictures),

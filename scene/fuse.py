@@ -202,7 +202,7 @@ def fit_depth(depth: torch.Tensor, target: torch.Tensor, shift: bool = True) -> 
 def _refined(depth, target, guesses, shift):
     """The guess [scale, shift] that most pairs agree with, refined; and its residual."""
     columns = torch.stack([depth / target, 1 / target], 1)
-    costs = torch.cat([((columns @ some.T - 1).abs() / FIT_SCALE).clamp(max=1).mean(0) for some in guesses.split(32)])
+    costs = torch.cat([((columns @ part.T - 1).abs() / FIT_SCALE).clamp(max=1).mean(0) for part in guesses.split(32)])
     answer = guesses[costs.argmin()]
     used = 2 if shift else 1
     for _ in range(FIT_ROUNDS):

@@ -137,6 +137,6 @@ def _check_names(kind: str, names):
 
 def _number(kind: str, name: str, names) -> int:
     if name not in names:
-        some = ", ".join(f"{other!a}" for other in names[-10:]) or "none"
-        raise ValueError(f"The scene has no {kind} named {name[:MAX_NAME]!a}; it has (the last ten): {some}.")
+        known = ", ".join(f"{other!a}" for other in names[-10:]) or "none"
+        raise ValueError(f"The scene has no {kind} named {name[:MAX_NAME]!a}; it has (the last ten): {known}.")
     return list(names).index(name)

@@ -13,7 +13,7 @@ from comfy_extras.nodes_torch_compile import TorchCompileModel
 from torch._dynamo.eval_frame import _debug_get_cache_entry_list
 from toy import cooked, forward, golden_inputs, golden_weights, relative_error, run, save, source
 from worldstereo_fp8 import loaders, remap
-from worldstereo_fp8.fp8.arithmetic import NATIVE_FP8
+from worldstereo_fp8.fp8.arithmetic import FP8_MATMUL
 from worldstereo_fp8.loaders import load_worldstereo
 from worldstereo_fp8.worldstereo import blocks, comfy_model, control, model
 from worldstereo_fp8.worldstereo import prompt_cache as prompt_cache_module
@@ -146,7 +146,7 @@ def test_a_latent_of_another_size_is_an_error(files):
         sample(patcher, conditioning(0, render_latent=torch.randn(1, 16, 3, 4, 8)), conditioning(1))
 
 
-class TestConstants:
+class TestPromptCache:
     """What is kept of the prompt and the timesteps: computed once, and never the wrong one."""
 
     @pytest.fixture
@@ -383,12 +383,12 @@ def test_where_not_all_fits_what_the_prompt_cache_replaces_stays_in_ram(files, m
             for name, module in patcher.model.named_modules()
             if hasattr(module, "prev_comfy_cast_weights") and module.weight is not None
         }
-        constant = {
+        cached = {
             name
             for name, module in patcher.model.named_modules()
             if name.endswith(loaders.patcher.CACHED) and hasattr(module, "comfy_cast_weights")
         }
-        assert offloaded <= constant and len(offloaded) > 0.8 * len(constant)
+        assert offloaded <= cached and len(offloaded) > 0.8 * len(cached)
         assert patcher.loaded_size() <= resident + 20_000
     finally:
         patcher.unpatch_model(torch.device("cpu"))
@@ -542,7 +542,7 @@ def test_the_memory_estimate(files, monkeypatch):
     assert required(shape, references) > alone and required((2, *shape[1:])) > alone
     shape, references = (1, 16, 21, 60, 96), {"reference_latent": [(1, 16, 8, 60, 96)]}
     upcast = required(shape, references)
-    monkeypatch.setattr(type(patcher.model.diffusion_model.blocks[0].self_attn.q), "arithmetic", lambda *_: NATIVE_FP8)
+    monkeypatch.setattr(type(patcher.model.diffusion_model.blocks[0].self_attn.q), "arithmetic", lambda *_: FP8_MATMUL)
     assert required(shape, references) < upcast  # tokens in FP8 take less
 
 

@@ -105,8 +105,8 @@ def test_what_may_be_no_intention_is_remarked():
     assert len(inverted) == 1 and inverted[0].startswith("render_mask has holes in 100% of frame 0")
     colours = torch.rand(5, 32, 48)
     colours[0] = 0
-    told = remarks(CONFIG, **fitting | {"mask": colours})
-    assert len(told) == 1 and "render_mask is no hole mask: 6" in told[0]
+    found = remarks(CONFIG, **fitting | {"mask": colours})
+    assert len(found) == 1 and "render_mask is no hole mask: 6" in found[0]
 
 
 def test_frame_0_has_no_holes_whatever_comes_in(vae):

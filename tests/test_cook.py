@@ -473,12 +473,12 @@ def test_a_result_that_cannot_take_its_name_is_kept_under_another(sources, tmp_p
     target.write_bytes(b"mapped")
     replace = os.replace
 
-    def held(first, second):
+    def stalled(first, second):
         if Path(second) == target:
             raise PermissionError(errno.EACCES, "Access is denied", str(second))
         replace(first, second)
 
-    monkeypatch.setattr(os, "replace", held)
+    monkeypatch.setattr(os, "replace", stalled)
     with pytest.raises(OSError, match=r"out\.safetensors could not be put in place.*finished file is out-2\.safeten"):
         cook(sources / "bf16.safetensors", target, overwrite=True)
     assert (

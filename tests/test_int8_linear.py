@@ -15,7 +15,7 @@ from toy import cooked_int8, forward, golden_inputs, golden_weights, native, rel
 from worldstereo_fp8 import remap
 from worldstereo_fp8.fp8 import activations, arithmetic, int8, int8_matmul, linear
 from worldstereo_fp8.fp8.activations import QuantisedTokens
-from worldstereo_fp8.fp8.arithmetic import NATIVE_FP8, UPCAST, NativeINT8
+from worldstereo_fp8.fp8.arithmetic import FP8_MATMUL, UPCAST, INT8Matmul
 from worldstereo_fp8.fp8.cook import Options, cook
 from worldstereo_fp8.fp8.int8_matmul import gelu_quantise, int8_linear, product_kernel, quantise
 from worldstereo_fp8.fp8.linear import matmul_refusal, operations
@@ -32,11 +32,11 @@ def has_int8_units() -> bool:
     return torch.cuda.is_available() and int8_matmul.device_refusal(torch.device("cuda")) is None
 
 
-def layer(in_features=64, out_features=48, group=16, native=False, dtype=torch.bfloat16, bias=True):
+def layer(in_features=64, out_features=48, group=16, matmul=False, dtype=torch.bfloat16, bias=True):
     torch.manual_seed(0)
     weight = torch.randn(out_features, in_features)
     values, scale = int8.quantise_weight(weight, group)
-    linear = operations(dtype, lambda *_: None if native else "INT8 is off").Linear(
+    linear = operations(dtype, lambda *_: None if matmul else "INT8 is off").Linear(
         in_features, out_features, bias=bias
     )
     quant = torch.tensor(list(int8.description(group)), dtype=torch.uint8)
@@ -63,9 +63,9 @@ def test_upcast_is_the_dequantised_weight(dtype, shape, group):
 @pytest.mark.parametrize("shape", [(5, 64), (2, 3, 64), (1, 64), (0, 64)])
 @pytest.mark.parametrize("group", [0, 16, 64])
 @pytest.mark.parametrize("bias", [True, False])
-def test_native_is_the_product_of_both_factors(dtype, shape, group, bias):
-    linear, weight, b = layer(group=group, native=True, bias=bias)
-    assert linear.arithmetic(CPU) == NativeINT8(group) and linear.upcast_reason(CPU) is None
+def test_int8_is_the_product_of_both_factors(dtype, shape, group, bias):
+    linear, weight, b = layer(group=group, matmul=True, bias=bias)
+    assert linear.arithmetic(CPU) == INT8Matmul(group) and linear.upcast_reason(CPU) is None
     x = torch.randn(shape).to(dtype)
     q = quantise(x, group)
     assert q.values.dtype == torch.int8 and q.group == group and q.scale.shape == (x[..., 0].numel(), 1)
@@ -78,7 +78,7 @@ def test_native_is_the_product_of_both_factors(dtype, shape, group, bias):
 
 
 def test_it_is_kitchens_own_linear():
-    linear, _, bias = layer(native=True, dtype=torch.float32)
+    linear, _, bias = layer(matmul=True, dtype=torch.float32)
     x = torch.randn(7, 64)
     weight = linear.weight
     theirs = comfy_kitchen.int8_linear(
@@ -88,12 +88,12 @@ def test_it_is_kitchens_own_linear():
 
 
 def test_tokens_of_another_format_are_restored():
-    linear, *_ = layer(native=True, dtype=torch.float32)
+    linear, *_ = layer(matmul=True, dtype=torch.float32)
     x = torch.randn(5, 64)
     for tokens in (activations.quantise(x), quantise(x, 64), quantise(x, 0)):
         with linear.fetched(CPU, torch.float32) as product:
             assert torch.equal(product(tokens), linear(tokens.dequantise()))
-    fp8 = NATIVE_FP8
+    fp8 = FP8_MATMUL
     seen = []
     original, arithmetic.scaled_linear = arithmetic.scaled_linear, lambda x, *_: seen.append(x)
     try:
@@ -115,7 +115,7 @@ def test_parts_and_what_is_written_over(group):
     assert relative_error(gelu_quantise(x, group).dequantise(), torch.nn.functional.gelu(x, approximate="tanh")) < 0.02
 
 
-def test_the_native_product_is_compiled_whole():
+def test_the_int8_product_is_compiled_whole():
     values, scale = int8.quantise_weight(torch.randn(48, 64), 16)
 
     def product(x):
@@ -192,7 +192,7 @@ def test_upcast_the_golden_model_is_its_dequantised_weights(tmp_path, group, eve
 
 
 @pytest.fixture
-def native_path(monkeypatch):
+def int8_path(monkeypatch):
     """INT8 multiplied as on a GPU, by plain torch."""
     monkeypatch.setattr(int8_matmul, "device_refusal", lambda device: None)
     monkeypatch.setattr(linear, "supports_fp8_compute", lambda device: False)
@@ -203,20 +203,20 @@ def native_path(monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("every", [1, 2])
-def test_native_the_golden_model_is_within_its_bound(native_path, tmp_path, dtype, every, caplog):
+def test_int8_the_golden_model_is_within_its_bound(int8_path, tmp_path, dtype, every, caplog):
     """Tokens and weights in INT8: within 3 % of the original, where FP8 weights alone are within 10 %."""
     inputs, reference = golden_inputs(CASE)
     with caplog.at_level(logging.INFO):
         patcher = load_worldstereo(write(tmp_path, cooked_int8(CASE, every=every)), dtype=dtype)
     matrices = sum(value.dtype == torch.int8 for value in cooked_int8(CASE, every=every).values())
-    assert f"native INT8 matmul on {matrices} of {matrices} INT8 layers" in caplog.text
+    assert f"INT8 matmul on {matrices} of {matrices} INT8 layers" in caplog.text
     assert ("FP8 layers upcast" in caplog.text) == (every == 2)
     error = relative_error(run(patcher, inputs, dtype), reference)
     assert 1e-3 < error < (0.03 if every == 1 else 0.06)
 
 
 @pytest.mark.parametrize("chunk", [blocks.CHUNK, 128])
-def test_q_k_v_share_one_quantisation(native_path, tmp_path, monkeypatch, chunk):
+def test_q_k_v_share_one_quantisation(int8_path, tmp_path, monkeypatch, chunk):
     """Of a block's self-attention input, in spans or whole."""
     patcher = load_worldstereo(write(tmp_path, cooked_int8(CASE)), dtype=torch.float32)
     monkeypatch.setattr(blocks, "CHUNK", chunk)
@@ -234,7 +234,7 @@ def test_q_k_v_share_one_quantisation(native_path, tmp_path, monkeypatch, chunk)
     assert sum(calls) == 600 and calls[0] == 300  # and the attended tokens, for the output
 
 
-def test_lora_merge_and_saving(native_path, tmp_path):
+def test_lora_merge_and_saving(int8_path, tmp_path):
     """As core has them: a LoRA is requantised in the same form; what core saves loads again."""
     inputs, _ = golden_inputs(CASE)
     patcher = load_worldstereo(write(tmp_path, cooked_int8(CASE)), dtype=torch.float32)
@@ -348,7 +348,7 @@ def test_kitchens_kernel_is_taken():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_the_product_on_a_gpu(tokens, sizes, dtype):
     group = 256 if sizes[0] % 256 == 0 else 16
-    linear, weight, bias = layer(*sizes, group=group, native=True)
+    linear, weight, bias = layer(*sizes, group=group, matmul=True)
     linear, weight, bias = linear.to(DEVICE), weight.to(DEVICE), bias.to(DEVICE)
     x = torch.randn(tokens, sizes[0], device=DEVICE).to(dtype)
     q = quantise(x, group)

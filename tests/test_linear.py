@@ -1,4 +1,4 @@
-"""The FP8 Linear: upcast and native products, and when each is taken.
+"""The FP8 Linear: upcast and FP8 products, and when each is taken.
 
 PyTorch has no row-scaled FP8 matmul on the CPU: the tests of that product itself need a GPU with FP8 units.
 """
@@ -10,7 +10,7 @@ from worldstereo_fp8.fp8 import activations
 from worldstereo_fp8.fp8 import linear as linear_module
 from worldstereo_fp8.fp8.activations import BACKENDS, QuantisedTokens, row_scales_refusal
 from worldstereo_fp8.fp8.activations import quantise as quantise_tokens
-from worldstereo_fp8.fp8.arithmetic import NATIVE_FP8, UPCAST
+from worldstereo_fp8.fp8.arithmetic import FP8_MATMUL, UPCAST
 from worldstereo_fp8.fp8.linear import matmul_refusal, operations
 from worldstereo_fp8.fp8.matmul import scaled_linear, size_refusal
 from worldstereo_fp8.fp8.recipe import FP8, FP8_MAX, quantise_weight
@@ -19,16 +19,16 @@ CPU = torch.device("cpu")
 FULL_PRECISION = b'{"format": "float8_e4m3fn", "full_precision_matrix_mult": true}'
 
 
-def refusal(native: bool):
-    return lambda dtype, device: None if native else "native FP8 matmul is off"
+def refusal(fp8: bool):
+    return lambda dtype, device: None if fp8 else "FP8 matmul is off"
 
 
 def layer(
-    in_features=64, out_features=48, bias=True, native=False, dtype=torch.bfloat16, quant=b'{"format": "float8_e4m3fn"}'
+    in_features=64, out_features=48, bias=True, fp8=False, dtype=torch.bfloat16, quant=b'{"format": "float8_e4m3fn"}'
 ):
     torch.manual_seed(0)
     weight, scale = quantise_weight(torch.randn(out_features, in_features))
-    linear = operations(dtype, refusal(native)).Linear(in_features, out_features, bias=bias)
+    linear = operations(dtype, refusal(fp8)).Linear(in_features, out_features, bias=bias)
     state = {
         "weight": weight,
         "weight_scale": scale.float(),
@@ -55,10 +55,10 @@ def test_upcast_is_the_formula(dtype, shape, bias):
     assert torch.equal(out, expected)
 
 
-@pytest.mark.parametrize("native", [False, True])
+@pytest.mark.parametrize("fp8", [False, True])
 @pytest.mark.parametrize("shape", [(0, 64), (2, 0, 64)])
-def test_an_empty_batch(native, shape):
-    linear, *_ = layer(native=native)
+def test_an_empty_batch(fp8, shape):
+    linear, *_ = layer(fp8=fp8)
     assert linear(torch.empty(shape, dtype=torch.bfloat16)).shape == (*shape[:-1], 48)
 
 
@@ -71,7 +71,7 @@ def test_a_non_contiguous_input():
 @pytest.mark.parametrize("sizes, reason", [((7, 32), "in_features is 7"), ((32, 20), "out_features is 20")])
 def test_odd_sizes_upcast(sizes, reason):
     assert reason in size_refusal(*sizes)
-    linear, weight, scale, b = layer(*sizes, native=True)
+    linear, weight, scale, b = layer(*sizes, fp8=True)
     assert reason in linear.upcast_reason(CPU)
     x = torch.randn(3, sizes[0])
     assert torch.allclose(
@@ -79,10 +79,10 @@ def test_odd_sizes_upcast(sizes, reason):
     )
 
 
-def test_which_layers_take_the_native_product():
-    assert layer(native=True)[0].upcast_reason(CPU) is None
-    assert layer(native=False)[0].upcast_reason(CPU) == "native FP8 matmul is off"
-    assert layer(native=True, quant=FULL_PRECISION)[0].upcast_reason(CPU) == "the file asks for full precision"
+def test_which_layers_take_the_fp8_product():
+    assert layer(fp8=True)[0].upcast_reason(CPU) is None
+    assert layer(fp8=False)[0].upcast_reason(CPU) == "FP8 matmul is off"
+    assert layer(fp8=True, quant=FULL_PRECISION)[0].upcast_reason(CPU) == "the file asks for full precision"
     plain = operations(torch.bfloat16, refusal(True)).Linear(16, 16)
     plain.load_state_dict({"weight": torch.randn(16, 16), "bias": torch.randn(16)})
     assert plain.upcast_reason(CPU) == "not a quantised weight" and plain.weight.dtype == torch.float32
@@ -94,7 +94,7 @@ def seed_formula(x, weight, scale):
     return x8 @ (weight.float() * scale.float()).t()
 
 
-def test_native_is_refused_without_a_product_for_it(monkeypatch):
+def test_fp8_is_refused_without_a_product_for_it(monkeypatch):
     """A device with FP8 units whose PyTorch takes no scale a token, and no backend with one scale for the tensor."""
     cpu = torch.device("cpu")
     matmul_refusal.cache_clear()
@@ -109,15 +109,15 @@ def test_native_is_refused_without_a_product_for_it(monkeypatch):
 
 
 def test_a_compute_dtype_that_was_chosen_for_the_model_wins():
-    linear, *_ = layer(native=True)
+    linear, *_ = layer(fp8=True)
     linear.comfy_force_cast_weights = True  # core's Model Compute Dtype
     assert "compute dtype" in linear.upcast_reason(CPU)
 
 
-@pytest.mark.parametrize("native", [False, True])
-def test_what_stands_in_for_forward_is_called(native):
+@pytest.mark.parametrize("fp8", [False, True])
+def test_what_stands_in_for_forward_is_called(fp8):
     """Core's bypass LoRAs replace `forward` and call the original one, and leave that in its place when they go."""
-    linear, weight, scale, b = layer(native=native)
+    linear, weight, scale, b = layer(fp8=fp8)
     x = torch.randn(3, 64)
     expected = torch.nn.functional.linear(x, weight.float() * scale.float(), b.float())
     original = linear.forward
@@ -126,18 +126,18 @@ def test_what_stands_in_for_forward_is_called(native):
     with linear.fetched(CPU, torch.float32) as product:
         assert torch.allclose(product(x), 1 + expected, atol=1e-5)
     linear.forward = original
-    assert (linear.arithmetic(CPU) is NATIVE_FP8) == native
+    assert (linear.arithmetic(CPU) is FP8_MATMUL) == fp8
     hook = linear.register_forward_hook(lambda module, args, out: torch.zeros_like(out))
     assert linear.arithmetic(CPU) is UPCAST
-    if not native:
+    if not fp8:
         with linear.fetched(CPU, torch.float32) as product:
             assert not product(x).any()
     hook.remove()
 
 
 @pytest.mark.parametrize("magnitude", [1e-3, 1.0, 1e3])
-def test_native_is_no_less_accurate_than_a_fixed_scale(magnitude):
-    """On the arithmetic of the native product: both factors in FP8, exact sums."""
+def test_fp8_is_no_less_accurate_than_a_fixed_scale(magnitude):
+    """On the arithmetic of the FP8 product: both factors in FP8, exact sums."""
     torch.manual_seed(1)
     exact = torch.randn(128, 512)
     weight, scale = quantise_weight(exact)
@@ -169,7 +169,7 @@ def has_fp8_units() -> bool:
     return torch.cuda.is_available() and comfy.model_management.supports_fp8_compute(torch.device("cuda"))
 
 
-def test_the_native_product_is_compiled_whole():
+def test_the_fp8_product_is_compiled_whole():
     """Tensors without values: on the CPU the product can be traced, but not computed."""
     x = torch.empty(256, 64, device="meta", dtype=torch.bfloat16)
     weight, scale = torch.empty(48, 64, device="meta", dtype=FP8), torch.ones((), device="meta")
@@ -184,8 +184,8 @@ def test_the_native_product_is_compiled_whole():
 @pytest.mark.skipif(not has_fp8_units(), reason="needs a CUDA GPU with FP8 units (compute capability 8.9)")
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_the_native_product_on_a_gpu(shape, dtype):
-    linear, weight, scale, b = layer(native=True)
+def test_the_fp8_product_on_a_gpu(shape, dtype):
+    linear, weight, scale, b = layer(fp8=True)
     linear.to("cuda")
     x = torch.randn(shape, dtype=dtype)
     out = linear(x.cuda()).cpu()
@@ -193,14 +193,14 @@ def test_the_native_product_on_a_gpu(shape, dtype):
     x8 = quantise_tokens(x.cuda())
     expected = (x8.values.float() * x8.scale).cpu() @ (weight.float() * scale.float()).t() + b.float()
     assert torch.allclose(out.float().reshape(-1, 48), expected, rtol=1e-2, atol=5e-2)
-    upcast = layer(native=False)[0].to("cuda")(x.cuda()).cpu().float()
+    upcast = layer(fp8=False)[0].to("cuda")(x.cuda()).cpu().float()
     assert (out.float() - upcast).norm() / upcast.norm() < 0.05
 
 
 @pytest.mark.skipif(not has_fp8_units(), reason="needs a CUDA GPU with FP8 units (compute capability 8.9)")
 @pytest.mark.parametrize("magnitude", [1e-3, 1.0, 1e3])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_native_accuracy_on_a_gpu(monkeypatch, backend, magnitude):
+def test_fp8_accuracy_on_a_gpu(monkeypatch, backend, magnitude):
     if BACKENDS[backend].refusal(torch.device("cuda")) is not None:
         pytest.skip(BACKENDS[backend].refusal(torch.device("cuda")))
     monkeypatch.setattr(activations, "forced", backend)

@@ -172,8 +172,8 @@ def larger(inputs: dict) -> dict:
 
 
 @pytest.fixture
-def native(monkeypatch):
-    """The native path on the CPU: tokens are quantised as on a GPU, and the product is that of what they stand for."""
+def quantised(monkeypatch):
+    """The path of quantised products on the CPU: tokens are quantised as on a GPU, and the product is that of what they stand for."""
 
     def product(x, weight, scale, bias):
         x = x if isinstance(x, activations.QuantisedTokens) else activations.quantise(x)
@@ -189,7 +189,7 @@ def native(monkeypatch):
     linear.matmul_refusal.cache_clear()
 
 
-def test_native_and_upcast_agree_but_for_the_tokens_rounding(native, tmp_path):
+def test_quantised_and_upcast_agree_but_for_the_tokens_rounding(quantised, tmp_path):
     inputs, config = larger(golden_inputs("memory_dmd")[0]), golden_weights("memory_dmd")[1]
     path = save(cooked("memory_dmd"), tmp_path / "m.safetensors", config)
     upcast = run(load_worldstereo(path, compute="bf16", dtype=torch.float32), inputs)
@@ -198,7 +198,7 @@ def test_native_and_upcast_agree_but_for_the_tokens_rounding(native, tmp_path):
 
 
 @pytest.mark.parametrize("compute", ["bf16", "fp8"])
-def test_tokens_in_parts_give_what_all_at_once_give(compute, native, monkeypatch, tmp_path):
+def test_tokens_in_parts_give_what_all_at_once_give(compute, quantised, monkeypatch, tmp_path):
     inputs, config = larger(golden_inputs("memory_dmd")[0]), golden_weights("memory_dmd")[1]
     patcher = load_worldstereo(save(cooked("memory_dmd"), tmp_path / "m.safetensors", config), compute, torch.float32)
     whole = run(patcher, inputs)

@@ -13,13 +13,13 @@ def noise(height, width, channels=3, count=1):
 
 
 @pytest.mark.parametrize(
-    "position, rows, told", [(0.5, slice(10, 50), "10 px top, 10 px bottom"), (0.0, slice(0, 40), "20 px bottom")]
+    "position, rows, amount", [(0.5, slice(10, 50), "10 px top, 10 px bottom"), (0.0, slice(0, 40), "20 px bottom")]
 )
-def test_crop_keeps_a_part_of_the_models_shape_and_shows_it(position, rows, told):
+def test_crop_keeps_a_part_of_the_models_shape_and_shows_it(position, rows, amount):
     picture = noise(60, 80)
     fitted, preview, line = fit_pictures(picture, 20, 40, "crop", position)
     torch.testing.assert_close(fitted, resize_pictures(picture[:, rows], 20, 40))
-    assert line == f"80×60 to 40×20: cropped by {told}"
+    assert line == f"80×60 to 40×20: cropped by {amount}"
     outside = torch.ones(60, dtype=torch.bool)
     outside[rows] = False
     assert preview.shape == picture.shape

@@ -1,4 +1,4 @@
-"""cuDNN's attention where it is the fastest: 63 ms a layer against FlashAttention 2's 100 at 41 760 tokens on an H200."""
+"""cuDNN's attention where it is the fastest: 63 ms per layer at 41 760 tokens on an H200; FlashAttention 2 takes 100."""
 
 import threading
 
@@ -10,7 +10,9 @@ from ..core import attention_pytorch
 MIN_CAPABILITY = (9, 0)
 PRIORITY = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
-_flags = threading.Lock()  # which kernels PyTorch may take is the process's, and MultiGPU runs a thread for each GPU
+_flags = (
+    threading.Lock()
+)  # which kernels PyTorch may use is a setting of the process, and MultiGPU runs a thread for each GPU
 
 
 def cudnn_is_faster(device: torch.device) -> bool:
@@ -31,7 +33,7 @@ def prefer_cudnn(function, q, k, v, heads, *args, **kwargs):
     return _attend(q, k, v, heads)
 
 
-@torch.library.custom_op("worldstereo_fp8::attend", mutates_args=())  # torch.compile traces no lock
+@torch.library.custom_op("worldstereo_fp8::attend", mutates_args=())  # torch.compile cannot trace a lock
 def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int) -> torch.Tensor:
     q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v))
     with _flags, sdpa_kernel(PRIORITY, set_priority=True):
@@ -44,5 +46,5 @@ def _(q, k, v, heads):
 
 
 def wants_whole_tensors(transformer_options: dict) -> bool:
-    """Whether another's attention override is set. It may need as many queries as keys, so they are not split."""
+    """Whether another pack's attention override is set. It may need as many queries as keys, so queries are not split."""
     return transformer_options.get("optimized_attention_override", prefer_cudnn) is not prefer_cudnn

@@ -57,7 +57,7 @@ def part_of(x: Tokens, span: slice) -> Tokens:
 
 
 def norm_weights(norm: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """A norm's weight and bias on x's device, copied: they outlive the next layer's turn in core's offload buffers."""
+    """A norm's weight and bias on x's device, copied, as the next layer overwrites core's offload buffers."""
     weight, bias, stream = cast_bias_weight(norm, x, offloadable=True)
     copies = weight.clone(), None if bias is None else bias.clone()
     uncast_bias_weight(norm, weight, bias, stream)
@@ -70,8 +70,8 @@ def normed(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, eps: float
 
 
 def as_input(x: torch.Tensor, layer: nn.Module, done: Tokens | None = None) -> Tokens:
-    """x as `layer` takes it, kept until its turn comes: quantised it is half as large. done: tokens of x's size, which
-    are written over where they are of the kind that `layer` takes."""
+    """x as `layer` takes it, kept until the layer runs: quantised it is half as large. done: tokens of x's size that
+    are no longer needed; the result is written over them where they have the form that `layer` takes."""
     return layer.arithmetic(x.device).take(x, done)
 
 
@@ -88,8 +88,8 @@ class SelfAttention(WanSelfAttention):
         """x += gate · attention(h), in place, for the tokens from `first` on; all are attended to. x: [1,L,C], h: its
         normed tokens, gate: [1,1,C], freqs: [1,L,1,d/2,2,2].
 
-        What wants whole tensors (an `attn1_patch`, a replaced `forward`, another's attention override) gets them: x may
-        then have a batch and is not split.
+        Patches that need whole tensors (an `attn1_patch`, a replaced `forward`, another pack's attention override) get
+        them: x may then have a batch and is not split.
         """
         if forward_is_replaced(self):
             gated_add_(x, self(h, freqs, transformer_options=transformer_options), gate)
@@ -129,7 +129,7 @@ class SelfAttention(WanSelfAttention):
 
 class CrossAttention(WanI2VCrossAttention):
     """Wan's cross-attention over text and picture, or over the text alone where no picture features are given. Keys
-    and values come apart from the queries: they are the prompt's (see `prompt_cache`)."""
+    and values are computed apart from the queries, as they depend on the prompt alone (see `prompt_cache`)."""
 
     def keys_values(self, text, image) -> KeysValues:
         """text: [B,T,C]; image: [B,I,C] or None, both embedded."""
@@ -176,7 +176,7 @@ def add_feed_forward(ffn: nn.Sequential, x, shift, scale, gate, eps: float):
     with first.fetched(x.device, x.dtype) as product:
         for span in parts:
             h = product(normed(x[:, span], shift, scale, eps, first))
-            hidden.append(second.arithmetic(h.device).gelu(h))  # all spans' are there at once
+            hidden.append(second.arithmetic(h.device).gelu(h))  # all spans exist at once
             del h
     with second.fetched(x.device, x.dtype) as product:
         for span, h in zip(parts, hidden):
@@ -230,8 +230,8 @@ class Block(WanAttentionBlock):
         `cross_attn.forward`, which computes keys and values itself.
         targets_only: the references are attended to, and are left as they are: nothing reads them afterwards.
 
-        What a patch has seen or returned is its own, here and in the model's forward: it is copied before it is
-        overwritten.
+        A patch may keep what it has seen or returned, so that is copied before it is overwritten, here and in the
+        model's forward.
         """
         patches = transformer_options.get("patches", {})
         modulation = cast_to(self.modulation, dtype=x.dtype, device=x.device).unsqueeze(0) + e

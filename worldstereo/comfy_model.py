@@ -34,16 +34,16 @@ CONDITIONS = (*OF_REFERENCES, "render_latent", "render_mask", "camera_embedding"
 
 
 class OnDevice(CONDRegular):
-    """A condition that is moved to the GPU once a run, where core would copy it at every step, and that is not copied
-    when it is alone in its batch."""
+    """A condition that is moved to the GPU once per run (core would copy it at every step), and that is not copied when
+    it is alone in its batch."""
 
     def concat(self, others):
         return super().concat(others) if others else self.cond
 
 
 class OfReferences(OnDevice):
-    """A condition of the reference views. chosen_for: the keyframe each was chosen for, by which context windows choose
-    theirs."""
+    """A condition of the reference views. chosen_for: the keyframe each was chosen for, by which context windows select
+    their references."""
 
     def __init__(self, cond, chosen_for: list[int]):
         super().__init__(cond)
@@ -70,7 +70,7 @@ class WorldStereo(WAN21):
         self.memory_usage_factor_conds = ("reference_latent",)
 
     def say_once(self, remark: str):
-        """Logs a warning, the first time it is true of this model."""
+        """Logs a warning, once for this model."""
         if remark not in self._said:
             self._said.add(remark)
             logging.warning(remark)
@@ -92,7 +92,9 @@ class WorldStereo(WAN21):
         """Core's I2V conditions and WorldStereo's, for the diffusion model. Raises ValueError where the latent to sample
         is not of the size that the conditioning was made for."""
         out = super().extra_conds(**kwargs)
-        if out.pop("reference_latent", None) is not None:  # of core's node, and another thing than ours
+        if (
+            out.pop("reference_latent", None) is not None
+        ):  # from core's ReferenceLatent node; not WorldStereo's references
             self.say_once(
                 "ReferenceLatent has no effect on WorldStereo: reference views are inputs of WorldStereo Conditioning."
             )
@@ -113,7 +115,7 @@ class WorldStereo(WAN21):
         }
 
     def _on_device(self, name: str, value: torch.Tensor, device: torch.device) -> torch.Tensor:
-        """The condition as the diffusion model takes it; what positive and negative share is there once."""
+        """The condition as the diffusion model takes it; what positive and negative share is kept only once."""
         of_value = self._moved.setdefault(value, {})
         moved = of_value[name]() if name in of_value else None
         if moved is None or moved.device != device:
@@ -154,12 +156,12 @@ class WorldStereo(WAN21):
         return {"reference_latent": list(kwargs["reference_latent"].shape)}
 
     def memory_required(self, input_shape, cond_shapes={}):
-        """Bytes a step needs beside the weights, in its widest moment, which is in self-attention.
+        """Bytes a step needs beside the weights at its peak, which is in self-attention.
 
-        For each sample every token's residual, its control tokens, its render's pixels, and its prompt's keys and
-        values; for one sample at a time all keys and values, the normed tokens (whose memory serves for the attended
-        ones too; half as much where they are quantised), a span's queries and result, an upcast weight. What was measured stands in the
-        README.
+        For each sample: every token's residual, its control tokens, its render's pixels, and its prompt's keys and
+        values. For one sample at a time: all keys and values, the normed tokens (whose memory the attention's result
+        reuses; half as much where they are quantised), a span's queries and result, an upcast weight. The README has
+        the measurements.
         """
         if not (xformers_enabled() or pytorch_attention_flash_attention()):
             return super().memory_required(input_shape, cond_shapes)
@@ -172,16 +174,16 @@ class WorldStereo(WAN21):
         pixels = MASK_CAM_CHANNELS * frames * config.mask_downsample * SPATIAL_DOWNSCALE**2 * height * width * size
         prompt = 2 * config.num_layers * (TEXT_TOKENS + IMAGE_TOKENS) * config.dim * size
         layer = self.diffusion_model.blocks[0].self_attn.q
-        native = layer.arithmetic(get_torch_device()) is not UPCAST
-        normed, queries, weight = (0.5, CHUNK, 0) if native else (1, UPCAST_QUERIES, config.dim**2)
+        quantised = layer.arithmetic(get_torch_device()) is not UPCAST
+        normed, queries, weight = (0.5, CHUNK, 0) if quantised else (1, UPCAST_QUERIES, config.dim**2)
         one = tokens * ((2 + normed) * config.dim * size + rope) + (2 * queries * config.dim + weight) * size
         each = tokens * config.dim * size + targets * config.control_dim * size + pixels + prompt
         return WORKSPACE + one + batch * each
 
 
 def _changes_the_model(patcher) -> bool:
-    """Whether the prompt cache would hold of another model than its weights' uuid says: hooks, injections (bypass
-    LoRAs), patched modules."""
+    """Whether the weights' uuid does not identify the model that runs, so that the prompt cache could be wrong: hooks,
+    injections (bypass LoRAs), patched modules."""
     patched = any(
         name.startswith("diffusion_model") and not object_patches.KEEP_CACHE.fullmatch(name)
         for name in patcher.object_patches

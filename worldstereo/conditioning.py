@@ -65,7 +65,7 @@ def keyframe_size(config: WorldStereoConfig, height: int, width: int) -> tuple[i
 
 
 def check_vae(vae):
-    """Raises ValueError for any VAE but Wan 2.1's and its tiny stand-ins: others may take the same shapes."""
+    """Raises ValueError for any VAE but Wan 2.1's and its tiny versions: others may accept the same shapes."""
     if getattr(vae.first_stage_model, "latent_format", None) is HunyuanVideo:
         raise ValueError(
             "vae is a tiny VAE in FP16, which ComfyUI takes for HunyuanVideo's. WorldStereo needs the Wan 2.1 "
@@ -79,7 +79,7 @@ def check_vae(vae):
 
 
 def encode_keyframes(vae, pictures: torch.Tensor, progress: ProgressBar | None = None) -> torch.Tensor:
-    """[N,H,W,3] in 0..1, each alone through the Wan VAE, to [1,16,N,h,w]. Raises ValueError for another VAE."""
+    """[N,H,W,3] in 0..1, each encoded on its own by the Wan VAE, to [1,16,N,h,w]. Raises ValueError for another VAE."""
     check_vae(vae)
     progress = progress or ProgressBar(len(pictures))
     latents = []
@@ -91,7 +91,7 @@ def encode_keyframes(vae, pictures: torch.Tensor, progress: ProgressBar | None =
 
 
 def decode_keyframes(vae, latent: torch.Tensor) -> torch.Tensor:
-    """[B,16,F,h,w], each frame alone through the Wan VAE, to [B·F,H,W,3] in 0..1.
+    """[B,16,F,h,w], each frame decoded on its own by the Wan VAE, to [B·F,H,W,3] in 0..1.
 
     Raises ValueError for a latent that is not a Wan video's, and for another VAE.
     """
@@ -124,8 +124,8 @@ def _condition_latent(config: WorldStereoConfig, vae, image: torch.Tensor, frame
 def _frames(config: WorldStereoConfig, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Which of `count` given frames become keyframes, and which are seen as render mask and camera embedding.
 
-    A mask kernel over d frames sees d·(F−1) + 1 of them for F keyframes. Where fewer were given, each keyframe stands
-    for itself and the d − 1 after it.
+    A mask kernel over d frames sees d·(F−1) + 1 of them for F keyframes. Where fewer were given, each keyframe is
+    repeated d times.
     """
     keyframes = thin(count, config.nframe)
     seen = config.mask_downsample * (len(keyframes) - 1) + 1
@@ -184,7 +184,7 @@ def remarks(
     cameras: Cameras,
     references: References | None = None,
 ) -> list[str]:
-    """What `condition` does to these inputs that may be no intention: shapes it stretches, a mask that is none."""
+    """Remarks on inputs that may be mistakes: shapes that `condition` stretches, a mask that is not a hole mask."""
     height, width = keyframe_size(config, *image.shape[1:3])
     sizes = {"image": image.shape[1:3], "render_video": render.shape[1:3], "render_mask": mask.shape[1:3]}
     sizes["cameras' picture"] = cameras.height, cameras.width
@@ -200,7 +200,7 @@ def remarks(
     first = (mask[0] >= MASK_THRESHOLD).float().mean().item()
     if first > FIRST_HOLES:
         lines.append(
-            f"render_mask has holes in {first:.0%} of frame 0, which is the picture itself and is taken without: is it "
+            f"render_mask has holes in {first:.0%} of frame 0, which is the picture itself and has none: is it "
             "another path's, or white where points are?"
         )
     return lines

@@ -34,7 +34,7 @@ PATCH = (1, 2, 2)
 WAN_480P_SHIFT = 3.0  # flow shift Wan 2.1 recommends at 480p; for the variants that were not distilled
 SPATIAL_DOWNSCALE = 8  # of the Wan VAE
 
-# What a configuration may ask for: what the model was made for, with room above. Memory and time follow from these.
+# Limits of a configuration, well above what the model was made for: they bound memory and time.
 MAX_FRAMES = 81
 MAX_SIZES = 64  # entries of scale_map
 MAX_PIXELS = 2**20  # of one of them
@@ -113,7 +113,7 @@ class ConfigMismatch(ValueError):
 
 
 class WrongShapes(ValueError):
-    """Tensors whose shapes are no WorldStereo model's, whatever the configuration."""
+    """Tensors whose shapes fit no WorldStereo model, whatever the configuration."""
 
 
 @dataclass(frozen=True)
@@ -126,14 +126,14 @@ class FoundConfig:
 
 
 def find_config(path: Path, own: str | None, shapes: dict, given: Path | None = None) -> FoundConfig:
-    """Which configuration belongs to a model file: the given one, else the config.json beside it, else its own.
+    """Which configuration belongs to a model file: the given one, else the config.json beside it, else the file's own.
 
     own: the text in the file itself. shapes: as for `read_config`.
 
-    A config.json beside the file may be another model's, for a folder of models is shared: where it is no
-    WorldStereo's or does not fit the tensors it is passed over, and the log says so, as it does where the file's own
-    says otherwise. Raises ValueError for one that is not a JSON object, where the given one, the file's own or, without
-    any, the defaults do not fit the tensors, and for tensors that no configuration fits.
+    A config.json beside the file may belong to another model in the same folder: where it is not WorldStereo's or does
+    not fit the tensors it is ignored, with a warning in the log. A config.json that contradicts the file's own text is
+    used, also with a warning. Raises ValueError for one that is not a JSON object, where the given one, the file's own
+    or, without any, the defaults do not fit the tensors, and for tensors that no configuration fits.
     """
     try:
         found = _belonging(path, own, shapes, given)
@@ -266,7 +266,7 @@ def _is_scale_map(value) -> bool:
 
 
 def _is_text(value) -> bool:
-    """Whether it is a text that can be written and logged: without lone surrogates."""
+    """Whether the value is a text without lone surrogates, which can be written and logged."""
     return isinstance(value, str) and len(value) <= MAX_PROMPT and not any("\ud800" <= c <= "\udfff" for c in value)
 
 
@@ -394,7 +394,7 @@ def config_content(config: WorldStereoConfig) -> dict:
 
 
 def assumptions(name: str, content: dict, config: WorldStereoConfig) -> str:
-    """One line about what the configuration of a file does not say and the defaults stand for; empty where it says all.
+    """One line listing the settings that a file's configuration lacks, with the defaults assumed; empty if it has all.
 
     name: the file's. content: what `config` was read from, {} where there was no config.json.
     """
@@ -418,6 +418,6 @@ def assumptions(name: str, content: dict, config: WorldStereoConfig) -> str:
     if not assumed:
         return ""
     return (
-        f"No {CONFIG_FILE} says these settings of {name}, so they are assumed: {', '.join(assumed)}. The model's own "
+        f"No {CONFIG_FILE} gives these settings of {name}, so they are assumed: {', '.join(assumed)}. The model's own "
         f"{CONFIG_FILE} is in its folder of {REPOSITORY}: put it beside the file."
     )

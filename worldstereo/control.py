@@ -1,4 +1,4 @@
-"""The control branch: what looks at the render beside the backbone. Letters as in `blocks`."""
+"""The control branch, which follows the render beside the backbone. Letters as in `blocks`."""
 
 import torch
 from torch import nn
@@ -84,8 +84,8 @@ class MaskCamEmbedding(nn.Module):
 
 
 class ControlBranch(nn.Module):
-    """The branch that looks at the render. Its i-th residual is asked for after the i-th backbone block, so that no
-    two exist at once."""
+    """The branch that follows the render. Its i-th residual is computed after the i-th backbone block, so that no two
+    exist at once."""
 
     def __init__(self, config: WorldStereoConfig, operation_settings):
         super().__init__()

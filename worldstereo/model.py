@@ -31,8 +31,8 @@ def untraced(function, *args, **kwargs):
 
 
 def runs_others_code(transformer_options) -> bool:
-    """Whether patches or an attention override run inside the blocks. They may look at the block's number, and core's
-    TorchCompileModel traces without regard to transformer_options: the first block's number would stand for all."""
+    """Whether patches or an attention override run inside the blocks. They may read the block's number, and core's
+    TorchCompileModel does not guard on transformer_options: every block would see the first block's number."""
     patched = any(transformer_options.get(key) for key in ("patches", "patches_replace"))
     return patched or wants_whole_tensors(transformer_options)
 
@@ -213,7 +213,8 @@ class WorldStereoModel(WanModel):
         image_len = None if clip_fea is None else clip_fea.shape[1]
         run_control = functools.partial(untraced, add_control) if others_code else add_control
         for i, block in enumerate(self.blocks):
-            # The head reads the targets alone, and so does nobody else but a patch. Not traced: one graph for all blocks.
+            # After the last block only the head and patches read the result, and the head reads the targets alone. Not
+            # when traced, so that there is one graph for all blocks.
             targets_only = ref_len > 0 and i == len(self.blocks) - 1 and not others_code
             run_block = functools.partial(untraced, block) if others_code or targets_only else block
             transformer_options["block_index"] = control_options["block_index"] = i
@@ -286,7 +287,7 @@ class WorldStereoModel(WanModel):
 
     @torch.compiler.disable
     def _times(self, cache: PromptCache, timestep, dtype, device, transformer_options) -> list[Time]:
-        """What follows from each sample's timestep."""
+        """What depends on each sample's timestep."""
 
         def compute(timesteps: list[float]) -> list[Time]:
             t = torch.tensor(timesteps, device=device)
@@ -305,7 +306,7 @@ class WorldStereoModel(WanModel):
         return cache.timesteps(wanted, coming, (dtype, device), compute)
 
     def _prompt(self, context, clip_fea) -> Prompt:
-        """What follows from one sample's text [1,512,text_dim] and picture [1,257,image_dim] or None."""
+        """What depends on one sample's text [1,512,text_dim] and picture [1,257,image_dim] or None."""
         text = self.text_embedding(context)
         image = None if clip_fea is None else self.img_emb(clip_fea)
         embedded = text if image is None else torch.cat([image, text], dim=1)
@@ -316,8 +317,8 @@ class WorldStereoModel(WanModel):
         return Prompt(embedded, blocks)
 
     def _keys_values(self, i: int, context, image_len: int | None, prompts: list[Prompt]) -> list[KeysValues | None]:
-        """Of block i for each sample of a context [B, I+T, C] that a patch may have changed: the prompts' own where it
-        has not."""
+        """Keys and values of block i for each sample of a context [B, I+T, C]: the prompts' cached ones, unless a patch
+        has changed the context."""
         attention = self.blocks[i].cross_attn
         image_len = image_len or 0
         kv = []

@@ -1,6 +1,6 @@
-"""Forwards that other packs replace (ComfyUI's object patches): which of them run, and what is said of the others.
+"""Forwards that other packs replace (ComfyUI's object patches): which of them run, and warnings about the others.
 
-What they look like: KJNodes' WanVideoNAG, Wan Chunk FeedForward, Enhance-A-Video and SageAttention patches, all written
+Examples: KJNodes' WanVideoNAG, Wan Chunk FeedForward, Enhance-A-Video and SageAttention patches, all written
 for ComfyUI's own Wan (`comfy.ldm.wan.model`).
 """
 
@@ -11,9 +11,9 @@ from collections import Counter
 import torch
 
 BLOCK = r"blocks\.\d+"
-# Object patches that leave alone what the prompt cache keeps: keys and values, and what follows from the timesteps.
+# Object patches that do not change what the prompt cache keeps: keys and values, and what depends on the timesteps.
 KEEP_CACHE = re.compile(rf"diffusion_model\.({BLOCK}\.(self_attn\..+|cross_attn\.forward|ffn\..+)|rope_embedder)")
-# Modules that are computed from their weights, together with other layers.
+# Modules whose weights are used directly, together with other layers: their forward never runs.
 FORWARD_NOT_CALLED = re.compile(
     rf"{BLOCK}\.(norm[123]|(self|cross)_attn\.norm_q|self_attn\.norm_k|ffn\.1)"
     rf"|controlnet\.controlnet_{BLOCK}\.(norm[12]\.norm|self_attn\.norm_[qk]|ffn\.1)"
@@ -22,15 +22,15 @@ SELF_ATTENTION = re.compile(rf"{BLOCK}\.self_attn")
 
 
 def forward_is_replaced(module: torch.nn.Module) -> bool:
-    """Whether something stands in for the module's `forward` or hooks onto it."""
+    """Whether the module's `forward` is replaced or hooked."""
     forward = module.forward
-    # Written so that torch.compile traces it right, which a getattr with a default is not.
+    # torch.compile traces this correctly, but not a getattr with a default.
     own = isinstance(forward, types.MethodType) and forward.__func__ is type(module).forward
     return not own or bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def remarks(diffusion_model: torch.nn.Module) -> list[str]:
-    """What to say about replaced forwards that do not run, or not as they would in ComfyUI's Wan."""
+    """Warnings about replaced forwards that do not run, or not as they would in ComfyUI's Wan."""
     unused, attention = Counter(), Counter()
     for name, module in diffusion_model.named_modules():
         uncalled = FORWARD_NOT_CALLED.fullmatch(name)

@@ -1,6 +1,6 @@
 """What is shown while sampling: every keyframe, side by side.
 
-Core previews the first latent frame of a video, which here is the picture that one already has. Its preview takes the
+Core previews the first latent frame of a video, which here is the picture the user already has. Its preview takes the
 latent format's `latent_rgb_factors_reshape`, so a format of our own lays out the keyframes there. Where core's previews
 are off, as they are by default, `show_keyframes` sends the same picture itself.
 """

@@ -21,7 +21,7 @@ def clean_caption(text: str) -> str:
 
 
 def _decoded(text: str) -> str:
-    """UTF-8 that was read as Windows-1252 ("cafÃ©"), read anew; any other text as it is."""
+    """UTF-8 that was read as Windows-1252 ("cafÃ©"), decoded correctly; any other text as it is."""
     try:
         return b"".join(_byte(letter) for letter in text).decode("utf-8")
     except UnicodeError:
@@ -34,7 +34,7 @@ def _byte(letter: str) -> bytes:
 
 
 def encode_caption(clip, text: str) -> tuple[list, int, list[str]]:
-    """A caption through UMT5-XXL: the CONDITIONING, how many tokens it has, its end among them, and what to say of it.
+    """A caption through UMT5-XXL: the CONDITIONING, how many tokens it has, including the end token, and a remark.
 
     Core reads parentheses as weights; escaped they are text. More than 512 tokens are cut, their end kept, as the
     original's tokenizer does. Raises ValueError for another text encoder.

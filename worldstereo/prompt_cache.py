@@ -1,8 +1,8 @@
-"""What of a forward pass depends on the prompt or on the timestep alone, computed once and kept.
+"""The parts of a forward pass that depend only on the prompt or the timestep, computed once and kept.
 
 The cross-attention's keys and values (of 40 layers: 6.3 GB of weights) follow from the prompt and the picture, the
-modulations of backbone and control branch (1.6 GB of weights) from the timestep. Kept, they cost 0.6 GB a prompt, in
-VRAM while a run uses them and else in RAM, and their weights need not be in VRAM while the steps run.
+modulations of backbone and control branch (1.6 GB of weights) from the timestep. Kept, they take 0.6 GB per prompt, in
+VRAM while a run uses them and otherwise in RAM, and their weights need not be in VRAM while the steps run.
 """
 
 from collections.abc import Callable
@@ -12,9 +12,9 @@ import torch
 
 KEPT_TIMESTEPS = 256
 
-# What the sampling model tells the diffusion model in transformer_options; without it nothing outlives a call.
+# What the sampling model passes to the diffusion model in transformer_options; without it nothing is kept between calls.
 WEIGHTS = "worldstereo_weights"  # which LoRAs the weights carry
-COMING_TIMESTEPS = "worldstereo_timesteps"  # the timesteps this run will come by
+COMING_TIMESTEPS = "worldstereo_timesteps"  # the timesteps of this run
 WHOLE_TIMESTEPS = "worldstereo_whole_timesteps"  # whether timesteps are cut to whole numbers
 
 # Layers whose weights are used for nothing else, by the ends of their native names.
@@ -107,7 +107,7 @@ class PromptCache:
             kept.used = False
 
     def end_run(self, device: torch.device):
-        """Leaves the prompts on `device` alone: between runs their room is other models'."""
+        """Moves the prompts to `device`: between runs their VRAM is free for other models."""
         for kept in self.prompts:
             if kept.parked is None:
                 kept.parked = kept.prompt.to(device)

@@ -18,12 +18,12 @@ SHARDS = (
 
 
 def case(random: Random, folder: Path) -> Case:
-    held = {"a.safetensors": ["x", "y"], "b.safetensors": ["z"]}
-    for shard, names in held.items():
+    stored = {"a.safetensors": ["x", "y"], "b.safetensors": ["z"]}
+    for shard, names in stored.items():
         save_file({name: torch.zeros(2) for name in names}, folder / shard)
     (folder / "folder").mkdir()
     (folder / "link").symlink_to("/dev/zero")
-    weight_map = {name: shard for shard, names in held.items() for name in names}
+    weight_map = {name: shard for shard, names in stored.items() for name in names}
     index = {"metadata": {}, "weight_map": weight_map}
     for _ in range(random.randint(0, 2)):
         kind = random.randrange(5)
@@ -50,6 +50,6 @@ def case(random: Random, folder: Path) -> Case:
     def wrong(files) -> str | None:
         whole = json.loads(text)["weight_map"] if b"0" * 5000 not in text else weight_map
         placed = {name: tensor.file.name for name, tensor in files.tensors.items()}
-        return None if placed == whole and set(placed.values()) <= held.keys() else f"{placed} of {whole}"
+        return None if placed == whole and set(placed.values()) <= stored.keys() else f"{placed} of {whole}"
 
     return Case(lambda: open_files(path), (path.name, "a.safetensors", "b.safetensors"), wrong)
