@@ -212,9 +212,9 @@ def linear(rounds: int, backends: list[str]):
             "INT8 rotation and quantisation alone": lambda: int8_matmul.quantise(x),
             f"ours, {best}, one quantisation for three products": lambda: layer.shared(x, best),
             **{f"ours, {best}, in chunks of {n} tokens": lambda n=n: layer.in_chunks(x, n) for n in CHUNKS},
-            "product alone, a scale a token": lambda: layer.product(by_token),
-            "product alone, a scale a token, no bias": lambda: layer.product(by_token, bias=False),
-            "product alone, a scale a token, tokens padded to 256": lambda: layer.product(padded_tokens),
+            "product alone, a scale per token": lambda: layer.product(by_token),
+            "product alone, a scale per token, no bias": lambda: layer.product(by_token, bias=False),
+            "product alone, a scale per token, tokens padded to 256": lambda: layer.product(padded_tokens),
             "product alone, one scale": lambda: layer.product(by_tensor),
             **{f"quantisation alone, {name}": lambda name=name: layer_quantise(x, name) for name in backends},
         }

@@ -98,12 +98,14 @@ def test_fp8_is_refused_without_a_product_for_it(monkeypatch):
     """A device with FP8 units whose PyTorch takes no scale a token, and no backend with one scale for the tensor."""
     cpu = torch.device("cpu")
     matmul_refusal.cache_clear()
-    assert "no FP8 matmul with a scale a token" in row_scales_refusal(cpu)  # so it is with PyTorch's CPU
+    assert "no FP8 matmul with a scale for each token" in row_scales_refusal(cpu)  # so it is with PyTorch's CPU
     monkeypatch.setattr(linear_module, "supports_fp8_compute", lambda device: True)
     monkeypatch.setattr(activations, "forced", "eager")
     assert matmul_refusal("auto", FP8, cpu) == row_scales_refusal(cpu)
     assert matmul_refusal("bf16", FP8, cpu) == "compute is bf16"
-    with pytest.raises(ValueError, match="compute is fp8, but this PyTorch has no FP8 matmul with a scale a token"):
+    with pytest.raises(
+        ValueError, match="compute is fp8, but this PyTorch has no FP8 matmul with a scale for each token"
+    ):
         matmul_refusal("fp8", FP8, cpu)
     matmul_refusal.cache_clear()
 

@@ -113,7 +113,7 @@ def test_sizes_and_settings_from_the_file_the_config_and_the_defaults(tmp_path, 
         "model_type worldstereo-memory-dmd, nframe 21, scale_map 13 sizes from 832×480 to 480×832, latent_cond_mode "
         "first_frame_only, update_ref true, gen_shift 5, dmd_steps 4, dmd_start_steps 250, dmd_end_steps 1000. The"
     )
-    assert f"No config.json says these settings of m.safetensors, so they are assumed: {assumed}" in caplog.text
+    assert f"No config.json gives these settings of m.safetensors, so they are assumed: {assumed}" in caplog.text
 
 
 @pytest.mark.parametrize(

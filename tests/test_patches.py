@@ -167,7 +167,7 @@ class TestReplacedForward:
 
         patcher = load(files["fp8"], disable_dynamic=True)
         upcast = [sample(patched(patcher, part), conditioning(0), conditioning(1), steps=1) for part in PARTS]
-        monkeypatch.setattr(arithmetic, "scaled_linear", product)  # which CPUs do not have with a scale a token
+        monkeypatch.setattr(arithmetic, "scaled_linear", product)  # which CPUs do not have with a scale for each token
         monkeypatch.setattr(type(patcher.model.diffusion_model.blocks[0].self_attn.q), "upcast_reason", lambda *_: None)
         for part, expected in zip(PARTS, upcast):
             out = sample(patched(patcher, part), conditioning(0), conditioning(1), steps=1)

@@ -75,8 +75,8 @@ class WorldStereo(WAN21):
             self._said.add(remark)
             logging.warning(remark)
 
-    # Core's own signature; beside core's it tells the diffusion model which weights it runs with, and that the variants
-    # that are not distilled are sampled at whole timesteps, as diffusers' UniPC does.
+    # Core's signature. Beyond core's, it passes to the diffusion model which weights it runs with, and that variants
+    # that were not distilled are sampled at whole timesteps, as by diffusers' UniPC.
     def _apply_model(self, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options={}, **kwargs):
         transformer_options = transformer_options | {WHOLE_TIMESTEPS: not self.diffusion_model.config.is_dmd}
         if self.use_prompt_cache and self.current_patcher is not None and not _changes_the_model(self.current_patcher):
@@ -127,7 +127,7 @@ class WorldStereo(WAN21):
             of_value[name] = weakref.ref(moved)
         return moved
 
-    # Core's own signature, as above.
+    # Core's signature.
     def resize_cond_for_context_window(self, cond_key, cond_value, window, x_in, device, retain_index_list=[]):
         if cond_key not in CONDITIONS:
             return super().resize_cond_for_context_window(
