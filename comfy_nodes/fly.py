@@ -81,6 +81,14 @@ class WorldStereoFlyPath(io.ComfyNode):
                     tooltip="Where to start: at the last camera of another path, which this one continues and "
                     "contains, or at the camera of core's 3-D viewer.",
                 ),
+                io.Boolean.Input(
+                    "guess_pitch",
+                    default=False,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Estimate how far up the picture's camera looks from MoGe's normals of floors, tables and "
+                    "ceilings (MoGe 2 gives them), instead of start_pitch. Not used with start.",
+                ),
             ],
             outputs=[
                 Cameras.Output(display_name="cameras"),
@@ -93,10 +101,12 @@ class WorldStereoFlyPath(io.ComfyNode):
 
     @classmethod
     @checked
-    def execute(cls, image, path, lens, lens_value, scene_depth, start_pitch, scene=None, start=None) -> io.NodeOutput:
+    def execute(
+        cls, image, path, lens, lens_value, scene_depth, start_pitch, scene=None, start=None, guess_pitch=False
+    ) -> io.NodeOutput:
         height, width = within(*image.shape[1:3])
         cameras, picture, shown = plan_flight(
-            image, path, lens, lens_value, scene_depth, start_pitch, scene, start, width, height
+            image, path, lens, lens_value, scene_depth, start_pitch, scene, start, width, height, guess_pitch
         )
         cloud = keep_in_temp(VIEWER_FOLDER, shown.points)
         return io.NodeOutput(cameras, picture, ui={"worldstereo_scene": [shown.info | {"cloud": cloud}]})

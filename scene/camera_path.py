@@ -252,6 +252,15 @@ def beginning(
     return first, depth, scene
 
 
+def pitch_or_guess(start_pitch: float, scene: dict | PointCloud | None) -> tuple[float, str]:
+    """The pitch in degrees that the normals of MoGe's geometry tell, or start_pitch where they tell none; and which of
+    the two, in words."""
+    found = guess_pitch(scene["normal"][0]) if isinstance(scene, dict) and "normal" in scene else None
+    if found is None:
+        return start_pitch, f"no pitch could be guessed: start_pitch, {start_pitch:g} degrees, is used"
+    return found, f"the camera is taken to look {found:+.0f} degrees up"
+
+
 def plan_path(
     image: torch.Tensor,
     move: Move,
@@ -267,12 +276,8 @@ def plan_path(
     those of `beginning`; guess: take the pitch from the normals of MoGe's geometry, where start_pitch would count."""
     assumed = []
     if guess and start is None:
-        found = guess_pitch(scene["normal"][0]) if isinstance(scene, dict) and "normal" in scene else None
-        if found is None:
-            assumed.append(f"no pitch could be guessed: start_pitch, {start_pitch:g} degrees, is used")
-        else:
-            start_pitch = found
-            assumed.append(f"the camera is taken to look {found:+.0f} degrees up")
+        start_pitch, words = pitch_or_guess(start_pitch, scene)
+        assumed.append(words)
     first, depth, cloud = beginning(image, lens, lens_value, scene_depth, start_pitch, scene, start)
     if scene is None and not scene_depth and not isinstance(start, dict):
         assumed.append("no scene is connected: its depth is taken for 1. Connect MoGe's geometry to scene")

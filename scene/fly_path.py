@@ -16,7 +16,7 @@ import torch
 
 from ..files import json
 from ..files.text import shown
-from .camera_path import EASINGS, beginning, draw_path
+from .camera_path import EASINGS, beginning, draw_path, pitch_or_guess
 from .cameras import LARGEST, Cameras, quaternion_to_rotation, rigid_inverse
 from .pointcloud import PointCloud
 from .render import RADIUS
@@ -215,6 +215,7 @@ def plan_flight(
     start: Cameras | dict | None,
     width: int,
     height: int,
+    guess: bool = False,
 ) -> tuple[Cameras, torch.Tensor, ViewerScene]:
     """The path that `text` describes for the picture [1, H, W, C], its drawing [1, h, w, 3], and the viewer's scene.
 
@@ -222,9 +223,14 @@ def plan_flight(
     text and a scene that the camera does not see.
     """
     path = read_fly_path(text)
+    assumed = ""
+    if guess and start is None:
+        start_pitch, assumed = pitch_or_guess(start_pitch, scene)
     # A picture becomes no more points than the viewer takes: evenly apart, they leave the holes where they are.
     spacing = max(1.0, math.sqrt(width * height / VIEWER_POINTS)) if isinstance(scene, dict) else 1.0
     size = int(height / spacing), int(width / spacing)
     first, depth, cloud = beginning(image, lens, lens_value, scene_depth, start_pitch, scene, start, points_size=size)
     cameras = fly_on(first, path, depth)
-    return cameras, draw_path(cameras, depth, cloud), viewer_scene(cloud, first, depth, width, height, spacing)
+    shown = viewer_scene(cloud, first, depth, width, height, spacing)
+    shown.info["assumed"] = assumed
+    return cameras, draw_path(cameras, depth, cloud), shown

@@ -184,6 +184,23 @@ def test_a_flight_over_moges_geometry():
     np.testing.assert_allclose(records["position"][:, 2], 1, atol=1e-6)
 
 
+def test_the_pitch_is_guessed_from_moges_normals():
+    geometry = {
+        "depth": torch.full((1, 48, 64), 5.0),
+        "intrinsics": torch.tensor([[[0.9, 0, 0.5], [0, 1.2, 0.5], [0, 0, 1]]]),
+        # A floor that a camera sees which looks 30 degrees down: its normal is up, in OpenCV's axes.
+        "normal": torch.tensor([0.0, -math.cos(math.pi / 6), -math.sin(math.pi / 6)]).expand(1, 48, 64, 3),
+    }
+    arguments = torch.rand(1, 48, 64, 3), text(view((0, 0, 1))), "auto", 0.0, 0.0, 12.0
+    info = plan_flight(*arguments, geometry, None, 96, 72, True)[2].info
+    assert "-30 degrees" in info["assumed"]
+    assert info["up"] == pytest.approx([0, -math.cos(math.pi / 6), -math.sin(math.pi / 6)], abs=0.02)
+    del geometry["normal"]
+    info = plan_flight(*arguments, geometry, None, 96, 72, True)[2].info
+    assert info["assumed"].startswith("no pitch could be guessed")
+    assert plan_flight(*arguments, geometry, None, 96, 72)[2].info["up"] == info["up"]  # start_pitch
+
+
 def test_a_large_picture_becomes_evenly_fewer_points(monkeypatch):
     monkeypatch.setattr(fly_path, "VIEWER_POINTS", 96 * 72 // 4)
     geometry = {"depth": torch.full((1, 48, 64), 5.0), "intrinsics": torch.eye(3)[None]}

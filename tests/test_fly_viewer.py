@@ -291,3 +291,140 @@ def test_keys_without_the_focus_are_the_pages(comfyui):
         wait_for_status(page, "^$")
         assert len(json.loads(path_text(page))["views"]) == 2
     assert errors == []
+
+
+def strip_has(page, color):
+    """Whether the strip of holes has a pixel of this colour."""
+    return page.evaluate(
+        """color => {
+            const strip = document.querySelector(".ws-strip");
+            const {data} = strip.getContext("2d").getImageData(0, 0, strip.width, strip.height);
+            for (let i = 0; i < data.length; i += 4) if (color.every((c, j) => data[i + j] === c)) return true;
+            return false;
+        }""",
+        color,
+    )
+
+
+def chosen(page):
+    return page.locator(".ws-fly .ws-chosen").inner_text()
+
+
+def test_what_a_flight_shows(comfyui):
+    """Show scene runs what it needs alone; red holes, playing, picking in the picture, and a lost WebGL context."""
+    errors = []
+    with fly_page(comfyui, errors) as page:
+        page.evaluate("""() => {
+            const [picture] = app.graph.nodes.filter(node => node.type === "LoadImage");
+            const [loader, sized, preview] = ["LoadWorldStereoFP8", "WorldStereoPicture", "PreviewImage"].map(type => {
+                const node = LiteGraph.createNode(type);
+                app.graph.add(node);
+                return node;
+            });
+            picture.connect(0, sized, sized.inputs.findIndex(input => input.name === "image"));
+            loader.connect(0, sized, sized.inputs.findIndex(input => input.name === "model"));
+            sized.connect(0, preview, 0);
+            window.ran = [];
+            app.api.addEventListener("executing", event => event.detail && window.ran.push(String(event.detail)));
+        }""")
+        show_scene(page)
+        ran = page.evaluate("window.ran.map(id => app.graph.getNodeById(id).type)")
+        assert set(ran) == {"LoadImage", "WorldStereoDemoGeometry", "WorldStereoFlyPath"}
+
+        # A turn to where nothing is known.
+        red = [0xE5, 0x48, 0x4D]
+        assert not strip_has(page, red)
+        button(page, "Text").click()
+        behind = '{"views": [{"position": [0, 0, 0], "rotation": [0, 0.9, 0, 0.1]}]}'
+        page.locator(".ws-fly textarea").fill(behind)
+        page.locator(".ws-fly").focus()
+        wait_for_status(page, "more than half in")
+        page.wait_for_function("() => document.querySelector('.ws-status').textContent.includes('100 % holes')")
+        assert strip_has(page, red)
+
+        # Play goes through all keyframes and ends.
+        button(page, "Play").click()
+        button(page, "Stop").wait_for()
+        button(page, "Play").wait_for(timeout=PATIENCE)
+        assert page.locator(".ws-time input").input_value() == "20"
+
+        # A click on a view in the picture chooses it.
+        page.locator(".ws-fly select").first.select_option("dolly in")
+        button(page, "P").click()
+        assert chosen(page) == "P"
+        stage = page.locator(".ws-stage canvas").bounding_box()
+        page.mouse.click(stage["x"] + stage["width"] / 2, stage["y"] + stage["height"] / 2)
+        assert chosen(page) == "1"
+
+        # The driver takes the context away and gives it back.
+        page.evaluate("""async () => {
+            const modules = await (await fetch("/extensions")).json();
+            const {sharedRenderer} = await import(modules.find(name => name.endsWith("/fly_renderer.js")));
+            window.lost = sharedRenderer().gl.getExtension("WEBGL_lose_context");
+            window.lost.loseContext();
+        }""")
+        page.wait_for_timeout(300)
+        button(page, "P").click()
+        assert colours(page) < 100  # nothing to draw with
+        page.evaluate("window.lost.restoreContext()")
+        page.wait_for_timeout(500)
+        assert colours(page) > 1000
+    assert errors == []
+
+
+def test_a_copy_a_subgraph_and_another_start(comfyui):
+    errors = []
+    with fly_page(comfyui, errors) as page:
+        page.locator(".ws-fly select").first.select_option("dolly in")
+        text = path_text(page)
+        page.evaluate("""() => {
+            const fly = app.graph.nodes.find(node => node.type === "WorldStereoFlyPath");
+            app.canvas.selectItems([fly]);
+            app.canvas.copyToClipboard();
+            app.canvas.pasteFromClipboard();
+        }""")
+        texts = """app.graph.nodes.filter(node => node.type === "WorldStereoFlyPath")
+            .map(node => node.widgets.find(widget => widget.name === "path").value)"""
+        assert page.evaluate(texts) == [text, text]
+        page.evaluate("app.graph.remove(app.graph.nodes.filter(node => node.type === 'WorldStereoFlyPath')[1])")
+        page.locator(".ws-fly select").first.select_option("pan left")
+
+        # The viewer sees from where another path ends.
+        page.evaluate("""() => {
+            const fly = app.graph.nodes.find(node => node.type === "WorldStereoFlyPath");
+            const before = LiteGraph.createNode("WorldStereoCameraPath");
+            before.pos = [320, 500];
+            app.graph.add(before);
+            before.widgets.find(widget => widget.name === "preset").value = "pan right";
+            const picture = app.graph.nodes.find(node => node.type === "LoadImage");
+            picture.connect(0, before, before.inputs.findIndex(input => input.name === "image"));
+            before.connect(0, fly, fly.inputs.findIndex(input => input.name === "start"));
+        }""")
+        show_scene(page)
+        button(page, "Picture's view").click()
+        page.wait_for_timeout(500)
+        right, left = page.evaluate("""() => {  // 30 degrees further to the right nothing is known
+            const canvas = document.querySelector(".ws-stage canvas"), {width, height} = canvas;
+            return [width * 0.9, width * 0.1].map(x =>
+                [...canvas.getContext("2d").getImageData(x, height / 2, 1, 1).data].slice(0, 3));
+        }""")
+        assert right == [128, 128, 128] != left
+
+        # In a subgraph.
+        page.evaluate("""() => {
+            const fly = app.graph.nodes.find(node => node.type === "WorldStereoFlyPath");
+            app.canvas.selectItems([fly]);
+            const {node} = app.graph.convertToSubgraph(new Set([fly]));
+            app.canvas.openSubgraph(node.subgraph, node);
+            Object.assign(app.canvas.ds, {scale: 1, offset: [80 - node.subgraph.nodes[0].pos[0], 60]});
+        }""")
+        page.locator(".ws-fly").wait_for()
+        page.wait_for_timeout(500)
+        button(page, "Show scene").click()
+        wait_for_status(page, "holes")
+        button(page, "Picture's view").click()
+        assert colours(page) > 1000
+        prompt = page.evaluate("async () => (await app.graphToPrompt()).output")
+        (flown,) = [node for node in prompt.values() if node["class_type"] == "WorldStereoFlyPath"]
+        assert len(json.loads(flown["inputs"]["path"])["views"]) == 2
+    assert errors == []

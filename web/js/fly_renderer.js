@@ -32,6 +32,8 @@ const FRAGMENT = `#version 300 es
     result = shade;
   }`;
 
+export const restored = new EventTarget(); // tells that a lost context is back
+
 export class Renderer {
   constructor() {
     this.canvas = document.createElement("canvas");
@@ -43,6 +45,7 @@ export class Renderer {
     this.canvas.addEventListener("webglcontextrestored", () => {
       this.clouds.clear();
       this.prepare();
+      restored.dispatchEvent(new Event("restored"));
     });
     this.prepare();
   }

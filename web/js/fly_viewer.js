@@ -7,7 +7,7 @@ import { add, dot, inverse, multiply, norm, normalise, rotate, scale, subtract, 
 import {
   EASINGS, MAX_KEYFRAMES, MAX_POSITION, MAX_VIEWS, MIN_KEYFRAMES, PRESETS, START, formatPath, keyframesOf, parsePath,
 } from "./fly_curve.js";
-import { sharedRenderer } from "./fly_renderer.js";
+import { restored, sharedRenderer } from "./fly_renderer.js";
 
 const EMPTY_SCENE = { name: "", count: 0, radius: 0.008, width: 832, height: 480, up: [0, -1, 0] };
 EMPTY_SCENE.lens = [0.866, 1.5, 0.5, 0.5]; // 60 degrees wide
@@ -154,6 +154,11 @@ export class FlyViewer {
     this.listen();
     this.resizing = new ResizeObserver(() => this.fitStage());
     this.resizing.observe(this.stage);
+    this.onRestored = () => {
+      this.draw();
+      this.countHoles();
+    };
+    restored.addEventListener("restored", this.onRestored);
   }
 
   listen() {
@@ -177,6 +182,7 @@ export class FlyViewer {
 
   dispose() {
     this.resizing.disconnect();
+    restored.removeEventListener("restored", this.onRestored);
     this.held.clear();
     this.stopPlaying();
     clearTimeout(this.settling);
@@ -593,6 +599,7 @@ export class FlyViewer {
       const empty = this.holes.filter((share) => share > 0.5).length;
       if (empty) status += `; more than half in ${empty} of ${this.cameras.length}`;
     }
+    if (scene.assumed) status += `${status && "; "}${scene.assumed}`;
     this.status.textContent = this.bad || status;
     this.status.classList.toggle("ws-error", Boolean(this.bad));
     this.note.textContent = this.message || (scene.count ? "" : scene === EMPTY_SCENE
