@@ -6,15 +6,8 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = Path(__file__).parents[1] / "example_workflows"
-NAMES = (
-    "picture_to_camera_move",
-    "picture_to_camera_move_camera_variant",
-    "panorama_to_camera_move",
-    "your_own_render_and_mask",
-    "fly_a_path",
-    "cook_fp8",
-)
 SCENES = ("explore_picture", "explore_panorama", "continue_scene")  # they save what they are for: a scene
+NAMES = tuple(sorted({path.stem for path in EXAMPLES.glob("*.json")} - {*SCENES}))
 TITLE = 30  # pixels of a node's title bar, above its position
 BYPASSED = 4
 
