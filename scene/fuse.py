@@ -27,6 +27,7 @@ SPECKLE = 0.1  # relative distance of a depth from the median of the 3x3 around 
 FIT_SCALE = 0.05  # relative error that counts in full against a guess of scale and shift
 FIT_SAMPLES, FIT_GUESSES, FIT_ROUNDS = 20_000, 512, 20
 SHIFT_GAIN = 0.7  # a shift is taken where it brings the residual below this share of that without
+DISPARITY_GAIN = 0.25  # what is given is a disparity where that brings the residual below this share
 NEIGHBOURS, DEVIATIONS = 20, 2.0
 VOXEL_TOLERANCE, VOXEL_ROUNDS, VOXEL_BITS = 0.2, 40, 20
 
@@ -70,6 +71,8 @@ class FuseReport:
             overlap = sum(frame.overlap for frame in fitted) / len(fitted)
             worst = max(frame.residual for frame in fitted)
             lines.append(f"{len(fitted)} frames fitted, overlap {overlap:.0%}, residual at most {worst:.1%}")
+        else:
+            lines.append(f"NO POINTS ADDED: none of the {len(self.frames)} frames fits the scene")
         return "\n".join(
             [*lines, *(f"{frame.name} refused: {frame.refused}" for frame in self.frames if frame.refused)]
         )
@@ -96,8 +99,9 @@ def fuse(
     no points, far depths are drawn in. At last, new points that at least as many frames see through as see (things that moved)
     and those far from their neighbours are dropped, and the whole is thinned to about `limit` points.
 
-    A frame that overlaps the cloud too little, or whose fitted depth is off by more than RESIDUAL_LIMIT, adds nothing;
-    the report and a warning in the log name it. progress(1) is called after every frame. Raises ValueError for counts
+    A frame that overlaps the cloud too little, whose fitted depth is off by more than RESIDUAL_LIMIT, or whose disparity
+    fits far better than its depth, adds nothing; the report and a warning in the log
+    name it. progress(1) is called after every frame. Raises ValueError for counts
     that differ and for an empty cloud.
     """
     if not len(frames) == len(depths) == len(cameras):
@@ -134,6 +138,10 @@ def fuse(
     far_off, points, colors = int((~keep).sum()), points[keep], colors[keep]
     keep, voxel = thin_by_voxels(points, limit)
     fused = PointCloud(points[keep], colors[keep])
+    if not seen:
+        logging.warning(
+            "WorldStereo: none of the %d frames fits the scene's point cloud, which stays as it is.", len(fits)
+        )
     return fused, FuseReport(len(cloud), len(fused), seen_through, far_off, voxel, tuple(fits))
 
 
@@ -199,6 +207,15 @@ def fit_depth(depth: torch.Tensor, target: torch.Tensor, shift: bool = True) -> 
     return best
 
 
+def _disparity_words(depth: torch.Tensor, target: torch.Tensor, residual: float) -> str:
+    """What to do where a disparity fits up to scale and shift, far better than the depth; empty where none does."""
+    if fit_depth(1 / depth, 1 / target)[2] <= DISPARITY_GAIN * residual:
+        return "It is affine in disparity: right only up to a shift of 1/depth. Give MoGe's depth, or a metric one."
+    if fit_depth(depth, 1 / target)[2] <= DISPARITY_GAIN * residual:
+        return "It is a disparity (large is near), no depth. Give MoGe's depth, or a metric one."
+    return ""
+
+
 def _refined(depth, target, guesses, shift):
     """The guess [scale, shift] that most pairs agree with, refined; and its residual."""
     columns = torch.stack([depth / target, 1 / target], 1)
@@ -241,11 +258,12 @@ def _fit_frame(name, points, depth, w2c, K, height, width, shift):
         reason = f"it sees too little of the cloud to fit its depth to, {overlap:.1%} of its pixels."
         return FrameFit(name, overlap, refused=reason), None, None
     scale, offset, residual = fit_depth(1 / sampled[valid], z[valid], shift)
-    if not residual <= RESIDUAL_LIMIT:
-        reason = (
-            f"its depth does not fit the cloud's, residual {residual:.1%} (at most {RESIDUAL_LIMIT:.0%}). Is it of "
-            "this scene, and is this its camera?"
-        )
+    disparity = _disparity_words(1 / sampled[valid], z[valid], residual) if residual > SAME_SURFACE else ""
+    if disparity or not residual <= RESIDUAL_LIMIT:
+        reason = f"its depth does not fit the cloud's, residual {residual:.1%} (at most {RESIDUAL_LIMIT:.0%}). "
+        reason += "Is it of this scene, and is this its camera?"
+        if disparity:
+            reason = f"its depth does not fit the cloud's, residual {residual:.1%}. {disparity}"
         return FrameFit(name, overlap, scale, offset, residual, 0, reason), None, None
     depth = scale * depth + offset
     good &= _valid(depth)

@@ -49,7 +49,10 @@ def look_along(
 ) -> Outlook:
     """The render and references of a path that starts with the picture image [1, H, W, C], at the scene's size.
 
-    keyframes: how many of the cameras the model takes; references are chosen for these. references: at most so many.
+    keyframes: how many of the cameras the model takes (`Cameras.thinned`, as the conditioning takes them). References
+    are chosen for these, so that ref_index numbers what the model is given. WorldStereo's own retrieval takes every
+    fourth camera of a longer path, which is the same for its 81 cameras and 21 keyframes; with 41 or 161 every fourth
+    would be others than the model's keyframes. references: at most so many.
     ask: one of ASKING, ask_path: the earlier path it means, or empty for the last one. embed takes pictures
     [B, H, W, 3] in 0..1 to embeddings [B, D]; it is called where more than `references` views were chosen. radius: of a point, as in
     `render.render_start`.

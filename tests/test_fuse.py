@@ -8,7 +8,15 @@ import torch
 from worldstereo_fp8.scene import sample
 from worldstereo_fp8.scene.cameras import Cameras
 from worldstereo_fp8.scene.depth import points_from_depth
-from worldstereo_fp8.scene.fuse import RESIDUAL_LIMIT, cloud_depth, fit_depth, fuse, outliers, thin_by_voxels
+from worldstereo_fp8.scene.fuse import (
+    RESIDUAL_LIMIT,
+    SAME_SURFACE,
+    cloud_depth,
+    fit_depth,
+    fuse,
+    outliers,
+    thin_by_voxels,
+)
 from worldstereo_fp8.scene.pointcloud import PointCloud
 from worldstereo_fp8.scene.render import render
 
@@ -134,6 +142,18 @@ def test_frames_that_do_not_fit_are_refused_by_name(start, caplog):
         assert "walk/0009" in text and "too little of the cloud" in text
     alone, _ = fuse(start, [pictures[0], pictures[3]], [depths[0], depths[3]], cameras[[0, 3]])
     assert torch.equal(alone.points, fused.points)
+
+
+def test_depth_that_is_affine_in_disparity_is_refused_and_told(start, caplog):
+    cameras = orbit([5, 10])
+    pictures, (near, far) = photographs(cameras)
+    _, report = fuse(start, pictures, [1 / (0.5 / near - 0.066), 2 / far + 0.1], cameras)
+    shifted, disparity = (fit.refused for fit in report.frames)
+    assert SAME_SURFACE < report.frames[0].residual < RESIDUAL_LIMIT  # which alone would be let through
+    assert "does not fit" in shifted and "affine in disparity" in shifted and "MoGe" in shifted
+    assert "is a disparity (large is near)" in disparity
+    assert "NO POINTS ADDED: none of the 2 frames fits the scene" in str(report)
+    assert "none of the 2 frames fits the scene's point cloud" in caplog.text
 
 
 def test_a_frame_of_another_room_is_refused(start, monkeypatch):

@@ -8,14 +8,20 @@ of their numbers, and in its metadata the views that each path was given as refe
 import json
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
-from worldstereo_fp8.scene import memory
-from worldstereo_fp8.scene.cameras import rigid_inverse
+from worldstereo_fp8.comfy_nodes.scene import WorldStereoScenePath
+from worldstereo_fp8.scene import memory, walk
+from worldstereo_fp8.scene.cameras import Cameras, rigid_inverse
+from worldstereo_fp8.scene.folder import read_scene
 from worldstereo_fp8.scene.memory import asked_views, choose_references, frames_to_remember, picture_quality
+from worldstereo_fp8.scene.pointcloud import PointCloud
+from worldstereo_fp8.scene.render import RADIUS
 
 GOLDEN = Path(__file__).parent / "golden" / "retrieval.safetensors"
 WIDTH, HEIGHT = 832, 480
@@ -74,6 +80,63 @@ def test_the_references_are_those_of_the_original(number):
         ask=ask,
     )
     assert (views, ref_index) == (expected["views"], expected["ref_index"])
+
+
+def test_the_nodes_choose_the_originals_references_as_the_scene_grows(tmp_path, monkeypatch):
+    """The panorama's views read from a folder, then path after path through Scene Path. The picture of view n is all of
+    the byte n, so that the stand-ins for CLIP and for `picture_quality` know which view they are shown."""
+    width, height = WIDTH // 8, HEIGHT // 8
+
+    def picture(view):
+        return torch.full((height, width, 3), view, dtype=torch.uint8)
+
+    def cameras_of(name, count):
+        K = intrinsics(name, count).clone()
+        K[:, :2] /= 8
+        return Cameras(poses(name), K, width, height)
+
+    bank = cameras_of("bank", 27)
+    listed = {}
+    for view, (w2c, K) in enumerate(zip(bank.w2c.tolist(), bank.K.tolist())):
+        listed[f"{view:04}"] = {"extrinsic": w2c, "intrinsic": K}
+        Image.fromarray(picture(view).numpy()).save(tmp_path / f"{view:04}.png")
+    (tmp_path / "cameras.json").write_text(json.dumps(listed))
+    scene, kind = read_scene(tmp_path)
+    assert kind == "a bank of views" and len(scene) == 27
+    scene = scene.with_cloud(PointCloud(torch.tensor([[1.0, 1, 0]]), torch.ones(1, 3)))
+    asked = {"view": {"traj0": walk.ASK_SPARSELY, "traj1": walk.ASK_MIRRORED}, "target": {"traj1": walk.ASK_OFTEN}}
+    node = type("Node", (WorldStereoScenePath,), {"hidden": SimpleNamespace(unique_id=None)})
+    for expected in PATHS:
+        place, move = expected["path"].split("/")
+        kind = "view" if place.startswith("view") else "target"
+        ask, selection = asked[kind].get(move, walk.ASK_NOTHING), expected.get("selection")
+        features, quality, embedded = {}, {}, []
+        if selection:
+            candidates = sorted(set(selection["candidates"]))
+            features = dict(zip(candidates, TENSORS[f"{expected['path']}.features"].float()))
+            quality = dict(zip(selection["candidates"], selection["quality"]))
+
+        def embed(pictures, features=features, embedded=embedded):
+            views = (pictures[:, 0, 0, 0] * 255).round().int().tolist()
+            embedded += views
+            return SimpleNamespace(image_embeds=torch.stack([features[view] for view in views]))
+
+        monkeypatch.setattr(walk, "picture_quality", lambda shown, quality=quality: quality[int(shown[0, 0, 0])])
+        cameras = cameras_of(expected["path"], 21)
+        asked_path = f"{place}/{BEFORE[kind][move]}" if ask != walk.ASK_NOTHING else ""
+        outputs = node.execute(
+            scene, scene.picture(0), cameras, 8, ask, asked_path, RADIUS, SimpleNamespace(encode_image=embed)
+        )
+        references, pictures = outputs.result[2:]
+        shown = (pictures[:, 0, 0, 0] * 255).round().int().tolist()
+        assert (shown, list(references.indices)) == (expected["views"], expected["ref_index"]), expected["path"]
+        torch.testing.assert_close(references.cameras.w2c, scene.cameras.w2c[expected["views"]])
+        assert bool(embedded) == bool(selection)
+        frames = frames_to_remember(21)
+        scene = scene.with_path(
+            expected["path"], cameras, frames, [picture(len(scene) + number) for number in range(len(frames))]
+        )
+    assert len(scene) == 27 + 8 * len(PATHS) == 163
 
 
 def test_more_than_eight_are_spread_out_as_in_the_original():

@@ -5,9 +5,10 @@ import torch
 from test_memory import poses
 from worldstereo_fp8.scene import sample, walk
 from worldstereo_fp8.scene.camera_path import Move, move_on, pinhole
-from worldstereo_fp8.scene.cameras import Cameras, rigid_inverse
+from worldstereo_fp8.scene.cameras import Cameras, rigid_inverse, thin
 from worldstereo_fp8.scene.depth import depths_of_moge
 from worldstereo_fp8.scene.explore import LISTS, read_walks
+from worldstereo_fp8.scene.memory import choose_references
 from worldstereo_fp8.scene.scene import to_bytes
 from worldstereo_fp8.scene.start import level_view, panorama_cameras, scene_of_panorama, scene_of_picture
 
@@ -115,6 +116,23 @@ def test_a_path_finds_the_render_and_the_views(scene, path):
         look(scene, pictures[:1], cameras, ask=walk.ASK_MIRRORED)
     with pytest.raises(ValueError, match="no path named 'x'"):
         look(grown, pictures[:1], cameras, ask=walk.ASK_OFTEN, ask_path="x")
+
+
+@pytest.mark.parametrize("count", [41, 81, 161])
+def test_the_references_of_a_long_path_belong_to_the_keyframes(scene, path, count):
+    """The model is given `thin`ned cameras: every fourth of 81, others of 41 and 161."""
+    cameras, pictures, _ = path
+    grown = add(scene, pictures, cameras, "left", 8)[0]
+    long = move_on(scene.cameras, Move("orbit left", 12.0, 0.0, count, "linear", "auto"), 4.0)
+    keyframes = thin(count, 21).tolist()
+    outlook = walk.look_along(
+        grown, pictures[:1], long, 21, 8, walk.ASK_NOTHING, "", None, 0.03, "cpu", lambda frames: None
+    )
+    bank = grown.cameras
+    expected = choose_references(bank.w2c, bank.K, WIDTH, HEIGHT, long.w2c[keyframes], long.K[keyframes])
+    assert (list(outlook.views), list(outlook.ref_index)) == expected and max(outlook.ref_index) > 10
+    assert len(outlook.video) == count  # the render is thinned by the conditioning
+    assert (keyframes == list(range(0, count, 4))) == (count == 81)
 
 
 def test_only_the_candidates_are_embedded_and_only_where_there_are_too_many(scene, path):
