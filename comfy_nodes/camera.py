@@ -219,7 +219,7 @@ class WorldStereoCameraPath(io.ComfyNode):
         sizes = {"start's picture": (cameras.height, cameras.width)}
         if isinstance(scene, dict):
             sizes["scene"] = scene["depth"].shape[1:3]
-        show_on_node(cls, assumed, stretches(*image.shape[1:3], **sizes))
+        show_on_node(cls, assumed, stretches(image.shape[1], image.shape[2], **sizes))
         return io.NodeOutput(cameras, picture, ui=ui.PreviewImage(picture, cls=cls))
 
 

@@ -30,4 +30,5 @@ def show_on_node(node: type[io.ComfyNode], text: str, remarks: Sequence[str] = (
 
 def color_of(text: str) -> tuple[float, float, float]:
     """The value of a colour input (#rrggbb) in 0..1. 128 stands for mid-grey, 0.5, which no byte is exactly."""
-    return tuple(0.5 if channel == 128 else channel / 255 for channel in ImageColor.getrgb(text)[:3])
+    red, green, blue = (0.5 if channel == 128 else channel / 255 for channel in ImageColor.getrgb(text)[:3])
+    return red, green, blue

@@ -1,5 +1,6 @@
 """Load a checkpoint, condition it, sample it."""
 
+import functools
 from pathlib import Path
 
 import folder_paths
@@ -88,10 +89,9 @@ class LoadWorldStereoFP8(io.ComfyNode):
         return io.NodeOutput(model, config_of(model).negative_prompt)
 
 
-def _paths(*names: str) -> list[str | None]:
-    return [
-        None if name == NO_BASE else folder_paths.get_full_path_or_raise("diffusion_models", name) for name in names
-    ]
+def _paths(model_name: str, base_model: str) -> tuple[str, str | None]:
+    find = functools.partial(folder_paths.get_full_path_or_raise, "diffusion_models")
+    return find(model_name), None if base_model == NO_BASE else find(base_model)
 
 
 class WorldStereoConditioning(io.ComfyNode):

@@ -17,7 +17,7 @@ from .text import shown
 try:
     import fcntl
 except ImportError:  # Windows, which locks open files by itself
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]
 
 TEMPORARY = ".writing"  # what the name of an unfinished file or folder ends in
 GROWING = ".cooking"  # what the name of an unfinished large file ends in

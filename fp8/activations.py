@@ -23,7 +23,8 @@ from .rotation import rotate
 try:
     from . import kernels
 except ImportError as e:
-    kernels, KERNELS_MISSING = None, f"Triton cannot be imported ({e})"
+    kernels = None  # type: ignore[assignment]
+    KERNELS_MISSING = f"Triton cannot be imported ({e})"
 
 try:
     import comfy_kitchen
@@ -279,7 +280,7 @@ def backend(device: torch.device) -> tuple[str, str]:
 
 
 @functools.cache
-def _choose(device: torch.device, forced: str | None) -> tuple[str, str]:
+def _choose(device: torch.device, forced: str | None) -> tuple[str, str]:  # type: ignore[return]  # torch never refuses
     if forced is not None:
         if forced not in BACKENDS:
             raise ValueError(f"{FORCE} is {forced!r}, expected one of {', '.join(BACKENDS)}. Correct or unset it.")
@@ -287,7 +288,7 @@ def _choose(device: torch.device, forced: str | None) -> tuple[str, str]:
         if refusal is not None:
             raise ValueError(f"{FORCE} is {forced}, but {refusal}. Unset it, or name another of {', '.join(BACKENDS)}.")
         return forced, f"{FORCE} is set"
-    reasons = []
+    reasons: list[str] = []
     for name, implementation in BACKENDS.items():
         refusal = implementation.refusal(device)
         if refusal is None:

@@ -2,6 +2,7 @@
 for its arithmetic and lets that prepare the input, without knowing which one it is."""
 
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 
@@ -10,7 +11,7 @@ from .activations import QuantisedTokens
 from .matmul import scaled_linear, size_refusal
 from .recipe import FP8
 
-Tokens = torch.Tensor | QuantisedTokens  # [..., K]
+Tokens: TypeAlias = torch.Tensor | QuantisedTokens  # [..., K]
 
 
 def dequantised(x: Tokens) -> torch.Tensor:

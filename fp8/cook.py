@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -37,7 +38,7 @@ from .report import Report, WeightError, saturation
 from .rotation import GROUP
 
 FORMAT_VERSION = "1"
-TOOL_VERSION = re.search(r'^version = "(.+)"$', (Path(__file__).parent.parent / "pyproject.toml").read_text(), re.M)[1]
+TOOL_VERSION = re.search(r'^version = "(.+)"$', (Path(__file__).parent.parent / "pyproject.toml").read_text(), re.M)[1]  # type: ignore[index]
 SOURCES = ("BF16", "F16", "F32")
 WORKERS = 2  # threads that survey and encode: they keep up with the one that reads and hashes
 AHEAD = 2 * WORKERS  # slices in work
@@ -72,7 +73,7 @@ class Options:
         """Whether the tensor of this diffusers name and shape is quantised."""
         if self.recipe == "int8":
             return int8.is_int8(name, shape, self.group)
-        return is_quantised(name, shape, self.convs)
+        return is_quantised(name, shape, self.convs)  # type: ignore[arg-type]  # set by __post_init__
 
 
 # The layout of the result
@@ -84,7 +85,7 @@ def plan(tensors: Iterable[Tensor], options: Options) -> dict[str, Tensor]:
     Wider dtypes come first, so that every tensor is aligned to its dtype without gaps, which the format does not allow;
     within each the source's order is kept.
     """
-    entries = {"F32": [], "BF16": [], "F8_E4M3": [], "I8": [], "U8": []}
+    entries: dict[str, list[tuple[str, tuple[int, ...]]]] = {"F32": [], "BF16": [], "F8_E4M3": [], "I8": [], "U8": []}
     if options.recipe != "int8":
         entries["BF16"].append((MARKER, ()))
     for tensor in tensors:
@@ -119,7 +120,7 @@ def header(layout: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
 
 def make_metadata(options: Options, config: str | None, digests: list[str]) -> dict[str, str]:
     """Where the file comes from. `source_sha256` is the source's, or its shards' in the order of their names."""
-    metadata = {
+    metadata: dict = {
         "format": "pt",
         "format_version": FORMAT_VERSION,
         "recipe": options.recipe,
@@ -248,7 +249,9 @@ class _Cooking:
         """Surveys the values as they are read, finds the scale, then encodes the slices: those still in memory, or, of
         a tensor too large for that, read from the file once more."""
         survey, merge = (_largest, torch.maximum) if tensor.dtype == "F32" else (_histogram, torch.add)
-        pieces, found = [], None
+        pieces: list = []
+        found: Any = None
+        samples: Callable[[], Iterable]
         for piece, result in self._in_order(
             lambda piece: survey(piece.values.to(self.device)), self.reader.slices(tensor)
         ):
@@ -330,7 +333,7 @@ class _Cooking:
 
     def _in_order(self, function: Callable, items: Iterable) -> Iterator[tuple]:
         """(item, function(item)) in order; other threads compute a few of them ahead."""
-        ahead = collections.deque()
+        ahead: collections.deque = collections.deque()
         for item in items:
             ahead.append((item, self.pool.submit(function, item)))
             if len(ahead) > AHEAD:
@@ -547,7 +550,7 @@ def verify(
     with open_regular(path) as file:
 
         def compare(name: str, begin: int, data: memoryview):
-            tensor = found.tensors.get(stored.get(name))
+            tensor = found.tensors.get(stored.get(name, ""))
             if tensor is None or tensor.name not in expected:
                 return
             file.seek(tensor.begin + begin)

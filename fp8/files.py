@@ -52,7 +52,7 @@ class Tensor:
     dtype: str
     shape: tuple[int, ...]
     begin: int
-    file: Path | None = None
+    file: Path = None  # type: ignore[assignment]  # None for a tensor that is not written yet
 
     @property
     def count(self) -> int:
@@ -145,11 +145,11 @@ def open_files(path: str | Path) -> TensorFiles:
             "Download the missing ones."
         )
     states = tuple(file_state(file) for file in files)
-    tensors, metadata = {}, []
+    tensors, headers = {}, []
     for file in files:
         found, file_metadata = read_header(file)
         _check_dtypes(file, found)
-        metadata.append(file_metadata)
+        headers.append(file_metadata)
         for tensor in found:
             if weight_map.get(tensor) != file.name:
                 raise ValueError(
@@ -164,7 +164,7 @@ def open_files(path: str | Path) -> TensorFiles:
                 f"{name} places {shown(tensor)} in {shown(shard)}, which does not hold it. Index and shards "
                 "do not belong together; download both again."
             )
-    return TensorFiles(path, files, tensors, metadata[0], states)
+    return TensorFiles(path, files, tensors, headers[0], states)
 
 
 def _weight_map(path: Path) -> dict[str, str]:
@@ -339,8 +339,8 @@ class Reader:
     def __init__(self, files: TensorFiles):
         self.files = files
         self._digests: list[str] = []
-        self._free = queue.SimpleQueue()
-        self._full = queue.SimpleQueue()
+        self._free: queue.SimpleQueue = queue.SimpleQueue()
+        self._full: queue.SimpleQueue = queue.SimpleQueue()
         for _ in range(min(BUFFERS, sum(-(-tensor.nbytes // SLICE) for tensor in files.tensors.values()))):
             self._free.put(bytearray(SLICE))
         self._stop = threading.Event()

@@ -180,9 +180,9 @@ def _never(*_) -> None:
 def product_kernel(device: torch.device, dtype: torch.dtype) -> tuple[str, Kernel]:
     """The name of the fastest kernel that multiplies correctly on this device, and the kernel; else plain torch."""
     if torch.cuda.get_device_capability(device) >= (8, 0):
-        kernels = [lambda bias_dtype=d: _cutlass(dtype, bias_dtype) for d in dict.fromkeys((dtype, torch.float32))]
+        kernels = [functools.partial(_cutlass, dtype, d) for d in dict.fromkeys((dtype, torch.float32))]
     else:
-        kernels = [lambda: _turing(dtype)]
+        kernels = [functools.partial(_turing, dtype)]
     generator = torch.Generator("cpu").manual_seed(0)
     values, weight = (torch.randint(-127, 128, (n, 256), generator=generator, dtype=INT8) for n in (48, 64))
     scale, weight_scale = (0.03 * (0.5 + torch.rand(n, generator=generator)) for n in (48, 64))  # sums fit FP16
@@ -190,11 +190,11 @@ def product_kernel(device: torch.device, dtype: torch.dtype) -> tuple[str, Kerne
     bias = 100 * torch.randn(1024, generator=generator).to(dtype)
     arguments = (values, scale[:, None], weight, weight_scale, bias[:64])
     expected = _multiply_in_torch(*arguments, torch.float32)
-    arguments = (values.to(device), scale[:, None].to(device), weight.to(device), weight_scale.to(device))
+    on_device = (values.to(device), scale[:, None].to(device), weight.to(device), weight_scale.to(device))
     for kernel in kernels:
         try:
             multiply = kernel()
-            out = multiply(*arguments, bias.to(device)[:64])
+            out = multiply(*on_device, bias.to(device)[:64])
             right = out is not None and torch.allclose(out.float().cpu(), expected, rtol=2e-2, atol=1)
         except Exception as e:  # a name or a signature that this comfy-kitchen does not have
             logging.debug(f"INT8 kernel of comfy-kitchen: {type(e).__name__}: {e}")

@@ -69,8 +69,8 @@ def operations(storage_dtype: torch.dtype, refusal: Callable[[torch.dtype, torch
     def refused(dtype: torch.dtype, device: torch.device) -> str | None:
         return refusal(dtype, device)
 
-    class Operations(core_operations):
-        class Linear(core_operations.Linear):
+    class Operations(core_operations):  # type: ignore[misc, valid-type]
+        class Linear(core_operations.Linear):  # type: ignore[name-defined]
             """Linear over the last axis of any input; see `arithmetic` for the products."""
 
             matmul: FP8Matmul | INT8Matmul | None = None  # how its weight multiplies where the device can
@@ -108,7 +108,7 @@ def operations(storage_dtype: torch.dtype, refusal: Callable[[torch.dtype, torch
 
             def arithmetic(self, device: torch.device) -> Upcast | FP8Matmul | INT8Matmul:
                 """How the layer multiplies on `device`, which decides the form its input should have."""
-                return UPCAST if self.upcast_reason(device) or self.is_wrapped() else self.matmul
+                return UPCAST if self.upcast_reason(device) or self.is_wrapped() else self.matmul  # type: ignore[return-value]
 
             @contextlib.contextmanager
             def fetched(self, device: torch.device, dtype: torch.dtype):
@@ -137,7 +137,7 @@ def operations(storage_dtype: torch.dtype, refusal: Callable[[torch.dtype, torch
                 )
                 if isinstance(weight, QuantizedTensor) and quantised:
                     scale = weight._params.scale
-                    product = functools.partial(self.matmul.product, weight=weight._qdata, scale=scale)
+                    product = functools.partial(self.matmul.product, weight=weight._qdata, scale=scale)  # type: ignore[union-attr]
                 else:
                     weight = weight.dequantize() if isinstance(weight, QuantizedTensor) else weight
                     product = functools.partial(_plain_linear, weight=weight.to(dtype))

@@ -119,7 +119,7 @@ class Report:
 
     def as_dict(self) -> dict:
         """For JSON."""
-        result = {
+        result: dict = {
             "heading": dict(self.heading),
             "notes": self.notes,
             "total": self.total(self.errors).as_dict() if self.errors else None,
@@ -264,8 +264,8 @@ def compare(first: str | Path, second: str | Path, on_progress: OnProgress | Non
             "names and the other native Wan names: compare files of the same names."
         )
     notes = []
-    for files, mine, other in ((a, a_weights, b_weights), (b, b_weights, a_weights)):
-        alone = [name for name in mine if name not in other]
+    for files, here, there in ((a, a_weights, b_weights), (b, b_weights, a_weights)):
+        alone = [name for name in here if name not in there]
         if alone:
             notes.append(f"{len(alone)} tensors are only in {shown(files.path.name)}: {first_few(alone, WORST)}")
     errors, same, done, started = [], 0, 0, time.monotonic()
@@ -282,8 +282,10 @@ def compare(first: str | Path, second: str | Path, on_progress: OnProgress | Non
             continue
         a_scale, b_scale = _scale(a, mine), _scale(b, other)
         a_group, b_group = _group(a, mine), _group(b, other)
-        error = WeightError(name, mine.count, None if b_scale is None else b_scale.max().item())
-        limit = math.inf if not other.dtype.startswith("F8") else error.scale * saturation(DTYPES[other.dtype])
+        scale = None if b_scale is None else b_scale.max().item()
+        error = WeightError(name, mine.count, scale)
+        fp8 = other.dtype.startswith("F8")
+        limit = scale * saturation(DTYPES[other.dtype]) if scale is not None and fp8 else math.inf
         width = mine.shape[-1] if mine.shape else 1
         rows, begin = max(COMPARED // width, 1), 0
         for x, y in zip(a.slices(mine, rows * width), b.slices(other, rows * width)):

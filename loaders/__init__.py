@@ -130,17 +130,17 @@ def load_worldstereo(
     """
     device = get_torch_device()
     checkpoint = Checkpoint(path)
-    base = None if base is None else Checkpoint(base)
-    dtypes = {dtype for file in (checkpoint, base) if file is not None for dtype in file.quantised_dtypes()}
+    backbone = None if base is None else Checkpoint(base)
+    dtypes = {dtype for file in (checkpoint, backbone) if file is not None for dtype in file.quantised_dtypes()}
     for dtype_of_file in dtypes or {FP8}:
         matmul_refusal(compute, dtype_of_file, device)  # raises for a compute that is not possible
-    source = _overlay(checkpoint, base)
+    source = _overlay(checkpoint, backbone)
     shapes = {name: file.weights[name].shape for name, file in source.items()}
     found = find_config(checkpoint.path, checkpoint.config, shapes)
     config = found.config
-    _account(checkpoint, base, source, shapes, config)
+    _account(checkpoint, backbone, source, shapes, config)
 
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for file in {id(f): f for f in source.values()}.values():
         tensors |= file.state_dict([name for name, owner in source.items() if owner is file])
 
@@ -161,7 +161,7 @@ def load_worldstereo(
     model.use_prompt_cache = prompt_cache
     patcher.cached_patcher_init = (
         load_worldstereo,
-        (str(path), compute, dtype, None if base is None else str(base.path), prompt_cache),
+        (str(path), compute, dtype, None if backbone is None else str(backbone.path), prompt_cache),
     )
     logging.info(_summary(checkpoint.name, model, config, compute, dtype, device))
     if assumed := assumptions(checkpoint.name, found.content, config):

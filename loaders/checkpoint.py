@@ -80,7 +80,7 @@ class Checkpoint:
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
         self.name = shown(self.path.name)
-        entries, metadata = read_header(path)
+        entries, metadata = read_header(self.path)
         self.config = metadata.get("config")
         self.weights: dict[str, Tensor] = {}
         self.scales: dict[str, Tensor] = {}

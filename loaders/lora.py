@@ -46,7 +46,7 @@ def _with_diffusers_names(model_lora_keys_unet):
             key_map = diffusers_keys(key for key in native if key in there) | key_map
         return key_map
 
-    wrapper.worldstereo = True
+    wrapper.worldstereo = True  # type: ignore[attr-defined]
     return wrapper
 
 

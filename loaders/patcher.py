@@ -1,5 +1,8 @@
 """ComfyUI's ModelPatcher, extended to keep weights out of VRAM that the prompt cache makes unnecessary."""
 
+# mypy: disable-error-code="attr-defined, misc"
+# The classes below extend what they are mixed into, core's patchers.
+
 import torch
 
 from ..core import (

@@ -193,7 +193,8 @@ def _colmap(text: str, path: Path) -> tuple[Cameras, str]:
 
 def _colmap_intrinsics(path: Path) -> dict[str, tuple[list[list[float]], tuple[int, int]]]:
     """The intrinsic matrix and picture size of each camera id in a cameras.txt."""
-    cameras, name = {}, shown(path.name)
+    cameras: dict[str, tuple[list[list[float]], tuple[int, int]]] = {}
+    name = shown(path.name)
     for number, line in _every_so_often(_lines(_read_text(path))):
         fields = line.split(maxsplit=40)  # no model has as many parameters
         if not fields:

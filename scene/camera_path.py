@@ -232,24 +232,25 @@ def beginning(
     """
     height, width = image.shape[1:3]
     depth = 1.0
-    picture_depth = depth_of_moge(scene) if isinstance(scene, dict) else None
+    moge, cloud = (scene, None) if isinstance(scene, dict) else (None, scene)
+    picture_depth = None if moge is None else depth_of_moge(moge)
     if isinstance(start, Cameras):
         first = start
     elif start is not None:
         first, depth = camera_of_viewer(start, width, height, lens, lens_value)
-    elif picture_depth is not None:
-        first = camera_of_moge(scene, width, height, lens, lens_value, start_pitch)
+    elif moge is not None:
+        first = camera_of_moge(moge, width, height, lens, lens_value, start_pitch)
     else:
         first = pinhole(width, height, focal_length(lens, lens_value, width), pitch=start_pitch)
-    if picture_depth is not None:
+    if moge is not None:
         picture = resize_pictures(image, *(points_size or within(height, width, POINTS_PIXELS)))
         K = first.scaled_to(picture.shape[2], picture.shape[1]).K[0]
-        scene = points_from_depth(picture[0], picture_depth, first.w2c[0], K)
+        cloud = points_from_depth(picture[0], picture_depth, first.w2c[0], K)
     if scene_depth:
         depth = scene_depth
-    elif scene is not None:
-        depth = depth_of_scene(scene, first)
-    return first, depth, scene
+    elif cloud is not None:
+        depth = depth_of_scene(cloud, first)
+    return first, depth, cloud
 
 
 def pitch_or_guess(start_pitch: float, scene: dict | PointCloud | None) -> tuple[float, str]:
@@ -325,7 +326,7 @@ def draw_path(cameras: Cameras, depth: float, cloud: PointCloud | None = None) -
 
         canvas = np.empty((PANEL, PANEL, 3), np.uint8)
         canvas[:] = PAPER
-        if len(points):
+        if cloud is not None and len(cloud):
             pixel = place(points).astype(int)
             inside = ((pixel >= 0) & (pixel < PANEL)).all(1)
             canvas[pixel[inside, 1], pixel[inside, 0]] = cloud.colors[torch.from_numpy(inside)].mul(200).byte().numpy()

@@ -39,7 +39,7 @@ class Walk:
 
 def read_walks(text: str) -> list[Walk]:
     """The paths of a list; empty lines and what follows a # are left out. Raises ValueError naming the line."""
-    walks = []
+    walks: list[Walk] = []
     for number, line in enumerate(text.splitlines(), 1):
         line = line.partition("#")[0].strip()
         if not line:

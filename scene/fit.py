@@ -14,17 +14,18 @@ def lay_on(pictures: torch.Tensor, transparency: torch.Tensor | None, colour: tu
 
     transparency: [1 or N, h, w], 1 where nothing is, as core's Load Image gives it; a fourth channel is the opacity.
     """
-    masked = transparency is not None and bool(transparency.any())
-    if masked and len(transparency) not in (1, len(pictures)):
+    if transparency is not None and not transparency.any():
+        transparency = None
+    if transparency is not None and len(transparency) not in (1, len(pictures)):
         raise ValueError(
             f"transparency holds {len(transparency)} masks for {len(pictures)} pictures: give one, or one each."
         )
-    if pictures.shape[-1] < 4 and not masked:
+    if pictures.shape[-1] < 4 and transparency is None:
         return pictures, False
     laid, transparent = torch.empty_like(pictures[..., :3]), False
     for number, picture in enumerate(pictures):  # one by one: a batch of large ones would fill the memory
         opacity = picture[..., 3:] if picture.shape[-1] == 4 else torch.ones_like(picture[..., :1])
-        if masked:
+        if transparency is not None:
             mask = transparency[number % len(transparency), None, None].float()
             mask = F.interpolate(mask, picture.shape[:2], mode="bilinear", antialias=True)
             opacity = opacity * (1 - mask.clamp(0, 1))[0].movedim(0, -1).to(opacity)

@@ -83,7 +83,7 @@ def read_scene(folder: Path, progress: Callable[[int], None] = lambda views: Non
     paths, cameras, words = _READERS[Path(kind).name](folder, folder / kind)
     if len(paths) > MAX_VIEWS:
         raise ValueError(f"{kind} lists {len(paths)} pictures; a scene holds at most {MAX_VIEWS}.")
-    pictures = []
+    pictures: list[torch.Tensor] = []
     for path in paths:
         pictures.append(_read_picture(path, None if not pictures else pictures[0].shape[1::-1], len(paths)))
         progress(1)
@@ -161,7 +161,8 @@ def _nerfstudio(files, c2w, cameras: Cameras) -> dict:
 
 def _write_colmap(folder: Path, files, scene: Scene) -> None:
     folder.mkdir(parents=True)
-    lenses, poses = {}, []
+    lenses: dict[tuple, int] = {}
+    poses: list[str] = []
     w2c = scene.cameras.w2c.double()
     quaternions = rotation_to_quaternion(w2c[:, :3, :3]).tolist()
     for number, (file, q, t, K) in enumerate(

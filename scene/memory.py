@@ -59,7 +59,7 @@ def choose_references(
         goodness = None if quality is None else torch.as_tensor(quality, dtype=torch.float64)[chosen]
         picked = chosen[spread_out(w2c[chosen], embedding, goodness, limit)]
         chosen = picked[scores[:, picked].argmax(1)]
-    first_use = {}
+    first_use: dict[int, int] = {}
     for index, view in enumerate(chosen.tolist()):
         first_use.setdefault(view, index)
     return list(first_use), list(first_use.values())

@@ -43,7 +43,7 @@ def stretch(height: int, width: int, own_height: int, own_width: int) -> str:
 
 def stretches(height: int, width: int, **sizes: tuple[int, int]) -> list[str]:
     """A line for each size (height, width) that another shape, height x width, stretches, with what has it."""
-    names = {}
+    names: dict[tuple[int, ...], list[str]] = {}
     for name, size in sizes.items():
         names.setdefault(tuple(size), []).append(name)
     return [

@@ -184,7 +184,7 @@ def picture_or_sample(image: torch.Tensor | None, moge_geometry: dict | None) ->
         raise ValueError(
             f"{there} is connected and {missing} is not: connect both, or neither (mute both) for the sample scene."
         )
-    if image is not None:
+    if image is not None and moge_geometry is not None:
         return image, moge_geometry
     exact = geometry(start_camera())
     return exact["image"], exact

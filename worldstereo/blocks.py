@@ -140,7 +140,7 @@ class CrossAttention(WanI2VCrossAttention):
     def add_to(self, x, norm, kv: KeysValues, transformer_options):
         """x += attention(norm(x), kv), in place. x: [B,L,C]."""
         weight, bias = norm_weights(norm, x)
-        scale, shift = (weight.float() - 1)[None, None], bias[None, None]
+        scale, shift = (weight.float() - 1)[None, None], bias[None, None]  # type: ignore[index]
         norm_q = norm_weights(self.norm_q, x)[0]
         parts = [slice(0, x.shape[1])] if wants_whole_tensors(transformer_options) else spans(x.shape[1], CHUNK)
         attended = []
@@ -253,7 +253,7 @@ class Block(WanAttentionBlock):
             )
         else:
             for b in range(len(x)):
-                self.cross_attn.add_to(x[b : b + 1, ref_len:], self.norm3, kv[b], transformer_options)
+                self.cross_attn.add_to(x[b : b + 1, ref_len:], self.norm3, kv[b], transformer_options)  # type: ignore[index]
         for patch in patches.get("attn2_patch", []):
             x = patch({"x": x, "transformer_options": transformer_options}).clone()
         for sample in whole if forward_is_replaced(self.ffn) else each:

@@ -56,7 +56,7 @@ class References:
             raise ValueError(
                 f"reference_index is {shown(repr(index))}: give keyframe numbers separated by commas, such as 1, 5, 12."
             ) from e
-        return cls(images, cameras, indices)
+        return cls(images, cameras, indices)  # type: ignore[arg-type]  # all are given
 
 
 def keyframe_size(config: WorldStereoConfig, height: int, width: int) -> tuple[int, int]:
@@ -244,8 +244,9 @@ def condition(
     reference_images = None
     if config.has_memory:
         targets = cameras[keyframes].w2c
+        indices: tuple[int, ...] = (0,)
         if references is None:
-            reference_images, reference_w2c, indices = image, targets[:1], (0,)
+            reference_images, reference_w2c = image, targets[:1]
         else:
             reference_images = resize_pictures(references.images, height, width, antialias=False)
             reference_w2c, indices = references.cameras.w2c, references.indices

@@ -25,7 +25,7 @@ class AdaptiveNorm(nn.Module):
         weight, bias = norm_weights(self.norm, temb)
         shift, scale, gate = self.linear(temb).chunk(3, dim=-1)
         scale = 1 + scale.float()
-        return bias.float() * scale + shift.float(), weight.float() * scale - 1, gate
+        return bias.float() * scale + shift.float(), weight.float() * scale - 1, gate  # type: ignore[union-attr]
 
 
 class ControlBlock(nn.Module):

@@ -31,7 +31,8 @@ def forward_is_replaced(module: torch.nn.Module) -> bool:
 
 def remarks(diffusion_model: torch.nn.Module) -> list[str]:
     """Warnings about replaced forwards that do not run, or not as they would in ComfyUI's Wan."""
-    unused, attention = Counter(), Counter()
+    unused: Counter[str] = Counter()
+    attention: Counter[str] = Counter()
     for name, module in diffusion_model.named_modules():
         uncalled = FORWARD_NOT_CALLED.fullmatch(name)
         sees_references = SELF_ATTENTION.fullmatch(name) and diffusion_model.config.has_memory

@@ -125,7 +125,7 @@ class PromptCache:
 
         Before any is computed, those that this run has not used make room: memory is reckoned for this run's alone.
         """
-        found = [self._find(inputs) for inputs in samples]
+        found: list = [self._find(inputs) for inputs in samples]
         if None in found:
             self.prompts = [kept for kept in self.prompts if kept.used]
             for i, inputs in enumerate(samples):
@@ -158,4 +158,4 @@ class PromptCache:
                 self.times.clear()
                 missing = list(dict.fromkeys(wanted))
             self.times |= {(t, *key): time for t, time in zip(missing, compute(missing))}
-        return [self.times[(t, *key)] for t in wanted]
+        return [self.times[name] for name in [(t, *key) for t in wanted]]

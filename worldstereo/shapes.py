@@ -27,7 +27,7 @@ def _conv(name: str, out_channels: int, in_channels: int, kernel: tuple) -> dict
 
 
 def _attention(name: str, dim: int, image: bool = False) -> dict:
-    shapes = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for projection in ("q", "k", "v", "o") + (("k_img", "v_img") if image else ()):
         shapes |= _linear(f"{name}.{projection}", dim, dim)
     for norm in ("norm_q", "norm_k") + (("norm_k_img",) if image else ()):
