@@ -18,7 +18,7 @@ MoGeModel = io.Custom("MOGE_MODEL")
 MoGeGeometry = io.Custom("MOGE_GEOMETRY")  # core's dict of comfy_extras/nodes_moge.py
 
 
-def show_on_node(node: type[io.ComfyNode], text: str, remarks: Sequence[str] = ()):
+def show_on_node(node: type[io.ComfyNode], text: str, remarks: Sequence[str] = ()) -> None:
     """Shows a text on the running node, and below it remarks, which are also logged as warnings. A node that another
     one was expanded into ("12.0.0.left.add") shows its text on that other one."""
     for remark in remarks:

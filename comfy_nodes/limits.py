@@ -6,6 +6,8 @@ import inspect
 import logging
 import math
 import numbers
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from comfy_api.latest import io
@@ -26,7 +28,7 @@ OUTSIDE = 0.05  # how far pixels may lie outside 0..1, as filters leave them, be
 FILES = {"camera", "folder", "model_name", "base_model", "source"}  # their nodes report a file that is missing
 
 
-def checked(execute):
+def checked(execute: Callable) -> Callable:
     """For `execute` of every node: refuses inputs that are not of their declared type, range or choices.
 
     A ValueError names the input. Tensors, cameras and geometries are checked as far as the nodes rely on them. Pictures
@@ -47,7 +49,7 @@ def checked(execute):
     return run
 
 
-def check(declared: io.Input, value):
+def check(declared: io.Input, value: Any) -> Any:
     """The value of an input, converted where `checked` says so. Raises ValueError that names the input."""
     name = declared.id
     if value is None and declared.optional:

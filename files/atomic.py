@@ -185,7 +185,7 @@ def _put_or_keep(temporary: Path, path: Path, overwrite: bool):
         ) from e
 
 
-def refuse_taken(path: Path, overwrite: bool):
+def refuse_taken(path: Path, overwrite: bool) -> None:
     """Raises FileExistsError for a name that a file, a link (also a dangling one) or a folder has; with `overwrite` a
     folder's alone."""
     if path.is_dir() and not path.is_symlink():
@@ -220,7 +220,7 @@ def _open_to_others(path: Path, mode: int):
 
 
 @contextlib.contextmanager
-def naming(path: Path):
+def naming(path: Path) -> Iterator[None]:
     """Adds the name of the file that was to be written to an OSError."""
     try:
         yield

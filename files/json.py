@@ -3,7 +3,9 @@
 import json
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from .regular import read_regular
 from .text import shown
@@ -18,7 +20,9 @@ _STRING = re.compile(rb'"[^"]*"?')
 _BUT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 
 
-def parse(content: str | bytes, where: str, *, limit: int = CONFIG_LIMIT, object_pairs_hook=None):
+def parse(
+    content: str | bytes, where: str, *, limit: int = CONFIG_LIMIT, object_pairs_hook: Callable | None = None
+) -> Any:
     """The value of a JSON text; a byte order mark is skipped.
 
     where: what to call the text in a message. object_pairs_hook: as for `json.loads`.
@@ -49,7 +53,7 @@ def parse(content: str | bytes, where: str, *, limit: int = CONFIG_LIMIT, object
         raise ValueError(f"{where} is not JSON that can be read: {shown(e)}") from e
 
 
-def read(path: str | os.PathLike, *, limit: int = CONFIG_LIMIT):
+def read(path: str | os.PathLike, *, limit: int = CONFIG_LIMIT) -> Any:
     """The value of a JSON file; see `parse`. Raises ValueError, naming the file, and FileNotFoundError."""
     path = Path(path)
     return parse(read_regular(path, limit), shown(path.name), limit=limit)

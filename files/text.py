@@ -1,5 +1,7 @@
 """Foreign text in messages: names and values out of files, links and workflows."""
 
+from collections.abc import Iterable
+
 LIMIT = 100  # characters shown
 
 
@@ -23,7 +25,7 @@ def shown(value: object, limit: int = LIMIT) -> str:
     return f"{printable[:limit]}… ({length} characters)"
 
 
-def first_few(names, limit: int = 4, length: int = LIMIT) -> str:
+def first_few(names: Iterable, limit: int = 4, length: int = LIMIT) -> str:
     """The first few of the names, printable and at most `length` characters each, and how many more there are."""
     names = list(names)
     more = f" and {len(names) - limit} more" if len(names) > limit else ""

@@ -157,7 +157,7 @@ def fp8_scale(files: TensorFiles, tensor: Tensor) -> float | None:
     return next(files.slices(found[0])).float().item()
 
 
-def check(files: TensorFiles, options: Options, refusal: Refusal):
+def check(files: TensorFiles, options: Options, refusal: Refusal) -> None:
     """Raises ValueError for a source that the recipe must not or cannot be used on.
 
     refusal: a function of a tensor's name that returns why the recipe does not apply to it, or None.
@@ -419,7 +419,7 @@ def _produce(
 # The result's file
 
 
-def check_target(target: Path, overwrite: bool):
+def check_target(target: Path, overwrite: bool) -> None:
     """Raises before any work for a result that could not be written, or would not be offered as a model."""
     name = shown(target.name)
     if not target.name.endswith(".safetensors"):

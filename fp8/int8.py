@@ -51,7 +51,7 @@ def read_description(content: bytes, where: str) -> dict:
     return quant
 
 
-def check_group(group: int, width: int, where: str):
+def check_group(group: int, width: int, where: str) -> None:
     """Raises ValueError, naming `where`, for a rotation that a layer of this width cannot have."""
     if group and (refusal := group_refusal(group, width)):
         raise ValueError(f"{where} says that it is rotated in groups of {group}: that is {refusal}.")

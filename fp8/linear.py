@@ -56,7 +56,7 @@ def _fp8_refusal(device: torch.device) -> str | None:
     return None
 
 
-def operations(storage_dtype: torch.dtype, refusal: Callable[[torch.dtype, torch.device], str | None]):
+def operations(storage_dtype: torch.dtype, refusal: Callable[[torch.dtype, torch.device], str | None]) -> type:
     """ComfyUI operations whose Linear holds scaled-FP8 and INT8 weights.
 
     storage_dtype: of the tensors that are not quantised, and the dtype a quantised weight stands for.

@@ -7,6 +7,7 @@ import os
 import torch
 
 from ..core import (
+    ModelPatcher,
     QuantizedTensor,
     get_free_memory,
     get_torch_device,
@@ -113,7 +114,7 @@ def load_worldstereo(
     base: str | os.PathLike | None = None,
     prompt_cache: bool = True,
     disable_dynamic: bool = False,
-):
+) -> ModelPatcher:
     """Loads a WorldStereo checkpoint as an ordinary ComfyUI model.
 
     path: a .safetensors file in any of these forms, told apart by content: scaled FP8 (`scale_weight`), BF16 (or FP16,

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -38,7 +39,7 @@ KINDS = (
 )
 
 
-def describe(names) -> str:
+def describe(names: Iterable[str]) -> str:
     """What kind of file these tensor names look like."""
     names = list(names)
     for part, kind in KINDS:

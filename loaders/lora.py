@@ -5,13 +5,14 @@ model's other names, so the function is wrapped; for every model but WorldStereo
 """
 
 import functools
+from collections.abc import Iterable
 
 from .. import core, remap
 from ..worldstereo.comfy_model import WorldStereo
 from ..worldstereo.shapes import native_shapes
 
 
-def diffusers_keys(native_keys) -> dict[str, str]:
+def diffusers_keys(native_keys: Iterable[str]) -> dict[str, str]:
     """What a LoRA may call each weight by its diffusers name, to the model's own name of it.
 
     native_keys: the model's weights, `diffusion_model.….weight`.
@@ -50,7 +51,7 @@ def _with_diffusers_names(model_lora_keys_unet):
     return wrapper
 
 
-def register():
+def register() -> None:
     """Adds the diffusers names to core's LoRA keys, once."""
     if not hasattr(core.lora.model_lora_keys_unet, "worldstereo"):
         core.lora.model_lora_keys_unet = _with_diffusers_names(core.lora.model_lora_keys_unet)

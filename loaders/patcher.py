@@ -3,6 +3,8 @@
 # mypy: disable-error-code="attr-defined, misc"
 # The classes below extend what they are mixed into, core's patchers.
 
+from collections.abc import Iterable
+
 import torch
 
 from ..core import (
@@ -18,6 +20,7 @@ from ..core import (
     set_attr_param,
 )
 from ..worldstereo import object_patches
+from ..worldstereo.comfy_model import WorldStereo
 from ..worldstereo.preview import show_keyframes
 from ..worldstereo.prompt_cache import LAYERS as CACHED_LAYERS
 
@@ -125,7 +128,7 @@ class WorldStereoPatcherDynamic(QuantisedWeights, CachedLayersLast, ModelPatcher
         return clone
 
 
-def cached_layers(model, patched=()) -> tuple[str, ...]:
+def cached_layers(model: WorldStereo, patched: Iterable[str] = ()) -> tuple[str, ...]:
     """The ends of the names of layers that no step uses once the prompt cache is filled. patched: names of object
     patches."""
     if not model.use_prompt_cache:
@@ -135,13 +138,15 @@ def cached_layers(model, patched=()) -> tuple[str, ...]:
     return CACHED
 
 
-def resident_bytes(model, patched=()) -> int:
+def resident_bytes(model: WorldStereo, patched: Iterable[str] = ()) -> int:
     """Bytes of the weights that every step uses. patched: names of object patches."""
     cached = cached_layers(model, patched)
     return sum(p.nbytes for name, p in model.named_parameters() if not name.rsplit(".", 1)[0].endswith(cached))
 
 
-def make_patcher(model, load_device, offload_device, disable_dynamic: bool):
+def make_patcher(
+    model: WorldStereo, load_device: torch.device, offload_device: torch.device, disable_dynamic: bool
+) -> ModelPatcher:
     """A patcher of the kind ComfyUI runs with: dynamic VRAM where that is on, unless `disable_dynamic`."""
     dynamic = issubclass(CoreModelPatcher, ModelPatcherDynamic)
     patcher_class = WorldStereoPatcherDynamic if dynamic and not disable_dynamic else WorldStereoPatcher

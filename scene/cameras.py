@@ -5,6 +5,8 @@ Axes are OpenCV's everywhere: x right, y down, z forward. `w2c` takes world coor
 
 import json
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,18 +24,18 @@ OUTLIER_FACTOR = 10.0  # times OUTLIER_QUANTILE of the distances to the median c
 OUTLIER_QUANTILE = 0.97
 
 
-def thin(count, wanted):
+def thin(count: int, wanted: int) -> torch.Tensor:
     """The indices of at most `wanted` of `count` frames: linspace(0, count - 1, wanted) truncated, as WorldStereo thins
     its videos. By NumPy, as there: where the exact place is a whole number, its rounding decides."""
     return torch.from_numpy(np.linspace(0, count - 1, min(count, wanted)).astype(np.int64))
 
 
-def centres(w2c):
+def centres(w2c: torch.Tensor) -> torch.Tensor:
     """The camera centres [..., 3] in world coordinates, of poses [..., 4, 4]."""
     return -(w2c[..., :3, :3].mT @ w2c[..., :3, 3:]).squeeze(-1)
 
 
-def rigid_inverse(poses):
+def rigid_inverse(poses: torch.Tensor) -> torch.Tensor:
     """The inverses [..., 4, 4] of rigid poses: camera-to-world of world-to-camera and back."""
     inverse = torch.zeros_like(poses)
     inverse[..., :3, :3] = poses[..., :3, :3].mT
@@ -114,7 +116,7 @@ class Cameras:
         return self[thin(len(self), count)]
 
 
-def cameras_from_json(content):
+def cameras_from_json(content: object) -> Cameras:
     """Cameras of the parsed content of a camera.json. Raises ValueError."""
     if not isinstance(content, dict) or not {"extrinsic", "intrinsic"} <= content.keys():
         raise ValueError("It has no `extrinsic` and `intrinsic` lists of matrices.")
@@ -127,13 +129,13 @@ def cameras_from_json(content):
     return Cameras(w2c, K, json_size(width, "width"), json_size(height, "height"))
 
 
-def check_count(entries):
+def check_count(entries: object) -> None:
     """Raises ValueError for a list of more than MAX_CAMERAS entries."""
     if isinstance(entries, list) and len(entries) > MAX_CAMERAS:
         raise ValueError(f"It holds {len(entries)} cameras; at most {MAX_CAMERAS} are read.")
 
 
-def json_matrices(content, key):
+def json_matrices(content: dict, key: str) -> torch.Tensor:
     """content[key], nested lists of numbers, as a float64 tensor. Raises ValueError."""
     try:
         return torch.tensor(content[key], dtype=torch.float64)
@@ -141,7 +143,7 @@ def json_matrices(content, key):
         raise ValueError(f"`{key}` is not a list of matrices of one size: {shown(error)}.") from error
 
 
-def json_size(value, key):
+def json_size(value: Any, key: str) -> int:
     """A picture size in whole pixels. Raises ValueError."""
     if type(value) not in (int, float) or not 0.5 <= value <= MAX_SIDE:
         raise ValueError(
@@ -150,7 +152,7 @@ def json_size(value, key):
     return max(1, round(value))  # 0.5 is rounded to 0
 
 
-def write_camera_json(path, cameras):
+def write_camera_json(path: Path, cameras: Cameras) -> None:
     """Writes the cameras as camera.json, with the picture's width and height. It appears when it is complete.
 
     Raises FileExistsError for a name that is taken, and OSError, naming file and cause.
@@ -165,7 +167,7 @@ def write_camera_json(path, cameras):
         file.write(f'"width": {cameras.width}, "height": {cameras.height}}}\n'.encode())
 
 
-def normalise(w2c, targets=None):
+def normalise(w2c: torch.Tensor, targets: int | None = None) -> torch.Tensor:
     """Poses [N, 4, 4] in the frame and scale that the weights were trained with, in float64.
 
     Camera 0 becomes the world's axes, the mean camera centre its origin, and the distance of camera 0 from there 2. The
@@ -185,7 +187,7 @@ def normalise(w2c, targets=None):
     return normalised
 
 
-def plucker(w2c, K, height, width):
+def plucker(w2c: torch.Tensor, K: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """The rays of every pixel, [6, N, height, width] float32: unit direction d, then moment o x d, in world axes.
 
     w2c [N, 4, 4] as `normalise` gives it, K [N, 3, 3] in pixels of the width x height picture. A ray goes through
@@ -204,12 +206,12 @@ def plucker(w2c, K, height, width):
     return rays
 
 
-def quaternions_and_translations(w2c):
+def quaternions_and_translations(w2c: torch.Tensor) -> torch.Tensor:
     """[N, 7] float32: the unit quaternion of each pose's rotation (real part first, >= 0) and its translation."""
     return torch.cat([rotation_to_quaternion(w2c[:, :3, :3]), w2c[:, :3, 3]], dim=1).float()
 
 
-def rotation_to_quaternion(R):
+def rotation_to_quaternion(R: torch.Tensor) -> torch.Tensor:
     """Unit quaternions [N, 4] (w, x, y, z; w >= 0) of rotations [N, 3, 3].
 
     The matrix 4·q·qᵀ is linear in R; its row of the largest diagonal is q up to scale, free of cancellation.
@@ -229,7 +231,7 @@ def rotation_to_quaternion(R):
     return torch.where(quaternion[:, :1] < 0, -quaternion, quaternion)
 
 
-def quaternion_to_rotation(quaternion):
+def quaternion_to_rotation(quaternion: torch.Tensor) -> torch.Tensor:
     """Rotations [N, 3, 3] of quaternions [N, 4] (w, x, y, z) of any length but 0."""
     w, x, y, z = (quaternion / quaternion.norm(dim=1, keepdim=True)).T
     return torch.stack(

@@ -6,6 +6,7 @@ same cameras in a turned world may give other references.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +26,17 @@ ASK_ONLY_AT = (1, 2, 3, 5, 7, 9, 13, 17)
 
 
 def choose_references(
-    w2c, K, width, height, targets_w2c, targets_K, *, features=None, quality=None, ask=None, limit=REFERENCES
+    w2c: torch.Tensor,
+    K: torch.Tensor,
+    width: float,
+    height: float,
+    targets_w2c: torch.Tensor,
+    targets_K: torch.Tensor,
+    *,
+    features: torch.Tensor | None = None,
+    quality: torch.Tensor | None = None,
+    ask: dict[int, int] | None = None,
+    limit: int = REFERENCES,
 ) -> tuple[list[int], list[int]]:
     """The views that become references of a path, in the order of first use, and the ref_index of each: one less than
     the first target that chose it.
@@ -74,7 +85,9 @@ def best_views(scores: torch.Tensor, ask: dict[int, int] | None = None) -> torch
     return preferred.argmax(1)
 
 
-def view_scores(w2c, K, targets_w2c, targets_K, width, height) -> torch.Tensor:
+def view_scores(
+    w2c: torch.Tensor, K: torch.Tensor, targets_w2c: torch.Tensor, targets_K: torch.Tensor, width: float, height: float
+) -> torch.Tensor:
     """[T, N]: how well each of N views serves each of T targets: the intersection over union of their frusta's boxes
     along the world's axes, less where their viewing directions differ by more than FREE_ANGLE."""
     low, high = _boxes(w2c, K, width, height)
@@ -94,7 +107,7 @@ def _boxes(w2c, K, width, height):
     return points.amin(1), points.amax(1)
 
 
-def spread_out(w2c, features, quality, count) -> list[int]:
+def spread_out(w2c: torch.Tensor, features: torch.Tensor | None, quality: torch.Tensor | None, count: int) -> list[int]:
     """`count` of the candidates (poses [C, 4, 4], picture features [C, D] or None, quality [C] or None) that lie far
     apart, in the order picked: farthest-point sampling from the one nearest to the mean, good pictures preferred."""
     quaternion = rotation_to_quaternion(w2c[:, :3, :3])[:, [1, 2, 3, 0]]
@@ -141,7 +154,7 @@ def frames_to_remember(frames: int, count: int = 8) -> list[int]:
     return steps.cumsum(0).tolist()
 
 
-def asked_views(views, frames: int, mirrored: bool = False, sparsely: bool = True) -> dict[int, int]:
+def asked_views(views: Sequence[int], frames: int, mirrored: bool = False, sparsely: bool = True) -> dict[int, int]:
     """{target: view} for `choose_references`: what a path of `frames` keyframes asks of an earlier path, whose
     remembered `views` are given in order.
 

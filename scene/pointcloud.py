@@ -1,6 +1,7 @@
 """Coloured point clouds in the cameras' world, and what other tools read: PLY, and a folder of frames with cameras."""
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -113,7 +114,7 @@ def world_mirror(names: list[str], c2w: torch.Tensor, K: torch.Tensor) -> dict:
     }
 
 
-def write_world_mirror(folder: Path, frames: torch.Tensor, cameras: Cameras, progress) -> None:
+def write_world_mirror(folder: Path, frames: torch.Tensor, cameras: Cameras, progress: Callable[[int], object]) -> None:
     """Writes images/NNNNN.png and cameras.json into a new folder, in the layout of WorldMirror's camera prior: OpenCV
     camera-to-world matrices and intrinsics in pixels of the written pictures, each named by its picture. The folder
     appears when it is complete, or not at all.

@@ -23,7 +23,7 @@ VIEW_SIZE = (832, 480)  # pixels wide and high
 VIEW_FOV = (120.0, 90.0)  # degrees wide and high
 
 
-def is_panorama(geometry) -> bool:
+def is_panorama(geometry: object) -> bool:
     """Whether this is core's MOGE_GEOMETRY of a panorama, which has no lens."""
     return isinstance(geometry, dict) and "intrinsics" not in geometry
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from .cameras import Cameras
-from .fuse import FuseReport, fuse
+from .fuse import FrameFit, FuseReport, fuse
 from .memory import asked_views, best_views, choose_references, frames_to_remember, picture_quality, view_scores
 from .pictures import resize_pictures
 from .render import BACKGROUND, POINTS_PER_PIXEL, render_start
@@ -68,7 +68,14 @@ def look_along(
     return Outlook(video, holes, pictures, tuple(views), tuple(ref_index))
 
 
-def references_of(scene: Scene, cameras: Cameras, limit: int, ask: str, ask_path: str, embed):
+def references_of(
+    scene: Scene,
+    cameras: Cameras,
+    limit: int,
+    ask: str,
+    ask_path: str,
+    embed: Callable[[torch.Tensor], torch.Tensor] | None,
+) -> tuple[list[int], list[int]]:
     """`memory.choose_references` for a scene. Pictures are looked at only where more than `limit` views were chosen,
     and only those."""
     asked = None
@@ -153,7 +160,7 @@ def remember_clip(
     return scene.with_path(name, cameras, frames, [pictures[frame] for frame in frames], kept), report
 
 
-def fitted_depth(depth, fit, height, width) -> torch.Tensor | None:
+def fitted_depth(depth: torch.Tensor, fit: FrameFit, height: int, width: int) -> torch.Tensor | None:
     """A frame's depth [height, width] in the scene's units by its fit, infinite where there is none; None for a frame
     that was refused."""
     if fit.refused:

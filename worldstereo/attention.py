@@ -1,6 +1,7 @@
 """cuDNN's attention where it is the fastest: 63 ms per layer at 41 760 tokens on an H200; FlashAttention 2 takes 100."""
 
 import threading
+from collections.abc import Callable
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -20,7 +21,15 @@ def cudnn_is_faster(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= MIN_CAPABILITY
 
 
-def prefer_cudnn(function, q, k, v, heads, *args, **kwargs):
+def prefer_cudnn(
+    function: Callable[..., torch.Tensor],
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    heads: int,
+    *args,
+    **kwargs,
+) -> torch.Tensor:
     """ComfyUI's attention override (`optimized_attention_override`): q, k, v [B, L, heads·d] to [B, L, heads·d].
 
     Only PyTorch's own attention is replaced, so the attention a user chose (sage, flash, xformers) stays.

@@ -165,7 +165,9 @@ class CrossAttention(WanI2VCrossAttention):
                 x[:, span] += product(y)
 
 
-def add_feed_forward(ffn: nn.Sequential, x, shift, scale, gate, eps: float):
+def add_feed_forward(
+    ffn: nn.Sequential, x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, gate: torch.Tensor, eps: float
+) -> None:
     """x += gate · ffn(LayerNorm(x)·(1 + scale) + shift), in place. x: [B,L,C]; the others [B,1,C]."""
     if forward_is_replaced(ffn):
         gated_add_(x, ffn(layer_norm_modulate(x, shift, scale, eps)), gate)

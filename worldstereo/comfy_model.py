@@ -11,6 +11,7 @@ from ..core import (
     WAN21,
     WAN21_I2V,
     CONDRegular,
+    ModelPatcher,
     ModelType,
     convert_tensor,
     dtype_size,
@@ -191,7 +192,7 @@ def _changes_the_model(patcher) -> bool:
     return patched or bool(patcher.current_hooks or patcher.injections)
 
 
-def config_of(patcher) -> WorldStereoConfig:
+def config_of(patcher: ModelPatcher) -> WorldStereoConfig:
     """The configuration of a loaded MODEL. Raises ValueError for any model but WorldStereo."""
     if not isinstance(patcher.model, WorldStereo):
         raise ValueError(f"model is {type(patcher.model).__name__}, not WorldStereo. Connect Load WorldStereo FP8.")

@@ -2,6 +2,7 @@
 sizes, thinning, condition latent, camera embedding, references."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -64,7 +65,7 @@ def keyframe_size(config: WorldStereoConfig, height: int, width: int) -> tuple[i
     return min(config.scale_map, key=lambda size: abs(size[0] / size[1] - height / width))
 
 
-def check_vae(vae):
+def check_vae(vae: Any) -> None:
     """Raises ValueError for any VAE but Wan 2.1's and its tiny versions: others may accept the same shapes."""
     if getattr(vae.first_stage_model, "latent_format", None) is HunyuanVideo:
         raise ValueError(
@@ -78,7 +79,7 @@ def check_vae(vae):
         )
 
 
-def encode_keyframes(vae, pictures: torch.Tensor, progress: ProgressBar | None = None) -> torch.Tensor:
+def encode_keyframes(vae: Any, pictures: torch.Tensor, progress: ProgressBar | None = None) -> torch.Tensor:
     """[N,H,W,3] in 0..1, each encoded on its own by the Wan VAE, to [1,16,N,h,w]. Raises ValueError for another VAE."""
     check_vae(vae)
     progress = progress or ProgressBar(len(pictures))
@@ -90,7 +91,7 @@ def encode_keyframes(vae, pictures: torch.Tensor, progress: ProgressBar | None =
     return torch.cat(latents, dim=2)
 
 
-def decode_keyframes(vae, latent: torch.Tensor) -> torch.Tensor:
+def decode_keyframes(vae: Any, latent: torch.Tensor) -> torch.Tensor:
     """[B,16,F,h,w], each frame decoded on its own by the Wan VAE, to [B·F,H,W,3] in 0..1.
 
     Raises ValueError for a latent that is not a Wan video's, and for another VAE.
@@ -208,7 +209,7 @@ def remarks(
 
 def condition(
     config: WorldStereoConfig,
-    vae,
+    vae: Any,
     image: torch.Tensor,
     render: torch.Tensor,
     mask: torch.Tensor,

@@ -4,8 +4,10 @@ A window is a clip of its own: its keyframes stand at times 0, 1, 2 …, and its
 one of them.
 """
 
+from typing import Any
 
-def window_frames(window, retained: list[int]) -> list[int]:
+
+def window_frames(window: Any, retained: list[int]) -> list[int]:
     """The keyframe at each place of a window (core's IndexListContextWindow): an anchor before it, which core drops
     from the result, and in the retained places the keyframes of those numbers."""
     anchor = getattr(window, "causal_anchor_index", None)

@@ -109,7 +109,15 @@ class ControlBranch(nn.Module):
         return self.proj_in(to_tokens(x + self.controlnet_mask_embedding(render_mask, camera_embedding)))
 
 
-def add_control(block: ControlBlock, proj_out: nn.Linear, x, modulations, freqs, transformer_options, target):
+def add_control(
+    block: ControlBlock,
+    proj_out: nn.Linear,
+    x: torch.Tensor,
+    modulations: list[tuple],
+    freqs: torch.Tensor,
+    transformer_options: dict,
+    target: torch.Tensor,
+) -> None:
     """Runs a block of the control branch on its tokens x [B, F·n, D], in place, and adds its residual to the backbone's
     target tokens [B, F·n, C], in place. modulations: of each sample."""
     for b, modulation in enumerate(modulations):

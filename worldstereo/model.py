@@ -4,6 +4,8 @@ Source: WorldStereo (CVPR 2026) on Wan2.1-I2V-14B. Wan's own modules are ComfyUI
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -26,11 +28,11 @@ from .prompt_cache import COMING_TIMESTEPS, WEIGHTS, WHOLE_TIMESTEPS, KeysValues
 
 
 @torch.compiler.disable
-def untraced(function, *args, **kwargs):
+def untraced(function: Callable, *args, **kwargs) -> Any:
     return function(*args, **kwargs)
 
 
-def runs_others_code(transformer_options) -> bool:
+def runs_others_code(transformer_options: dict) -> bool:
     """Whether patches or an attention override run inside the blocks. They may read the block's number, and core's
     TorchCompileModel does not guard on transformer_options: every block would see the first block's number."""
     patched = any(transformer_options.get(key) for key in ("patches", "patches_replace"))

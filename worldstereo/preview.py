@@ -6,6 +6,8 @@ are off, as they are by default, `show_keyframes` sends the same picture itself.
 """
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -34,7 +36,17 @@ class KeyframeLatents(Wan21):
         self.taesd_decoder_name = None  # core decodes the first frame alone with it
 
 
-def show_keyframes(executor, noise, latent_image, sampler, sigmas, denoise_mask=None, callback=None, *rest, **named):
+def show_keyframes(
+    executor: Callable,
+    noise: torch.Tensor,
+    latent_image: torch.Tensor,
+    sampler: Any,
+    sigmas: torch.Tensor,
+    denoise_mask: torch.Tensor | None = None,
+    callback: Callable | None = None,
+    *rest,
+    **named,
+) -> torch.Tensor:
     """A wrapper of core's OUTER_SAMPLE: shows the keyframes at every step, unless core's own preview does."""
     if args.preview_method != LatentPreviewMethod.NoPreviews:
         return executor(noise, latent_image, sampler, sigmas, denoise_mask, callback, *rest, **named)

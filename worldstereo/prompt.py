@@ -3,6 +3,7 @@
 import html
 import re
 import unicodedata
+from typing import Any
 
 from .comfy_model import TEXT_TOKENS
 
@@ -33,7 +34,7 @@ def _byte(letter: str) -> bytes:
     return letter.encode("latin-1" if "\x80" <= letter <= "\x9f" else "cp1252")
 
 
-def encode_caption(clip, text: str) -> tuple[list, int, list[str]]:
+def encode_caption(clip: Any, text: str) -> tuple[list, int, list[str]]:
     """A caption through UMT5-XXL: the CONDITIONING, how many tokens it has, including the end token, and a remark.
 
     Core reads parentheses as weights; escaped they are text. More than 512 tokens are cut, their end kept, as the
