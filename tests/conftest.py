@@ -46,3 +46,10 @@ spec = importlib.util.spec_from_file_location(
 package = importlib.util.module_from_spec(spec)
 sys.modules["worldstereo_fp8"] = package
 spec.loader.exec_module(package)
+
+
+def pytest_collection_modifyitems(items):
+    """Tests that take the fixture `comfyui`, a running server, have the mark for it."""
+    for item in items:
+        if "comfyui" in item.fixturenames:
+            item.add_marker("server")

@@ -24,6 +24,7 @@ def comfyui(tmp_path_factory):
         yield running
 
 
+@pytest.mark.page
 @pytest.mark.parametrize("nodes2", [False, True])
 def test_a_preset_shows_the_widgets_that_it_uses(comfyui, nodes2):
     errors = []

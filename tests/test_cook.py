@@ -147,6 +147,7 @@ def test_same_bytes_however_the_source_is_cut(sources, tmp_path, monkeypatch, fi
         assert_same(load_file(tmp_path / "whole.safetensors"), load_file(tmp_path / "one.safetensors"))
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("file", ["bf16.safetensors", "f32.safetensors"])
 @pytest.mark.parametrize("recipe", ["default", "published"])
@@ -602,6 +603,7 @@ for line in sys.stdin:
 """
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows has no fork")
 def test_kill_at_random_moments(tmp_path):
     """SIGKILL while the file is made: no file under its name, one temporary at most, the next run cleans it."""
     torch.manual_seed(0)

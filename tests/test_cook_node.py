@@ -165,6 +165,7 @@ def test_interrupt_leaves_nothing(comfyui):
     assert [path.name for path in folder.iterdir()] == ["model.safetensors"]
 
 
+@pytest.mark.page
 def test_the_workflow_in_the_web_page(comfyui):
     errors = []
     with page_of(comfyui, errors) as page:

@@ -97,3 +97,26 @@ def test_missing_packages(dev, tmp_path):
     requirements = tmp_path / "requirements.txt"
     requirements.write_text("pytest>=1\n# a comment\nno-such-package~=1.0\ntorch\n", "utf-8")
     assert dev.missing_packages(sys.executable, requirements) == ["no-such-package"]
+
+
+def test_files_of_tests_run_side_by_side_unless_told_otherwise(dev):
+    assert dev.parallel(["tests/test_dev.py", "-k", "side"]) == ["-n", str(dev.TEST_PROCESSES), "--dist", "loadfile"]
+    for chosen in (["-n", "3"], ["-n0"], ["--numprocesses=2"], ["--pdb"]):
+        assert dev.parallel(chosen) == []
+
+
+def test_lint_runs_every_check_and_fails_if_one_does(dev, monkeypatch):
+    ran, failing = [], "ruff format"
+
+    def run(command, cwd):
+        assert command[:2] == [str(dev.VENV_PYTHON), "-m"] and cwd == dev.ROOT
+        ran.append(" ".join(command[2:]))
+        return dev.subprocess.CompletedProcess(command, int(bool(failing) and ran[-1].startswith(failing)))
+
+    monkeypatch.setattr(dev, "create_venv", lambda: None)
+    monkeypatch.setattr(dev, "pip", lambda *arguments: None)
+    monkeypatch.setattr(dev.subprocess, "run", run)
+    assert dev.lint() == 1 and ran == ["ruff check .", "ruff format --check .", "mypy"]
+    assert (dev.DEV / "lint" / "worldstereo_fp8").resolve() == dev.ROOT
+    failing = ""
+    assert dev.lint() == 0

@@ -21,7 +21,10 @@ from worldstereo_fp8.worldstereo import blocks, control
 from worldstereo_fp8.worldstereo.config import WorldStereoConfig
 from worldstereo_fp8.worldstereo.shapes import tensor_shapes
 
-pytestmark = pytest.mark.skipif(not comfy.memory_management.aimdo_enabled, reason="dynamic VRAM needs an NVIDIA GPU")
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not comfy.memory_management.aimdo_enabled, reason="dynamic VRAM needs an NVIDIA GPU"),
+]
 
 FRAMES, HEIGHT, WIDTH = 3, 16, 24
 COMPUTE = ["bf16", "fp8"]

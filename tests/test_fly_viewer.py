@@ -133,6 +133,7 @@ def random_path(seed, views):
     return json.dumps(content)
 
 
+@pytest.mark.page
 def test_the_viewer_computes_the_servers_curve(comfyui):
     errors = []
     with page_of(comfyui, errors) as page:

@@ -428,6 +428,7 @@ def test_the_first_workflow_runs_on_the_sample_scene_by_one_switch(comfyui):
                 shutil.copyfile(source, Path(folder) / f"sample_{number}{source.suffix}")
 
 
+@pytest.mark.page
 @pytest.mark.parametrize("name", WORKFLOWS)
 def test_an_example_workflow_opens_in_the_web_page(comfyui, name):
     """Without an error, with every node known, and with the same API form as the file's."""

@@ -125,6 +125,7 @@ def test_the_file_is_aligned_and_without_gaps(sources, tmp_path):
     assert all(t.begin % reading.DTYPES[t.dtype].itemsize == 0 for t in tensors)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("file", ["bf16.safetensors", "f32.safetensors", "fp8.safetensors"])
 def test_same_bytes_on_cuda(sources, tmp_path, file):

@@ -335,6 +335,7 @@ def test_files_that_are_refused(tmp_path, name, value, message):
 # On a GPU
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not has_int8_units(), reason="needs a CUDA GPU with INT8 units (compute capability 7.5)")
 def test_kitchens_kernel_is_taken():
     for dtype in (torch.bfloat16, torch.float16):
@@ -342,6 +343,7 @@ def test_kitchens_kernel_is_taken():
     assert int8_matmul._folds_gelu(DEVICE, torch.bfloat16, 13824, 256)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not has_int8_units(), reason="needs a CUDA GPU with INT8 units (compute capability 7.5)")
 @pytest.mark.parametrize("tokens", [1, 2, 5, 300, 5000])
 @pytest.mark.parametrize("sizes", [(256, 64), (5120, 5120), (512, 1000), (64, 48)])
@@ -364,6 +366,7 @@ def test_the_product_on_a_gpu(tokens, sizes, dtype):
     assert relative_error(hidden.dequantise().float(), exact) < 0.03
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not has_int8_units(), reason="needs a CUDA GPU with INT8 units (compute capability 7.5)")
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_the_golden_model_on_a_gpu(tmp_path, dynamic):

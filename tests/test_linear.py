@@ -183,6 +183,7 @@ def test_the_fp8_product_is_compiled_whole():
     assert torch.compile(product, backend="eager", fullgraph=True)(x).shape == (128, 48)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not has_fp8_units(), reason="needs a CUDA GPU with FP8 units (compute capability 8.9)")
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -199,6 +200,7 @@ def test_the_fp8_product_on_a_gpu(shape, dtype):
     assert (out.float() - upcast).norm() / upcast.norm() < 0.05
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not has_fp8_units(), reason="needs a CUDA GPU with FP8 units (compute capability 8.9)")
 @pytest.mark.parametrize("magnitude", [1e-3, 1.0, 1e3])
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -8,6 +8,7 @@ from toy import cooked, golden_inputs, golden_weights, save
 from worldstereo_fp8.loaders import load_worldstereo
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason=f"needs two CUDA GPUs, here are {torch.cuda.device_count()}")
 def test_two_gpus_give_the_bits_of_one(tmp_path):
     path = save(cooked("camera"), tmp_path / "model.safetensors", golden_weights("camera")[1])

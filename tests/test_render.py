@@ -118,6 +118,7 @@ def test_memory_is_bounded_by_tiles_and_chunks(monkeypatch):
         assert largest.elements <= max(own, chunk, tile * (5 + 1) + 1)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_cuda_draws_the_same_picture():
     cloud, cameras = cloud_of(200_000), cameras_of(width=256, height=160, focal=200.0)

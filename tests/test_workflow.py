@@ -124,6 +124,7 @@ def thumbnails(frames):
     return np.stack([np.asarray(picture).ravel() / 255 for picture in small])
 
 
+@pytest.mark.page
 def test_workflow_in_the_web_page(comfyui):
     """The page shows the example workflow without an error and makes the same API form of it as the demo."""
     errors = []
