@@ -23,6 +23,7 @@ from worldstereo_fp8.scene.render import render
 from worldstereo_fp8.worldstereo.conditioning import keyframe_size
 from worldstereo_fp8.worldstereo.config import WorldStereoConfig
 
+pytestmark = pytest.mark.page
 COMFYUI = Path(comfy.cli_args.__file__).parents[1]
 MODES = {"classic": False, "Nodes 2.0": True}
 HEIGHT, WIDTH = 480, 832  # so that the stand-in's depth has no steps, which count as edges
@@ -133,7 +134,6 @@ def random_path(seed, views):
     return json.dumps(content)
 
 
-@pytest.mark.page
 def test_the_viewer_computes_the_servers_curve(comfyui):
     errors = []
     with page_of(comfyui, errors) as page:

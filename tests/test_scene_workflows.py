@@ -14,6 +14,7 @@ from web_page import open_workflow, page_of
 from worldstereo_fp8.demo import job, scene, server
 from worldstereo_fp8.scene.folder import read_scene
 
+pytestmark = pytest.mark.page
 COMFYUI = Path(comfy.cli_args.__file__).parents[1]
 EXAMPLES = Path(__file__).parents[1] / "example_workflows"
 STAND_INS = job.STAND_INS | {"LoadMoGeModel": "WorldStereoDemoMoGeModel"}
