@@ -1,14 +1,17 @@
 """What the nodes share: their category, the types of their links, and what they show on themselves."""
 
 import logging
+import math
 from collections.abc import Sequence
 
-from comfy_api.latest import io
+import torch
+from comfy_api.latest import Types, io
 from PIL import ImageColor
 
 from ..core import PromptServer
 
 CATEGORY = "WorldStereo"
+SH_DEGREE_0 = 0.5 / math.sqrt(math.pi)  # the constant spherical harmonic
 
 Cameras = io.Custom("WORLDSTEREO_CAMERAS")  # scene.cameras.Cameras
 Points = io.Custom("WORLDSTEREO_POINTS")  # scene.pointcloud.PointCloud
@@ -32,3 +35,13 @@ def color_of(text: str) -> tuple[float, float, float]:
     """The value of a colour input (#rrggbb) in 0..1. 128 stands for mid-grey, 0.5, which no byte is exactly."""
     red, green, blue = (0.5 if channel == 128 else channel / 255 for channel in ImageColor.getrgb(text)[:3])
     return red, green, blue
+
+
+def splat_of(points: torch.Tensor, sizes: torch.Tensor, colors: torch.Tensor, opacity: float) -> Types.SPLAT:
+    """Round Gaussians as core's splat nodes take them. points [P, 3]; sizes [P], the deviations; colors [P, 3] in
+    0..1; one opacity for all."""
+    count = len(points)
+    upright = points.new_tensor([1.0, 0, 0, 0]).expand(count, 4)
+    harmonics = ((colors - 0.5) / SH_DEGREE_0)[:, None]
+    parts = (points, sizes[:, None].expand(-1, 3), upright, points.new_full((count, 1), opacity), harmonics)
+    return Types.SPLAT(*(part[None] for part in parts))

@@ -1,21 +1,17 @@
 """Scenes as files: saved and loaded as folders, and as Gaussians for core's splat nodes."""
 
-import math
 import os
 
 import folder_paths
-import torch
-from comfy_api.latest import Types, io
+from comfy_api.latest import io
 
 from ..core import ProgressBar
 from ..scene.folder import read_scene, stamp, write_scene
 from ..scene.scene import MAX_POINTS
 from ..scene.splat import OPACITY, gaussians_of_scene
-from .common import CATEGORY, Scene, show_on_node
+from .common import CATEGORY, Scene, show_on_node, splat_of
 from .files import save_output, scene_folder, scene_folders
 from .limits import checked
-
-SH_DEGREE_0 = 0.5 / math.sqrt(math.pi)  # the constant spherical harmonic
 
 
 class WorldStereoSaveScene(io.ComfyNode):
@@ -117,13 +113,8 @@ class WorldStereoSceneToSplat(io.ComfyNode):
     @checked
     def execute(cls, scene, gaussians) -> io.NodeOutput:
         made = gaussians_of_scene(scene, gaussians)
-        count = len(made.points)
-        show_on_node(cls, f"{count:,} Gaussians")
-        sizes = made.sizes[:, None].expand(-1, 3)
-        upright = torch.tensor([1.0, 0, 0, 0]).expand(count, 4)
-        colours = ((made.colors - 0.5) / SH_DEGREE_0)[:, None]
-        parts = (made.points, sizes, upright, torch.full((count, 1), OPACITY), colours)
-        return io.NodeOutput(Types.SPLAT(*(part[None] for part in parts)))
+        show_on_node(cls, f"{len(made.points):,} Gaussians")
+        return io.NodeOutput(splat_of(made.points, made.sizes, made.colors, OPACITY))
 
 
 NODES = [WorldStereoSaveScene, WorldStereoLoadScene, WorldStereoSceneToSplat]

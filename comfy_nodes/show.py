@@ -1,22 +1,19 @@
 """Nodes that only show: the keyframes as a clip and as a sheet, a point cloud in 3-D. They save nothing."""
 
-import math
 import uuid
 from fractions import Fraction
 from io import BytesIO
 from pathlib import Path
 
 import folder_paths
-import torch
 from comfy_api.latest import InputImpl, Types, io, ui
 
 from ..scene.pictures import contact_sheet, side_by_side
 from ..scene.pointcloud import ply_bytes, splat_sizes
-from .common import CATEGORY, Points
+from .common import CATEGORY, Points, splat_of
 from .limits import checked
 
 FPS = 16.0
-SH_DEGREE_0 = 0.5 / math.sqrt(math.pi)  # the constant spherical harmonic
 
 
 class WorldStereoPreviewClip(io.ComfyNode):
@@ -79,12 +76,7 @@ class WorldStereoPointsTo3D(io.ComfyNode):
     @checked
     def execute(cls, points) -> io.NodeOutput:
         ply = Types.File3D(BytesIO(ply_bytes(points, y_up=True)), "ply")
-        size = splat_sizes(points)[:, None].expand(-1, 3)
-        upright = points.points.new_tensor([1.0, 0, 0, 0]).expand(len(points), 4)
-        opacity = torch.ones(len(points), 1)
-        colour = ((points.colors - 0.5) / SH_DEGREE_0)[:, None]
-        parts = (points.points, size, upright, opacity, colour)
-        return io.NodeOutput(ply, Types.SPLAT(*(part[None] for part in parts)))
+        return io.NodeOutput(ply, splat_of(points.points, splat_sizes(points), points.colors, 1.0))
 
 
 NODES = [WorldStereoPreviewClip, WorldStereoPointsTo3D]

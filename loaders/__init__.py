@@ -22,6 +22,7 @@ from ..fp8.int8 import INT8
 from ..fp8.int8_matmul import product_kernel
 from ..fp8.linear import matmul_refusal, operations
 from ..fp8.recipe import FP8
+from ..scene.memory import REFERENCES
 from ..worldstereo.attention import cudnn_is_faster, prefer_cudnn
 from ..worldstereo.comfy_model import WorldStereoModelConfig
 from ..worldstereo.config import LATENT_CHANNELS, RANKS, SPATIAL_DOWNSCALE, WorldStereoConfig, assumptions, find_config
@@ -32,7 +33,6 @@ from .patcher import make_patcher, resident_bytes
 
 lora.register()
 
-REFERENCES = 8  # the number assumed in the log's memory line
 LINE = 250  # characters of a tensor's name and shapes in a message
 # Without these the sizes cannot be read: the file is not a whole model.
 ANCHORS = tuple(name for name in RANKS if not name.startswith(("controlnet.", "camera_embedding.")))

@@ -1,5 +1,5 @@
-"""Reads the camera files people have, told by content: camera.json, NeRF's transforms.json, and the text files of
-COLMAP and RealEstate10K."""
+"""Reads camera files, recognised by their content: camera.json, NeRF's transforms.json, and the text files of COLMAP
+and RealEstate10K."""
 
 import logging
 import math
@@ -83,7 +83,7 @@ def _read_text(path: Path) -> str:
 
 
 def _every_so_often(entries, every=1000):
-    """The entries, with a look at ComfyUI's stop button now and then."""
+    """The entries, checking for ComfyUI's interrupt now and then."""
     for number, entry in enumerate(entries):
         if number % every == 0:
             throw_exception_if_processing_interrupted()
@@ -95,7 +95,7 @@ def _matrix(fx, fy, cx, cy) -> list[list[float]]:
 
 
 def _of_one_size(w2c, K, sizes, width, height) -> Cameras:
-    """Cameras of one picture size, from intrinsics that are each in pixels of their own (width, height)."""
+    """Cameras of one picture size, from intrinsics in pixels of pictures that each have their own (width, height)."""
     scale = torch.tensor([[width / w, height / h, 1.0] for w, h in sizes], dtype=torch.float64)
     return Cameras(w2c, torch.tensor(K, dtype=torch.float64) * scale[:, :, None], width, height)
 
@@ -152,7 +152,7 @@ def _realestate(text: str) -> tuple[Cameras, str]:
 
 
 def _colmap(text: str, path: Path) -> tuple[Cameras, str]:
-    """COLMAP's images.txt: a pose line and a line of 2-D points by turns; poses are world-to-camera in OpenCV axes."""
+    """COLMAP's images.txt, in which a pose line and a line of 2-D points alternate; poses are world-to-camera in OpenCV axes."""
     cameras_path = files_of(path)[-1]
     if cameras_path == path:
         raise ValueError(
@@ -220,7 +220,7 @@ def _colmap_intrinsics(path: Path) -> dict[str, tuple[list[list[float]], tuple[i
             )
         if any(values[focals + 2 :]):
             logging.warning(
-                "%s: camera %s has lens distortion, which is left out: it is taken for a pinhole.", name, shown(camera)
+                "%s: camera %s has lens distortion, which is ignored: it is treated as a pinhole.", name, shown(camera)
             )
         cameras[camera] = _matrix(values[0], values[focals - 1], cx, cy), (width, height)
     return cameras

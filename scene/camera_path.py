@@ -129,8 +129,8 @@ def camera_of_moge(geometry: dict, width: int, height: int, lens: str, value: fl
 
 
 def depth_of_scene(cloud: PointCloud, cameras: Cameras) -> float:
-    """The median depth of the points that the last camera sees; where it has turned away from all, that the first sees.
-    Raises ValueError where that sees none either."""
+    """The median depth of the points that the last camera sees or, where it sees none, of those the first camera sees.
+    Raises ValueError where neither sees any."""
     for i in (-1, 0):
         x, y, z = cameras.w2c[i, :3, :3] @ cloud.points.T + cameras.w2c[i, :3, 3:]
         u, v, w = cameras.K[i] @ torch.stack([x, y, z])
@@ -195,7 +195,7 @@ def _turn(axis, angles) -> torch.Tensor:
 
 def _looking_at(eyes, centre, down) -> torch.Tensor:
     """Camera-to-world rotations [N, 3, 3] that look from eyes [N, 3] at the centre, their y axis as near to `down` as
-    can be. Raises ValueError where that is the very line of sight."""
+    can be. Raises ValueError where `down` is parallel to the line of sight."""
     forward = torch.nn.functional.normalize(centre - eyes, dim=1)
     right = torch.linalg.cross(down.expand_as(forward), forward)
     if (right.norm(dim=1) < 1e-6).any():
@@ -254,8 +254,8 @@ def beginning(
 
 
 def pitch_or_guess(start_pitch: float, scene: dict | PointCloud | None) -> tuple[float, str]:
-    """The pitch in degrees that the normals of MoGe's geometry tell, or start_pitch where they tell none; and which of
-    the two, in words."""
+    """The pitch in degrees estimated from the normals of MoGe's geometry, or start_pitch where that is not possible;
+    and which of the two, in words."""
     found = guess_pitch(scene["normal"][0]) if isinstance(scene, dict) and "normal" in scene else None
     if found is None:
         return start_pitch, f"no pitch could be guessed: start_pitch, {start_pitch:g} degrees, is used"
@@ -274,7 +274,7 @@ def plan_path(
     guess: bool = False,
 ) -> tuple[Cameras, torch.Tensor, str]:
     """A path for the picture [1, H, W, C], its drawing [1, h, w, 3], and what was assumed, in words. The arguments are
-    those of `beginning`; guess: take the pitch from the normals of MoGe's geometry, where start_pitch would count."""
+    those of `beginning`; guess: estimate the pitch from the normals of MoGe's geometry in place of start_pitch."""
     assumed = []
     if guess and start is None:
         start_pitch, words = pitch_or_guess(start_pitch, scene)

@@ -1,4 +1,4 @@
-"""Cameras: the one representation of a camera path, its camera.json, and what the model is told of it.
+"""Cameras: the one representation of a camera path, its camera.json, and the model's inputs computed from it.
 
 Axes are OpenCV's everywhere: x right, y down, z forward. `w2c` takes world coordinates to camera coordinates.
 """

@@ -62,7 +62,7 @@ def depth_of_picture(image: torch.Tensor, kind: str, near: float, far: float) ->
 
 
 def draw_in(depth: torch.Tensor) -> torch.Tensor:
-    """Depths, those d beyond m = 8 medians (of the positive ones) drawn in to 2m - m²/d, which stays below 2m."""
+    """Depths; each d beyond m = 8 times the median of the positive ones becomes 2m - m²/d, which stays below 2m."""
     m = FAR_MEDIANS * depth[depth > 0].median()
     return torch.where(depth > m, 2 * m - m * m / depth, depth)
 
@@ -71,7 +71,7 @@ def points_kept(depth: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Which pixels of a depth map [H, W] become points [H, W], and their depths [K] with the far ones drawn in.
 
     Pixels without a depth (NaN, infinite or 0) and those on depth edges are dropped. A negative depth is kept: it lies
-    behind the camera, where others may see it. As in WorldStereo's own renders, a pixel without a depth enters the edge
+    behind the camera, where other cameras may see it. As in WorldStereo's own renders, a pixel without a depth enters the edge
     test as a disparity of 1e7, beside which all other edges are flat: with sky in the picture only the points beside
     the sky are dropped. Raises ValueError where no depth is positive.
     """

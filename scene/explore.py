@@ -2,7 +2,7 @@
 
     NAME [from VIEW]: PRESET AMOUNT [asks PATH | mirrors PATH]
 
-VIEW is the view the path starts with, "first" or "last" (the last frame of the path before, also without it). AMOUNT
+VIEW is the view the path starts with, "first" or "last" (the last frame of the path before; the default). AMOUNT
 is in degrees where the preset turns and in units of the scene's depth where it travels. A path may ask for the views of
 an earlier one that it follows, or mirrors.
 """
@@ -26,7 +26,7 @@ LINE = re.compile(
 @dataclass(frozen=True)
 class Walk:
     """One path of a list. view: the name of the view it starts with, walk.FIRST or walk.LAST. degrees or distance is 0. ask: one
-    of walk.ASKING, asked the path it means."""
+    of walk.ASKING, asked the earlier path whose views it prefers."""
 
     name: str
     view: str

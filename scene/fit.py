@@ -1,4 +1,4 @@
-"""Pictures [N, H, W, C] in 0..1 brought into another shape: cropped, padded or stretched, without transparent parts."""
+"""Pictures [N, H, W, C] in 0..1 cropped, padded or stretched to another shape, and laid on a colour if transparent."""
 
 import torch
 import torch.nn.functional as F
@@ -42,7 +42,7 @@ def fit_pictures(
     position: float = 0.5,
     colour: tuple[float, float, float] = (0.5, 0.5, 0.5),
 ) -> tuple[torch.Tensor, torch.Tensor, str]:
-    """Pictures [N, H, W, 3] brought to [N, height, width, 3], a picture of how, [1, h, w, 3], and a line that says it.
+    """Pictures [N, H, W, 3] brought to [N, height, width, 3], a preview [1, h, w, 3], and a line saying what was done.
 
     fit: "crop" leaves out what is too wide or too high, "pad" adds colour, "stretch" keeps all and changes the shape.
     position, 0 (left, top) to 1: where the part that is kept lies in the picture, or the picture in the padded one.

@@ -5,7 +5,7 @@ The viewer draws the same curve: web/js/fly_curve.js repeats the formulas of thi
 The text is JSON: {"keyframes": 21, "easing": "linear", "views": [{"position": [x, y, z], "rotation": [w, x, y, z]}]}.
 Views are relative to the camera the path starts from, which comes before them and is not written: positions in its
 axes (OpenCV's: x right, y down, z forward) in units of the scene's depth, rotations camera-to-start quaternions. So the
-same text flies another picture alike.
+same text works with another picture.
 """
 
 import math
@@ -18,6 +18,7 @@ from ..files import json
 from ..files.text import shown
 from .camera_path import EASINGS, beginning, draw_path, pitch_or_guess
 from .cameras import LARGEST, Cameras, quaternion_to_rotation, rigid_inverse
+from .pictures import as_bytes
 from .pointcloud import PointCloud
 from .render import RADIUS
 
@@ -26,7 +27,7 @@ MAX_VIEWS = 64
 MAX_POSITION = 1000.0  # in units of the scene's depth
 TEXT_LIMIT = 1 << 16  # bytes
 VIEWER_POINTS = 300_000
-SHORTEST_STEP = 1e-3  # keeps two views at one place apart in time
+SHORTEST_STEP = 1e-3  # separates in time two views at the same place
 DEFAULT_PATH = (  # an orbit to the right by 24 degrees
     '{"keyframes": 21, "easing": "ease in and out", "views": ['
     '{"position": [0.20791, 0, 0.02185], "rotation": [0.99452, 0, -0.10453, 0]}, '
@@ -134,7 +135,7 @@ def fly(path: FlyPath) -> tuple[torch.Tensor, torch.Tensor]:
         + s * s * (s - 1) * step * tangent[i + 1]
     )
     half = angle[i, None] / 2
-    near = half < 1e-6  # where sin(half) says nothing, a straight line is the same
+    near = half < 1e-6  # where sin(half) vanishes, linear interpolation gives the same
     a = torch.where(near, 1 - s, ((1 - s) * half).sin() / half.sin())
     b = torch.where(near, s, (s * half).sin() / half.sin())
     rotation = a * q[i] + b * q[i + 1]
@@ -199,7 +200,7 @@ def viewer_scene(
     records = np.empty(len(points), [("position", "<f4", 3), ("color", "u1", 4)])
     records["position"] = ((points.double() @ pose[:3, :3].T + pose[:3, 3]) / depth).clamp(-LARGEST, LARGEST).numpy()
     records["color"] = 255
-    records["color"][:, :3] = (colors * 255).round().clamp(0, 255)
+    records["color"][:, :3] = as_bytes(colors)
     info |= {"count": len(points), "radius": RADIUS * spacing * math.sqrt(len(cloud) / max(len(points), 1))}
     return ViewerScene(records.tobytes(), info)
 
@@ -226,7 +227,7 @@ def plan_flight(
     assumed = ""
     if guess and start is None:
         start_pitch, assumed = pitch_or_guess(start_pitch, scene)
-    # A picture becomes no more points than the viewer takes: evenly apart, they leave the holes where they are.
+    # A picture is reduced to as many points as the viewer takes: evenly spaced, they keep the holes where they are.
     spacing = max(1.0, math.sqrt(width * height / VIEWER_POINTS)) if isinstance(scene, dict) else 1.0
     size = int(height / spacing), int(width / spacing)
     first, depth, cloud = beginning(image, lens, lens_value, scene_depth, start_pitch, scene, start, points_size=size)

@@ -30,6 +30,7 @@ from ..files.text import shown
 from . import camera_files
 from .cameras import Cameras, rigid_inverse, rotation_to_quaternion
 from .fuse import thin_by_voxels
+from .pictures import as_bytes
 from .pointcloud import PointCloud, ply_bytes, read_ply, world_mirror
 from .scene import MAX_POINTS, MAX_VIEWS, Scene, TakenPath
 
@@ -179,7 +180,7 @@ def _write_colmap(folder: Path, files, scene: Scene) -> None:
     )
     keep, _ = thin_by_voxels(scene.cloud.points, COLMAP_POINTS)
     points = scene.cloud.points[keep].tolist()
-    colors = (scene.cloud.colors[keep] * 255).round().clamp(0, 255).int().tolist()
+    colors = as_bytes(scene.cloud.colors[keep]).tolist()
     with open(folder / "points3D.txt", "w", encoding="utf-8") as file:
         file.write("# POINT3D_ID X Y Z R G B ERROR TRACK (none)\n")
         for number, ((x, y, z), (r, g, b)) in enumerate(zip(points, colors), 1):
@@ -270,7 +271,7 @@ def _read_tensors(path: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, t
                     raise ValueError(
                         f"its tensor {name} is {part.get_dtype()} {part.get_shape()}, not F32 {list(shape)}"
                     )
-                tensors[name] = file.get_tensor(name).clone()  # not mapped: the file may go
+                tensors[name] = file.get_tensor(name).clone()  # copied, not mapped: the file may be deleted
         return tensors
     except (OSError, ValueError, safetensors.SafetensorError) as error:
         raise ValueError(
@@ -397,6 +398,6 @@ def _colmap_points(path: Path) -> PointCloud:
 
 
 def stamp(folder: Path) -> list[int]:
-    """The times of change of the files that tell a folder's scene, for a cache."""
+    """The modification times of the files that a folder's scene is read from, for a cache."""
     files = [folder / name for name in (*KINDS, "scene.safetensors", "images")]
     return [path.stat().st_mtime_ns if path.exists() else 0 for path in files]

@@ -1,7 +1,7 @@
 """The cloud that grows with every clip: new frames' depth fitted to the cloud's, and the points they add to it.
 
-A depth model gives a frame's depth only up to scale and, some of them, shift. What the cloud already shows in that
-camera settles both (HY-World's and WorldStereo's global geometric memory).
+A depth model gives a frame's depth only up to scale and, for some models, shift. Both follow from the depth that the
+cloud already has in that camera (the global geometric memory of HY-World and WorldStereo).
 """
 
 import logging
@@ -26,7 +26,7 @@ SAME_SURFACE = 0.02  # relative: depths nearer to each other are one surface, wh
 SPECKLE = 0.1  # relative distance of a depth from the median of the 3x3 around it
 FIT_SCALE = 0.05  # relative error that counts in full against a guess of scale and shift
 FIT_SAMPLES, FIT_GUESSES, FIT_ROUNDS = 20_000, 512, 20
-SHIFT_GAIN = 0.7  # a shift is taken where it brings the residual below this share of that without
+SHIFT_GAIN = 0.7  # a shift is used where it reduces the residual below this share of the residual without one
 DISPARITY_GAIN = 0.25  # what is given is a disparity where that brings the residual below this share
 NEIGHBOURS, DEVIATIONS = 20, 2.0
 VOXEL_TOLERANCE, VOXEL_ROUNDS, VOXEL_BITS = 0.2, 40, 20
@@ -146,8 +146,8 @@ def fuse(
 
 
 def _seen_through(points, seen):
-    """Which of points [P, 3] at least as many frames see through as see: what moved, and errors. seen: each frame's fitted depth
-    [H, W], camera, and the relative distance within which depths are one surface."""
+    """Which of points [P, 3] at least as many frames see through as see: things that moved, and errors. seen: each
+    frame's fitted depth [H, W], its camera, and the relative distance within which depths are one surface."""
     votes = torch.zeros(len(points), dtype=torch.int32)
     for depth, w2c, K, same in seen:
         throw_exception_if_processing_interrupted()
@@ -186,8 +186,8 @@ def fit_depth(depth: torch.Tensor, target: torch.Tensor, shift: bool = True) -> 
 
     Robust: guesses from one or two pairs each, the best of them (M-estimator sample consensus, Torr and Zisserman 2000)
     refined by least squares with Tukey's weights, all on the error relative to target. The residual is its median over
-    all pairs. A shift is taken only where it brings the residual well down: on an overlap of one depth it could be
-    anything. Deterministic.
+    all pairs. A shift is used only where it clearly reduces the residual: where the overlap has a single depth, any
+    shift would fit. Deterministic.
     """
     every = torch.linspace(0, len(depth) - 1, min(len(depth), FIT_SAMPLES)).long()
     depth, target = depth[every.to(depth.device)].double().cpu(), target[every.to(target.device)].double().cpu()
@@ -293,7 +293,7 @@ def _despeckled(depth):
 
 
 def outliers(points: torch.Tensor, start: int = 0) -> torch.Tensor:
-    """Which of points[start:] [P, 3] lie off: their mean distance to their 20 nearest neighbours among all points is
+    """Which of points[start:] [P, 3] are outliers: their mean distance to their 20 nearest neighbours among all points is
     above the mean of those distances by more than 2 deviations. bool [P - start]."""
     if len(points) - start < 2 or len(points) <= NEIGHBOURS:
         return torch.zeros(len(points) - start, dtype=torch.bool)

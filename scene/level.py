@@ -4,7 +4,7 @@ import math
 
 import torch
 
-STEEPEST = 60.0  # degrees; beyond, a floor cannot be told from a wall
+STEEPEST = 60.0  # degrees; beyond, a floor cannot be distinguished from a wall
 UPRIGHT = math.sin(math.radians(15))  # |x| of a level surface's normal, where the camera is not rolled
 WINDOW = 4.0  # degrees about the commonest pitch
 ENOUGH = 0.03  # of the picture must agree
@@ -26,7 +26,7 @@ def guess_pitch(normal: torch.Tensor) -> float | None:
     bins = torch.histc(votes, bins=int(2 * STEEPEST), min=-STEEPEST, max=STEEPEST)
     width = 2 * int(WINDOW) + 1
     smooth = bins[None]
-    for _ in range(2):  # twice: one alone is as high all around a lonely bin
+    for _ in range(2):  # twice: a single pass leaves a plateau around an isolated bin
         smooth = torch.nn.functional.avg_pool1d(smooth, width, 1, width // 2)
     mode = smooth.argmax().item() + 0.5 - STEEPEST
     agreeing = votes[(votes - mode).abs() <= WINDOW]

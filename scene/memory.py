@@ -1,5 +1,5 @@
-"""What a scene's memory gives to a new path, as WorldStereo's memory bank does it: which views become references, which
-frames of a new clip are remembered, which views a path that follows or mirrors an earlier one asks for.
+"""A scene's memory, by the rules of WorldStereo's memory bank: which views become references of a new path, which
+frames of a new clip are remembered, and which views a path that follows or mirrors an earlier one prefers.
 
 All of it is geometry in float64. Boxes are taken along the axes of the world that the cameras are given in, so that the
 same cameras in a turned world may give other references.
@@ -132,7 +132,7 @@ def _standardised(values):
 
 
 def picture_quality(picture: torch.Tensor) -> float:
-    """How sharp and rich a picture (uint8 [H, W, 3]) is: 0.4 ln(1 + variance of its Laplacian) + 0.3 entropy of its
+    """How sharp and rich in detail a picture (uint8 [H, W, 3]) is: 0.4 ln(1 + variance of its Laplacian) + 0.3 entropy of its
     grey histogram in bits + 0.3 deviation / 128. Red and blue are swapped in the grey, as in WorldStereo."""
     grey = (picture.double() @ torch.tensor([0.114, 0.587, 0.299], dtype=torch.float64)).round()
     kernel = grey.new_tensor([[0, 1, 0], [1, -4, 1], [0, 1, 0]])

@@ -14,7 +14,7 @@ from .depth import points_kept
 from .pointcloud import PointCloud
 from .render import RADIUS
 
-NEARER = 2.0  # as many times as near as the start may what is seen come without gaps
+NEARER = 2.0  # how many times nearer than at the start things may come before gaps open
 
 
 def directions(height: int, width: int) -> torch.Tensor:
@@ -40,8 +40,8 @@ def points_of_panorama(geometry: dict) -> PointCloud:
 
 
 def too_coarse(panorama_width: int, camera: Cameras) -> str | None:
-    """What to say of a panorama whose points stand too far apart for renders of the (first) camera, from half as far
-    away too: their splats would leave gaps. None where it is wide enough."""
+    """A remark on a panorama whose points lie too far apart for renders of the (first) camera, also from half the
+    distance: their splats would leave gaps. None where the panorama is wide enough."""
     focal, side = camera.K[0, 0, 0].item(), min(camera.width, camera.height)
     gap = 2 * math.pi * focal / panorama_width  # pixels between points in the middle of the view
     wanted = math.ceil(2 * math.pi * focal * NEARER * math.sqrt(2) / (RADIUS * side))

@@ -11,8 +11,8 @@ from ..core import throw_exception_if_processing_interrupted
 from .cameras import thin
 
 SHAPE_TOLERANCE = 0.05  # relative, of height/width: what rounding sides to whole pixels or patches may change
-STRETCH_TOLD = 0.01  # relative: a smaller stretch is not worth a word
-MOST_PIXELS = 1 << 19  # of a render whose size nothing says
+STRETCH_TOLD = 0.01  # relative: a smaller stretch is not reported
+MOST_PIXELS = 1 << 19  # of a render without a given size
 SHEET_WIDTH = 1680  # pixels
 
 
@@ -22,10 +22,17 @@ def resize_pictures(pictures: torch.Tensor, height: int, width: int, antialias: 
     resized = torch.empty(len(pictures), height, width, 3, device=pictures.device)
     for picture, part in zip(pictures, resized):  # one by one: a batch of large ones would fill the memory
         throw_exception_if_processing_interrupted()
-        channels = picture[..., :3].movedim(-1, 0)[None].float()  # --fp16-intermediates gives what no CPU filters
+        channels = (
+            picture[..., :3].movedim(-1, 0)[None].float()
+        )  # --fp16-intermediates gives FP16 pictures, which the CPU cannot filter
         part[:] = F.interpolate(channels, (height, width), mode="bicubic", antialias=antialias)[0].movedim(0, -1)
         part.clamp_(0, 1)
     return resized
+
+
+def as_bytes(colors: torch.Tensor) -> torch.Tensor:
+    """Colours in 0..1, of any shape, as uint8 in 0..255, rounded; what lies outside is cut off."""
+    return (colors * 255).round().clamp(0, 255).byte()
 
 
 def same_shape(height: int, width: int, other_height: int, other_width: int) -> bool:
@@ -42,7 +49,7 @@ def stretch(height: int, width: int, own_height: int, own_width: int) -> str:
 
 
 def stretches(height: int, width: int, **sizes: tuple[int, int]) -> list[str]:
-    """A line for each size (height, width) that another shape, height x width, stretches, with what has it."""
+    """A line for each size (height, width) that is stretched to height x width, with the names of what has that size."""
     names: dict[tuple[int, ...], list[str]] = {}
     for name, size in sizes.items():
         names.setdefault(tuple(size), []).append(name)
@@ -85,7 +92,7 @@ def contact_sheet(frames: torch.Tensor, width: int = SHEET_WIDTH) -> torch.Tenso
     for number, frame in enumerate(frames):
         row, column = divmod(number, columns)
         corner = (column * tile_width, row * tile_height)
-        pixels = (frame[..., :3] * 255).round().clamp(0, 255).byte().cpu().numpy()
+        pixels = as_bytes(frame[..., :3]).cpu().numpy()
         sheet.paste(Image.fromarray(pixels).resize((tile_width, tile_height), Image.Resampling.LANCZOS), corner)
         place = (corner[0] + tile_width // 32, corner[1] + tile_width // 64)
         draw.text(place, str(number), fill="white", font=font, stroke_width=2, stroke_fill="black")

@@ -14,6 +14,7 @@ from ..files.atomic import new_folder
 from ..files.regular import read_regular
 from ..files.text import shown
 from .cameras import Cameras, rigid_inverse
+from .pictures import as_bytes
 
 OPENCV_TO_Y_UP = (1.0, -1.0, -1.0)  # y down, z forward to y up, z backward (glTF, three.js): half a turn about x
 PLY_LIMIT, PLY_HEADER = 512 << 20, 1 << 16  # bytes
@@ -53,7 +54,7 @@ def ply_bytes(cloud: PointCloud, y_up: bool) -> bytes:
     """The cloud as a binary PLY with 8-bit colours, in y-up axes as 3-D viewers expect, or in OpenCV's."""
     vertices = np.empty(len(cloud), [("position", "<f4", 3), ("color", "u1", 3)])
     vertices["position"] = cloud.points * torch.tensor(OPENCV_TO_Y_UP if y_up else (1.0, 1.0, 1.0))
-    vertices["color"] = (cloud.colors * 255).round().clamp(0, 255)
+    vertices["color"] = as_bytes(cloud.colors)
     header = [
         "ply",
         "format binary_little_endian 1.0",
@@ -129,7 +130,7 @@ def write_world_mirror(folder: Path, frames: torch.Tensor, cameras: Cameras, pro
     with new_folder(folder) as new:
         (new / "images").mkdir()
         for name, frame in zip(names, frames):
-            picture = (frame[..., :3] * 255).round().clamp(0, 255).byte().cpu().numpy()
+            picture = as_bytes(frame[..., :3]).cpu().numpy()
             Image.fromarray(picture).save(new / "images" / f"{name}.png")
             progress(1)
         content = world_mirror(names, rigid_inverse(cameras.w2c), cameras.K)

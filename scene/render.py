@@ -18,7 +18,7 @@ from .pictures import resize_pictures, same_shape
 from .pointcloud import PointCloud
 
 RADIUS = 0.008  # of a splat, in units in which the shorter side of the picture spans 2
-SMALLEST_PIXELS = 1.0  # a splat's radius: of less, a grid of points a pixel apart shows gaps and moiré
+SMALLEST_PIXELS = 1.0  # a splat's radius: with a smaller one, points a pixel apart show gaps and moiré
 POINTS_PER_PIXEL = 20
 BACKGROUND = (0.5, 0.5, 0.5)  # the original composites colours in -1..1 over 0
 TILE_PIXELS = 1 << 16  # pixels composited at a time
@@ -26,7 +26,7 @@ CHUNK_POINTS = 1 << 22  # points projected at a time
 MOST_PIXELS = 1 << 23  # of one frame: 4K, 3840x2160
 RENDER_LIMIT = 4 << 30  # bytes of all frames of a render
 FRAME_PIXEL = 16  # bytes: three colours and the hole, in float32
-CHUNK_CELLS = 1 << 22  # pixels that points may cover, looked at at a time; with the tile, this bounds the memory
+CHUNK_CELLS = 1 << 22  # pixels covered by points that are processed at once; with the tile, this bounds the memory
 
 
 def render_start(
@@ -47,8 +47,8 @@ def render_start(
     """The render and holes for a picture [1, H, W, C] that the first camera took, and the points they show.
 
     scene: core's MOGE_GEOMETRY, a grey depth picture (`depth.depth_of_picture`), or the points themselves. The first
-    frame is the picture, without holes. The trained radius grows at sizes where it is less than SMALLEST_PIXELS; any
-    other is taken as it is. Raises ValueError for more than one picture and for unusable depth.
+    frame is the picture, without holes. The trained radius is enlarged where it is less than SMALLEST_PIXELS; any other
+    radius is used as it is. Raises ValueError for more than one picture and for unusable depth.
     """
     if len(image) != 1:
         raise ValueError(f"image holds {len(image)} pictures; WorldStereo starts from one.")

@@ -40,7 +40,7 @@ def cast(origin: torch.Tensor, rays: torch.Tensor) -> tuple[torch.Tensor, torch.
     point = origin + rays * distance[:, None]
     to_lamp = point.new_tensor(LAMP) - point
     towards = torch.nn.functional.normalize(to_lamp, dim=1)
-    # A hair off the surface, so that it does not shade itself.
+    # Slightly off the surface, so that it does not shade itself.
     lit = _trace(point + 1e-6 * normal, to_lamp)[0] >= 1
     light = AMBIENT + (1 - AMBIENT) * lit * (normal * towards).sum(1).clamp(0, 1)
     return distance, normal, (_paint(point, normal, hit) * light[:, None]).clamp(0, 1)

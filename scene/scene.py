@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from .cameras import Cameras
+from .pictures import as_bytes
 from .pointcloud import PointCloud
 
 MAX_VIEWS = 1000  # of 832x480: 1.2 GB of pictures, and 1.6 GB of depths where all have them
@@ -123,7 +124,7 @@ class Scene:
 
 def to_bytes(pictures: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Pictures [N, H, W, C] in 0..1 as a scene keeps them: N of uint8 [H, W, 3]."""
-    return tuple((pictures[..., :3].float().cpu() * 255).round().clamp(0, 255).byte().unbind())
+    return tuple(as_bytes(pictures[..., :3].float().cpu()).unbind())
 
 
 def _check_names(kind: str, names):

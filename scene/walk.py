@@ -1,4 +1,4 @@
-"""A path through a scene: what its cameras see of the cloud, what memory gives them, and what is kept of the result."""
+"""A path through a scene: the render of the cloud, the references from memory, and what is kept of the result."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ ASK_NOTHING, ASK_SPARSELY, ASK_OFTEN, ASK_MIRRORED = ASKING = (
 
 @dataclass(frozen=True)
 class Outlook:
-    """What a path finds. video [N, H, W, 3] in 0..1 and holes [N, H, W]: the cloud seen by each camera, the first frame
+    """A path's render and references. video [N, H, W, 3] in 0..1 and holes [N, H, W]: the cloud seen by each camera, the first frame
     being the picture. views: the scene's views that are its references, with the pictures [R, H, W, 3] and ref_index of
     each."""
 
@@ -52,10 +52,10 @@ def look_along(
     keyframes: how many of the cameras the model takes (`Cameras.thinned`, as the conditioning takes them). References
     are chosen for these, so that ref_index numbers what the model is given. WorldStereo's own retrieval takes every
     fourth camera of a longer path, which is the same for its 81 cameras and 21 keyframes; with 41 or 161 every fourth
-    would be others than the model's keyframes. references: at most so many.
+    would be others than the model's keyframes. references: at most how many.
     ask: one of ASKING, ask_path: the earlier path it means, or empty for the last one. embed takes pictures
-    [B, H, W, 3] in 0..1 to embeddings [B, D]; it is called where more than `references` views were chosen. radius: of a point, as in
-    `render.render_start`.
+    [B, H, W, 3] in 0..1 to embeddings [B, D]; it is called where more than `references` views were chosen. radius: of a point,
+    as in `render.render_start`.
     """
     if len(cameras) < 2:
         raise ValueError("cameras holds one camera; a path needs at least 2.")

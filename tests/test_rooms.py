@@ -14,7 +14,7 @@ ROOMS = {
     "fp8": ("files", "core"),
     "scene": ("files", "core"),
     "worldstereo": ("files", "core", "remap", "fp8", "scene"),
-    "loaders": ("files", "core", "remap", "fp8", "worldstereo"),
+    "loaders": ("files", "core", "remap", "fp8", "scene", "worldstereo"),
     "comfy_nodes": ("files", "core", "remap", "fp8", "scene", "worldstereo", "loaders"),
     "nodes": ("files", "core", "comfy_nodes"),
 }
