@@ -8,10 +8,12 @@ from pathlib import Path
 import comfy.cli_args
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from test_workflow import PLACEHOLDERS
 from web_page import open_workflow, page_of
 from worldstereo_fp8.demo import job, scene, server
+from worldstereo_fp8.scene.cameras import rigid_inverse
 from worldstereo_fp8.scene.folder import read_scene
 
 pytestmark = pytest.mark.page
@@ -90,6 +92,21 @@ def test_explore_a_picture_and_go_on_from_the_saved_scene(comfyui):
     assert more.names[: len(found)] == found.names
     last = found.cameras.w2c[found.paths[-1].views[-1]]
     assert (more.paths[-1].cameras.w2c[0] - last).abs().max() < 1e-6  # it starts where the last path ended
+
+    # The same with a path that is flown: one view, a step to the left.
+    prompt = opened(comfyui, "continue_scene")
+    flown = next(node for node in prompt.values() if node["class_type"] == "WorldStereoCameraPath")
+    view = {"position": [-0.1, 0, 0], "rotation": [1, 0, 0, 0]}
+    flown["class_type"] = "WorldStereoFlyPath"
+    flown["inputs"] = {name: flown["inputs"][name] for name in ("image", "scene", "start", "lens", "lens_value")}
+    flown["inputs"] |= {"path": json.dumps({"keyframes": 6, "views": [view]}), "scene_depth": 10.0, "start_pitch": 0.0}
+    run_small(comfyui, prompt)
+    more, _ = read_scene(comfyui.base / "output" / "worldstereo" / "scene_00003_")
+    cameras = more.paths[-1].cameras
+    assert len(cameras) == 6 and (cameras.w2c[0] - last).abs().max() < 1e-6
+    torch.testing.assert_close(
+        (cameras.w2c[-1] @ rigid_inverse(last))[:3, 3], torch.tensor([1.0, 0, 0]), atol=1e-4, rtol=0
+    )
 
 
 def test_explore_a_panorama(comfyui):
