@@ -107,3 +107,14 @@ def test_two_threads_do_not_disturb_each_other():
         thread.join()
     assert not errors
     assert flags() == before
+
+
+def test_fewer_queries_than_keys_by_hand(ours):
+    """Each head is a slice of the channels; values have as many tokens as keys, the result as many as queries."""
+    q, k, v = torch.randn(2, 5, 64), torch.randn(2, 9, 64), torch.randn(2, 9, 64)
+    out = prefer_cudnn(core.attention_pytorch.__wrapped__, q, k, v, 4)
+    assert len(ours) == 1 and out.shape == q.shape
+    for head in range(4):
+        part = slice(16 * head, 16 * (head + 1))
+        weights = (q[..., part] @ k[..., part].mT / 4).softmax(-1)
+        assert torch.allclose(out[..., part], weights @ v[..., part], atol=1e-5)

@@ -313,6 +313,7 @@ def lora(naming: str, layers=LAYERS) -> tuple[dict, dict]:
         name, ends = {
             "kohya": ("lora_unet_" + layer.replace(".", "_"), ("lora_down", "lora_up")),
             "kohya, diffusers layers": ("lora_unet_" + diffusers.replace(".", "_"), ("lora_down", "lora_up")),
+            "lycoris": ("lycoris_" + diffusers.replace(".", "_"), ("lora_down", "lora_up")),
             "native": (f"diffusion_model.{layer}", ("lora_A", "lora_B")),
             "diffusers": (f"transformer.{diffusers}", ("lora_A", "lora_B")),
         }[naming]
@@ -328,7 +329,7 @@ def test_a_lora_on_a_model_with_modules_of_others(files):
     assert len(patched.patches) == len(LAYERS)
 
 
-@pytest.mark.parametrize("naming", ["kohya", "kohya, diffusers layers", "native", "diffusers"])
+@pytest.mark.parametrize("naming", ["kohya", "kohya, diffusers layers", "lycoris", "native", "diffusers"])
 @pytest.mark.parametrize("kind", ["fp8", "bf16"])
 def test_lora(naming, kind, files, tmp_path):
     """Against the same differences added to the file's weights."""
@@ -559,3 +560,28 @@ def test_what_is_not_distilled_is_sampled_at_whole_timesteps(model_type, whole, 
     sample(patcher, conditioning(0), conditioning(1))
     assert len(set(seen)) == 4
     assert all(t == int(t) for t in seen) == whole
+
+
+def test_the_memory_estimate_term_by_term(files, monkeypatch):
+    """Bytes in FP32 with upcast weights, from the toy's sizes: 3 frames of 3x4 tokens, 2 references, a second sample."""
+    monkeypatch.setattr(comfy_model, "pytorch_attention_flash_attention", lambda: True)
+    model = load(files["fp8"]).model
+    monkeypatch.setattr(type(model.diffusion_model.blocks[0].self_attn.q), "arithmetic", lambda *_: comfy_model.UPCAST)
+    monkeypatch.setattr(type(model), "get_dtype_inference", lambda *_: torch.float32)
+    config, shape = model.diffusion_model.config, (1, 16, 3, 6, 8)
+    dim, control, layers = config.dim, config.control_dim, config.num_layers
+    rope = 8 * (dim // config.num_heads + control // config.control_num_heads)
+    alone, second = model.memory_required(shape), model.memory_required((2, *shape[1:]))
+    pixels = comfy_model.MASK_CAM_CHANNELS * 3 * config.mask_downsample * 64 * 6 * 8
+    prompt = 2 * layers * (512 + 257) * dim
+    assert second - alone == 4 * (36 * dim + 36 * control + pixels + prompt)
+    references = {"reference_latent": [(1, 16, 1, 6, 8), (1, 16, 2, 6, 8)]}  # the most that a sample has
+    assert model.memory_required(shape, references) - alone == 24 * (3 * dim * 4 + rope) + 24 * dim * 4
+    fixed = comfy_model.WORKSPACE + (2 * comfy_model.UPCAST_QUERIES * dim + dim**2) * 4
+    assert alone == fixed + 36 * (3 * dim * 4 + rope) + (second - alone)
+
+
+def test_a_condition_alone_in_its_batch_is_not_copied():
+    condition = comfy_model.OnDevice(torch.randn(1, 3))
+    assert condition.concat([]) is condition.cond
+    assert condition.concat([comfy_model.OnDevice(torch.ones(1, 3))]).shape == (2, 3)

@@ -286,3 +286,10 @@ def test_a_plain_ksampler_takes_the_same_sigmas():
     model = load_worldstereo(GOLDEN / "memory_dmd.weights.safetensors")
     sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", 4)
     assert torch.allclose(sigmas, dmd_sigmas(WorldStereoConfig()), atol=1e-6, rtol=0)
+
+
+def test_a_mask_of_exactly_one_half_is_a_hole(vae):
+    given = inputs() | {"mask": torch.zeros(5, 40, 64)}
+    given["mask"][1:], given["mask"][3:] = 0.5, 0.49
+    values, _ = condition(CONFIG, vae, **given)
+    assert values["render_mask"][0, 0].mean((1, 2)).tolist() == [0, 1, 1, 0, 0]

@@ -11,7 +11,7 @@ import torch
 from comfy.quant_ops import QuantizedTensor
 from comfy_extras import nodes_model_merging
 from toy import GOLDEN, comfy_style, cooked, golden_inputs, golden_weights, native, relative_error, run, save, source
-from worldstereo_fp8 import remap
+from worldstereo_fp8 import loaders, remap
 from worldstereo_fp8.fp8.recipe import quantise_weight, scale_name
 from worldstereo_fp8.loaders import load_worldstereo
 from worldstereo_fp8.worldstereo.config import WorldStereoConfig, config_content, read_config
@@ -378,3 +378,19 @@ def test_one_log_line_says_what_was_chosen_and_why(tmp_path, caplog):
     lines = [record.message for record in caplog.records if record.message.startswith("m.safetensors")]
     assert len(lines) == 1
     assert "worldstereo-memory-dmd" in lines[0] and "upcast" in lines[0] and "cpu has no FP8 matmul" in lines[0]
+
+
+@pytest.mark.parametrize("free, streamed", [(4e9, False), (4e9 - 1, True), (3e9, True)])
+def test_the_memory_line_tells_of_streaming_only_where_less_is_free_than_needed(monkeypatch, free, streamed):
+    class Model:
+        def memory_required(self, latent, references):
+            assert latent[0] == 1 and references["reference_latent"][0][2] == loaders.REFERENCES
+            return 1e9
+
+    monkeypatch.setattr(loaders, "resident_bytes", lambda model: 3e9)
+    monkeypatch.setattr(loaders, "get_free_memory", lambda device: free)
+    line = loaders._memory(Model(), WorldStereoConfig(), "cuda")
+    assert "takes about 4.0 GB" in line and f"{free / 1e9:.1f} GB are free" in line
+    assert ("will be streamed" in line) == streamed
+    if free == 3e9:
+        assert "About 1.0 GB" in line
