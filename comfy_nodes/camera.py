@@ -1,7 +1,5 @@
 """Camera paths and point-cloud renders."""
 
-import logging
-
 from comfy_api.latest import io, ui
 
 from ..core import ProgressBar, get_torch_device
@@ -20,7 +18,7 @@ from ..scene.camera_path import (
     plan_path,
 )
 from ..scene.depth import DEPTH_PICTURES
-from ..scene.panorama import points_of_panorama, too_coarse, view_of_panorama
+from ..scene.panorama import not_whole, points_of_panorama, too_coarse, view_of_panorama
 from ..scene.pictures import stretches, within
 from ..scene.render import POINTS_PER_PIXEL, RADIUS, check_size, render_start, summary
 from ..worldstereo.comfy_model import config_of
@@ -421,10 +419,10 @@ class WorldStereoPanorama(io.ComfyNode):
         check_size(1, height, width)
         camera = pinhole(width, height, focal_length(LENSES[1], fov, width), yaw, pitch)
         cloud = points_of_panorama(moge_geometry)
-        if warning := too_coarse(moge_geometry["image"].shape[2], camera):
-            logging.warning("WorldStereo Panorama: %s.", warning)
-            show_on_node(cls, warning)
-        return io.NodeOutput(view_of_panorama(moge_geometry["image"], camera), cloud, camera)
+        panorama = moge_geometry["image"]
+        remarks = [not_whole(*panorama.shape[1:3]), too_coarse(panorama.shape[2], camera)]
+        show_on_node(cls, f"{len(cloud):,} points", [remark for remark in remarks if remark])
+        return io.NodeOutput(view_of_panorama(panorama, camera), cloud, camera)
 
 
 NODES = [WorldStereoLoadCamera, WorldStereoCameraPath, WorldStereoRender, WorldStereoPanorama]

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import os
 from collections.abc import Callable
 from pathlib import Path, PureWindowsPath
 
@@ -74,6 +75,14 @@ def prefix_of(filename_prefix: str) -> str:
     root = "/" if filename_prefix.startswith(("/", "\\")) else ""  # which core refuses
     parts = [part for part in filename_prefix.replace("\\", "/").split("/") if part.strip() not in ("", ".")]
     return root + "/".join(parts) or "worldstereo"
+
+
+def check_prefix(name: str, prefix: str) -> None:
+    """Raises ValueError, naming the input, for a prefix that leads outside the output folder."""
+    output = os.path.abspath(folder_paths.get_output_directory())
+    place = os.path.abspath(os.path.join(output, prefix_of(prefix)))
+    if not Path(place).is_relative_to(output):
+        raise ValueError(f"{name}: {shown(prefix)} leads outside the output folder.")
 
 
 def save_output(filename_prefix: str, suffix: str, write: Callable[[Path], None]) -> tuple[Path, str]:

@@ -7,6 +7,7 @@ from ..scene.depth import DEPTH_PICTURES, depths_of_moge
 from ..scene.explore import LAST, LISTS, OWN_LIST, read_walks
 from ..scene.fuse import POINTS_LIMIT
 from ..scene.memory import REFERENCES
+from ..scene.panorama import not_whole
 from ..scene.pictures import stretches, within
 from ..scene.render import RADIUS, summary
 from ..scene.scene import MAX_POINTS
@@ -16,6 +17,7 @@ from ..worldstereo.comfy_model import config_of
 from ..worldstereo.conditioning import References, keyframe_size
 from ..worldstereo.config import WorldStereoConfig
 from .common import CATEGORY, Cameras, MoGeGeometry, MoGeModel, Points, Scene, SceneReferences, show_on_node
+from .files import check_prefix
 from .limits import checked
 
 
@@ -105,7 +107,8 @@ class WorldStereoStartScene(io.ComfyNode):
             size = VIEW_SIZE[::-1] if panorama else image.shape[1:3]
             height, width = within(*size) if model is None else keyframe_size(config_of(model), *size)
         if panorama:
-            scene, remarks = scene_of_panorama(depth, width, height), []
+            scene = scene_of_panorama(depth, width, height)
+            remarks = [remark] if (remark := not_whole(*depth["image"].shape[1:3])) else []
         else:
             scene = scene_of_picture(image, depth, camera, depth_picture, near, far, width, height)
             remarks = stretches(height, width, image=image.shape[1:3])
@@ -392,6 +395,8 @@ class WorldStereoExploreScene(io.ComfyNode):
     @classmethod
     @checked
     def execute(cls, paths, own_list, stop_after, noise_seed, **inputs) -> io.NodeOutput:
+        for name in ("video_prefix", "scene_prefix"):  # before the work, not when it is saved
+            check_prefix(name, inputs[name].strip())
         walks = read_walks(own_list if paths == OWN_LIST else LISTS[paths])
         walks = walks[: stop_after or len(walks)]
         graph = GraphBuilder()

@@ -26,11 +26,14 @@ OPENGL_TO_OPENCV = torch.diag(torch.tensor([1.0, -1.0, -1.0, 1.0], dtype=torch.f
 
 
 def files_of(path: Path) -> list[Path]:
-    """The files that `read_cameras` reads for a path: itself and, for COLMAP's images.txt, the cameras.txt beside it."""
+    """The files that `read_cameras` reads for a path: itself and, for COLMAP's images.txt, the cameras.txt beside it,
+    in letters of any case; the one written alike goes first."""
     intrinsics = path.with_name(re.sub("images", _cameras_written_alike, path.name, flags=re.IGNORECASE))
-    return (
-        [path, intrinsics] if path.suffix.lower() == ".txt" and intrinsics != path and intrinsics.is_file() else [path]
-    )
+    if path.suffix.lower() != ".txt" or intrinsics == path:
+        return [path]
+    beside = [entry for entry in path.parent.iterdir() if entry.name.lower() == intrinsics.name.lower()]
+    beside = [entry for entry in (intrinsics, *sorted(beside)) if entry.is_file()]
+    return [path, *beside[:1]]
 
 
 def _cameras_written_alike(images: re.Match) -> str:

@@ -14,6 +14,7 @@ from .depth import points_kept
 from .pointcloud import PointCloud
 from .render import RADIUS
 
+WHOLE = 0.01  # by how much of its width a panorama may differ from twice its height
 NEARER = 2.0  # how many times nearer than at the start things may come before gaps open
 
 
@@ -50,6 +51,16 @@ def too_coarse(panorama_width: int, camera: Cameras) -> str | None:
     return (
         f"the panorama is {panorama_width} pixels wide: in this view its points stand {gap:.1f} pixels apart, and gaps "
         f"open as the camera comes near. About {math.ceil(wanted / 64) * 64} wide would do: enlarge it before MoGe"
+    )
+
+
+def not_whole(height: int, width: int) -> str | None:
+    """What to say of a panorama that is not twice as wide as high, which is read as if it were. None for one that is."""
+    if abs(width - 2 * height) <= max(1, WHOLE * width):
+        return None
+    return (
+        f"the panorama is {width}x{height} and read as if it showed all around: it is stretched. A whole one is twice as "
+        f"wide as high: {2 * height} wide would do at this height; pad or crop it before MoGe"
     )
 
 

@@ -1,9 +1,11 @@
 """What one picture, number or file can cost: memory beside the result, and time, whatever the inputs say."""
 
 import json
+import os
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,12 +14,14 @@ import pytest
 import torch
 from fuzz.inputs import cameras, geometry, nodes, vae
 from worldstereo_fp8.comfy_nodes import camera, fly, limits, save, show
+from worldstereo_fp8.comfy_nodes import model as model_nodes
 from worldstereo_fp8.comfy_nodes import scene as scene_nodes
 from worldstereo_fp8.files import json as bounded_json
 from worldstereo_fp8.scene.camera_files import read_cameras
 from worldstereo_fp8.scene.cameras import MAX_CAMERAS, Cameras
 from worldstereo_fp8.scene.depth import DEPTH_PICTURES
-from worldstereo_fp8.scene.explore import read_walks
+from worldstereo_fp8.scene.explore import LISTS, read_walks
+from worldstereo_fp8.scene.panorama import not_whole
 from worldstereo_fp8.scene.pointcloud import PointCloud
 from worldstereo_fp8.scene.render import RENDER_LIMIT, render
 
@@ -82,6 +86,86 @@ def test_every_node_is_checked(node):
 def test_an_input_is_refused_by_name(node, inputs, message):
     with pytest.raises(ValueError, match=message):
         run(node, **inputs)
+
+
+def test_a_camera_file_whose_name_is_not_utf_8(tmp_path, monkeypatch):
+    """A message that holds the name as it is could not be logged, which ends the worker of ComfyUI."""
+    (tmp_path / "good.json").write_text("{}")
+    with open(os.fsencode(tmp_path) + b"/bad\xff.json", "w") as file:
+        file.write("{}")
+    monkeypatch.setattr("folder_paths.get_input_directory", lambda: str(tmp_path))
+    assert declared(camera.WorldStereoLoadCamera, "camera").options == ["good.json"]
+    for work in (partial(run, camera.WorldStereoLoadCamera), camera.WorldStereoLoadCamera.fingerprint_inputs):
+        with pytest.raises(ValueError, match=r"camera.*bad\\+udcff.json") as caught:
+            work(camera="bad\udcff.json")
+        assert str(caught.value).isprintable() and str(caught.value).encode()
+
+
+@pytest.mark.parametrize(
+    ("images", "intrinsics"),
+    [("images.txt", "cameras.txt"), ("Images.txt", "cameras.txt"), ("images.txt", "Cameras.TXT"),
+     ("a_IMAGES.txt", "A_cameras.txt"), ("1_images.TXT", "1_Cameras.txt")],
+)  # fmt: skip
+def test_a_colmap_pair_of_different_case(images, intrinsics, tmp_path):
+    (tmp_path / images).write_text("1 1 0 0 0 0 0 0 1 a.png\n\n")
+    with pytest.raises(ValueError, match=f"{images}. .*cameras.txt"):
+        read_cameras(tmp_path / images)
+    (tmp_path / "other_cameras.txt").write_text("")
+    (tmp_path / intrinsics).write_text("1 PINHOLE 32 24 30 30 16 12\n")
+    assert len(read_cameras(tmp_path / images)[0]) == 1
+
+
+@pytest.mark.parametrize("name", ["positive", "negative"])
+@pytest.mark.parametrize("value", [None, [], "x", [["x", {}]], [[torch.zeros(1, 2, 8)]]])
+def test_the_prompts_are_looked_at_before_anything_is_encoded(name, value, monkeypatch):
+    from fuzz.inputs import model
+
+    class Encoded(Exception):
+        pass
+
+    def encode(pixels):
+        raise Encoded
+
+    stub = vae()
+    monkeypatch.setattr(stub, "encode", encode)
+    prompt = [[torch.zeros(1, 2, 8), {}]]
+    inputs = dict(
+        model=model(), positive=prompt, negative=prompt, vae=stub, image=IMAGE, render_video=IMAGE,
+        render_mask=torch.ones(1, 24, 32), cameras=cameras(1),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=f"^{name} is "):
+        run(model_nodes.WorldStereoConditioning, **(inputs | {name: value}))
+    with pytest.raises(Encoded):  # with good ones it comes to that
+        run(model_nodes.WorldStereoConditioning, **inputs)
+
+
+@pytest.mark.parametrize("name", ["video_prefix", "scene_prefix"])
+@pytest.mark.parametrize("prefix", ["../x", "/x", "a/../../x", "..\\x", ".."])
+def test_an_exploration_outside_the_output_folder_does_not_start(name, prefix):
+    links = ("scene", "model", "positive", "negative", "vae", "sampler", "sigmas")
+    inputs = {key: ["1", 0] for key in links} | dict(
+        paths=next(iter(LISTS)), own_list="", stop_after=1, keyframes=5, references=4, noise_seed=0, cfg=1.0,
+        video_prefix="", scene_prefix="",
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=f"^{name}: .* leads outside the output folder"):
+        run(scene_nodes.WorldStereoExploreScene, **(inputs | {name: prefix}))
+    assert run(scene_nodes.WorldStereoExploreScene, **(inputs | {name: "a/b"})).expand
+
+
+def test_a_panorama_that_is_not_twice_as_wide_as_high_is_told(caplog):
+    height, width = 64, 96
+    depth = torch.rand(1, height, width) + 1
+    panorama = {"depth": depth, "mask": depth > 0, "image": torch.rand(1, height, width, 3)}
+    start = dict(depth_picture=DEPTH_PICTURES[0], near=1.0, far=10.0, width=64, height=48)
+    view = dict(yaw=0.0, pitch=0.0, fov=75.0, width=64, height=48)
+    for name, work in (
+        ("Start Scene", lambda: run(scene_nodes.WorldStereoStartScene, image=panorama["image"], depth=panorama, **start)),
+        ("Panorama", lambda: run(camera.WorldStereoPanorama, moge_geometry=panorama, **view)),
+    ):  # fmt: skip
+        caplog.clear()
+        work()
+        assert f"WorldStereo {name}: the panorama is 96x64" in caplog.text and "128 wide would do" in caplog.text
+    assert not_whole(64, 128) is None and not_whole(960, 1925) is None and not_whole(960, 2000)
 
 
 def declared(node, name):
