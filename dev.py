@@ -5,7 +5,7 @@
     python dev.py lint                                               run ruff and mypy, without ComfyUI
     python dev.py start [ComfyUI arguments]                          start ComfyUI with this pack and open its page
     python dev.py bench [benchmark arguments]                        run the benchmarks
-    python dev.py fuzz  [--count N] [--seed N] [class ...]           try hostile files, with a table of what became of them
+    python dev.py fuzz  [--count N] [--seed N] [class ...]           try hostile files, with a table of the outcomes
 
 Each first sets up `.dev/`: a virtual environment in `.dev/venv` and ComfyUI in `.dev/ComfyUI`, with this checkout
 linked into its custom_nodes. A ComfyUI of yours is used instead if COMFYUI_PATH names it or if this checkout lies in

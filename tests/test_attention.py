@@ -1,4 +1,4 @@
-"""Which attention runs: PyTorch's, told to prefer cuDNN, or the one its user chose."""
+"""Which attention runs: PyTorch's, asked to prefer cuDNN, or the one its user chose."""
 
 import threading
 
@@ -14,7 +14,7 @@ OVERRIDE = {"optimized_attention_override": prefer_cudnn}
 
 @pytest.fixture
 def ours(monkeypatch):
-    """Counts the calls that are told to prefer cuDNN."""
+    """Counts the calls that are asked to prefer cuDNN."""
     calls = []
 
     def kernel(*args, **kwargs):

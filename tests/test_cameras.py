@@ -1,4 +1,4 @@
-"""Cameras, camera.json, and what the model is told of a path: equal to the original model's inputs."""
+"""Cameras, camera.json, and the model's inputs computed from a path: equal to the original model's inputs."""
 
 import json
 from pathlib import Path

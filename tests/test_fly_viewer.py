@@ -265,7 +265,7 @@ def test_flying(comfyui, mode):
 
 
 def test_keys_without_the_focus_are_the_pages(comfyui):
-    """And bad text is told in the viewer."""
+    """And the viewer reports bad text."""
     errors = []
     with fly_page(comfyui, errors) as page:
         page.mouse.click(1800, 1200)  # the empty graph

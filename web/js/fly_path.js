@@ -74,7 +74,7 @@ app.registerExtension({
       showScene() {
         viewer.say("Running…");
         app.queuePrompt(0, 1, [executionId(node)]).then(
-          () => Object.keys(app.lastNodeErrors ?? {}).length && viewer.say(""), // refused: the page tells why
+          () => Object.keys(app.lastNodeErrors ?? {}).length && viewer.say(""), // refused: the page says why
           (error) => viewer.say(error.message),
         );
       },
@@ -120,7 +120,7 @@ app.registerExtension({
   },
 
   setup() {
-    // Whatever becomes of a run, viewers stop saying that it runs; where it fails, the page tells why.
+    // However a run ends, viewers stop saying that it runs; where it fails, the page says why.
     for (const event of ["execution_success", "execution_error", "execution_interrupted"]) {
       api.addEventListener(event, () => {
         for (const viewer of viewers) viewer.say("");

@@ -32,7 +32,7 @@ const FRAGMENT = `#version 300 es
     result = shade;
   }`;
 
-export const restored = new EventTarget(); // tells that a lost context is back
+export const restored = new EventTarget(); // signals that a lost context is back
 
 export class Renderer {
   constructor() {

@@ -69,7 +69,7 @@ export class FlyViewer {
     this.host = host;
     this.path = null; // null where the text is bad
     this.memory = { scene: EMPTY_SCENE, camera: START, chosen: 0, focused: false, speed: SPEEDS.default };
-    this.held = new Set(); // keys that are down
+    this.pressed = new Set(); // keys that are down
     this.frame = null; // the keyframe that is shown, null while flying
     this.holes = [];
     this.build();
@@ -164,10 +164,10 @@ export class FlyViewer {
   listen() {
     const { root, canvas } = this;
     root.addEventListener("keydown", (event) => this.onKeyDown(event));
-    root.addEventListener("keyup", (event) => this.held.delete(event.code));
+    root.addEventListener("keyup", (event) => this.pressed.delete(event.code));
     root.addEventListener("focusin", () => { this.memory.focused = true; });
     root.addEventListener("focusout", () => {
-      this.held.clear();
+      this.pressed.clear();
       if (root.isConnected) this.memory.focused = false; // not where the node is only made anew
     });
     for (const type of ["pointerdown", "mousedown", "dblclick"]) {
@@ -183,7 +183,7 @@ export class FlyViewer {
   dispose() {
     this.resizing.disconnect();
     restored.removeEventListener("restored", this.onRestored);
-    this.held.clear();
+    this.pressed.clear();
     this.stopPlaying();
     clearTimeout(this.settling);
     this.disposed = true;
@@ -354,7 +354,7 @@ export class FlyViewer {
     if (/^(TEXTAREA|SELECT)$/.test(event.target.tagName) || event.target.type === "number") return;
     const { code } = event;
     if (code in WAYS || (code in TURNS && event.target.type !== "range")) {
-      this.held.add(code);
+      this.pressed.add(code);
       this.haste = event.shiftKey;
       this.startMoving();
     } else if (code === "Enter" && event.target === this.root) this.addView();
@@ -370,7 +370,7 @@ export class FlyViewer {
     this.moving = true;
     let before = performance.now();
     const step = (now) => {
-      if (!this.held.size || this.disposed) {
+      if (!this.pressed.size || this.disposed) {
         this.moving = false;
         return;
       }
@@ -385,7 +385,7 @@ export class FlyViewer {
   moveFor(seconds) {
     const far = seconds * this.unitsPerSecond() * (this.haste ? HASTE : 1);
     let way = [0, 0, 0], lift = 0, yaw = 0, pitch = 0;
-    for (const code of this.held) {
+    for (const code of this.pressed) {
       if (code in TURNS) [yaw, pitch] = [yaw + TURNS[code][0], pitch + TURNS[code][1]];
       else if (code === "KeyE") lift += 1;
       else if (code === "KeyQ") lift -= 1;
@@ -517,7 +517,7 @@ export class FlyViewer {
     }
     if (this.frame === null) this.drawPath(context);
     this.drawStrip();
-    this.tell();
+    this.showStatus();
   }
 
   // Where a point is in the shown picture, 0..1 on both axes, or null behind the camera.
@@ -586,7 +586,7 @@ export class FlyViewer {
     });
   }
 
-  tell() {
+  showStatus() {
     const { scene } = this.memory;
     const percent = (share) => `${Math.round(100 * share)} % holes`;
     let status = "";
@@ -620,7 +620,7 @@ export class FlyViewer {
       if (k === cameras.length) return;
       this.holes.push(k ? sharedRenderer().holes(scene, cameras[k], scene.width / 2, scene.height / 2) : 0);
       this.drawStrip();
-      this.tell();
+      this.showStatus();
       this.settling = setTimeout(next);
     };
     this.settling = setTimeout(next, SETTLE);
