@@ -1,5 +1,7 @@
 """A scene that remembers: start it, render a path, add the generated frames, continue, explore it by a list of paths."""
 
+import math
+
 from comfy_api.latest import io, ui
 
 from ..core import GraphBuilder, ProgressBar, get_torch_device
@@ -283,6 +285,10 @@ class WorldStereoContinue(io.ComfyNode):
                 io.Image.Output(display_name="image", tooltip="The start picture."),
                 Cameras.Output(display_name="camera", tooltip="For start of WorldStereo Camera Path."),
                 Points.Output(display_name="points", tooltip="For scene of WorldStereo Camera Path."),
+                io.Float.Output(
+                    display_name="fov",
+                    tooltip="The camera's horizontal field of view in degrees, for fov_x_degrees of Run MoGe Inference.",
+                ),
             ],
             hidden=[io.Hidden.unique_id],
         )
@@ -292,8 +298,9 @@ class WorldStereoContinue(io.ComfyNode):
     def execute(cls, scene, view) -> io.NodeOutput:
         number = go_on(scene, view.strip())
         picture = scene.picture(number)
+        fov = math.degrees(2 * math.atan(scene.cameras.width / 2 / scene.cameras.K[number, 0, 0].item()))
         show_on_node(cls, f"{scene.names[number]}, one of {len(scene)} views")
-        return io.NodeOutput(picture, scene.cameras[number], scene.cloud, ui=ui.PreviewImage(picture, cls=cls))
+        return io.NodeOutput(picture, scene.cameras[number], scene.cloud, fov, ui=ui.PreviewImage(picture, cls=cls))
 
 
 class WorldStereoExploreScene(io.ComfyNode):
@@ -501,7 +508,7 @@ class WorldStereoExploreScene(io.ComfyNode):
                 moge_model=moge_model,
                 image=images,
                 resolution_level=9,
-                fov_x_degrees=0.0,
+                fov_x_degrees=start(3),  # the path keeps its start's lens
                 batch_size=4,
                 force_projection=True,
                 apply_mask=True,

@@ -76,7 +76,7 @@ class WorldStereoLoadScene(io.ComfyNode):
     @classmethod
     @checked
     def execute(cls, folder) -> io.NodeOutput:
-        scene, kind = read_scene(scene_folder(folder))
+        scene, kind = read_scene(scene_folder(folder), ProgressBar(1).update_absolute)
         deep = sum(depth is not None for depth in scene.depths)
         show_on_node(
             cls, f"{len(scene)} views, {deep} with depth, {len(scene.cloud):,} points, {len(scene.paths)} paths\n{kind}"

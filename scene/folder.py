@@ -65,12 +65,13 @@ def write_scene(folder: Path, scene: Scene, progress: Callable[[int], None] = la
         _write_colmap(new / "sparse" / "0", files, scene)
 
 
-def read_scene(folder: Path, progress: Callable[[int], None] = lambda views: None) -> tuple[Scene, str]:
+def read_scene(folder: Path, progress: Callable[[int, int], None] = lambda done, total: None) -> tuple[Scene, str]:
     """The scene of a folder and, in words, what it was read as. A scene that `write_scene` wrote comes back exact.
 
     Else, a folder with WorldMirror's cameras.json (or one of name: {extrinsic, intrinsic}), nerfstudio's
     transforms.json, or COLMAP's text model, and the pictures beside it or in images/: views without depth, and the
-    points of points3D.txt or a PLY where there are any. Raises ValueError, naming the file and what to do.
+    points of points3D.txt or a PLY where there are any. progress(done, total) is called with bytes of pictures and
+    points. Raises ValueError, naming the file and what to do.
     """
     folder = Path(folder)
     kind = next((kind for kind in KINDS if (folder / kind).is_file()), None)
@@ -84,15 +85,17 @@ def read_scene(folder: Path, progress: Callable[[int], None] = lambda views: Non
     paths, cameras, words = _READERS[Path(kind).name](folder, folder / kind)
     if len(paths) > MAX_VIEWS:
         raise ValueError(f"{kind} lists {len(paths)} pictures; a scene holds at most {MAX_VIEWS}.")
+    points = _points_beside(folder, (folder / kind).parent)
+    step = _steps(progress, [*paths, points] if points else paths)
     pictures: list[torch.Tensor] = []
     for path in paths:
         pictures.append(_read_picture(path, None if not pictures else pictures[0].shape[1::-1], len(paths)))
-        progress(1)
+        step(path.stat().st_size)
     height, width = pictures[0].shape[:2]
     names = [path.stem for path in paths]
     if len(set(names)) < len(names):
         names = [f"{number:04}_{name}" for number, name in enumerate(names)]
-    cloud = _cloud_beside(folder, (folder / kind).parent)
+    cloud = PointCloud(torch.zeros(0, 3), torch.zeros(0, 3)) if points is None else _read_points(points, step)
     return Scene(tuple(pictures), cameras.scaled_to(width, height), tuple(names), (None,) * len(names), cloud), words
 
 
@@ -225,11 +228,14 @@ def _read_own(folder: Path, progress) -> Scene:
     shapes |= {f"depth.{view}": (height, width) for view, there in enumerate(has_depth) if there}
     for number, length in enumerate(lengths):
         shapes |= {f"path.{number}.w2c": (length, 4, 4), f"path.{number}.K": (length, 3, 3)}
+    files = [folder / "images" / _picture_file(number, name) for number, name in enumerate(names)]
+    step = _steps(progress, [folder / "scene.safetensors", *files])
     tensors = _read_tensors(folder / "scene.safetensors", shapes)
+    step((folder / "scene.safetensors").stat().st_size)
     pictures = []
-    for number, name in enumerate(names):
-        pictures.append(_read_picture(folder / "images" / _picture_file(number, name), (width, height), count))
-        progress(1)
+    for file in files:
+        pictures.append(_read_picture(file, (width, height), count))
+        step(file.stat().st_size)
     try:
         taken = tuple(
             TakenPath(name, Cameras(tensors[f"path.{n}.w2c"], tensors[f"path.{n}.K"], *size), numbers)
@@ -359,16 +365,32 @@ def _read_named(folder: Path, path: Path):
 _READERS = {"cameras.json": _read_cameras_json, "transforms.json": _read_named, "images.txt": _read_named}
 
 
-def _cloud_beside(folder: Path, model: Path) -> PointCloud:
-    """The points of COLMAP's points3D.txt, or of a PLY in the folder; none where there is neither."""
-    text = model / "points3D.txt"
-    if text.is_file():
-        return _thinned(_colmap_points(text))
-    for name in ("cloud.ply", "sparse_pc.ply", "points3D.ply", "points.ply"):
-        for place in (folder, model):
-            if (place / name).is_file():
-                return _thinned(read_ply(place / name))
-    return PointCloud(torch.zeros(0, 3), torch.zeros(0, 3))
+def _points_beside(folder: Path, model: Path) -> Path | None:
+    """COLMAP's points3D.txt, or a PLY in the folder; None where there is neither."""
+    names = ("cloud.ply", "sparse_pc.ply", "points3D.ply", "points.ply")
+    places = [model / "points3D.txt", *(place / name for name in names for place in (folder, model))]
+    return next((place for place in places if place.is_file()), None)
+
+
+def _read_points(path: Path, step: Callable[[int], None]) -> PointCloud:
+    if path.suffix == ".txt":
+        return _thinned(_colmap_points(path, step))
+    cloud = read_ply(path)
+    step(path.stat().st_size)
+    return _thinned(cloud)
+
+
+def _steps(progress: Callable[[int, int], None], paths) -> Callable[[int], None]:
+    """step(bytes) to call after each part of these files: tells the sum, and raises where the user interrupts."""
+    total, done = sum(path.stat().st_size for path in paths if path.exists()), 0
+
+    def step(size: int):
+        nonlocal done
+        throw_exception_if_processing_interrupted()
+        done += size
+        progress(done, total)
+
+    return step
 
 
 def _thinned(cloud: PointCloud) -> PointCloud:
@@ -376,11 +398,14 @@ def _thinned(cloud: PointCloud) -> PointCloud:
     return PointCloud(cloud.points[keep], cloud.colors[keep])
 
 
-def _colmap_points(path: Path) -> PointCloud:
+def _colmap_points(path: Path, step: Callable[[int], None]) -> PointCloud:
     numbers = array.array("f")  # a list of rows would take several times as much
+    read = 0
     for line_number, line in enumerate(BytesIO(read_regular(path, TEXT_LIMIT)), 1):
+        read += len(line)
         if line_number % 10_000 == 0:
-            throw_exception_if_processing_interrupted()
+            step(read)
+            read = 0
         if not line.strip() or line.startswith(b"#"):
             continue
         row = line.split(maxsplit=7)[1:7]
@@ -390,6 +415,7 @@ def _colmap_points(path: Path) -> PointCloud:
             numbers.extend(map(float, row))
         except ValueError:
             raise ValueError(f"points3D.txt, line {line_number} is no point: POINT3D_ID X Y Z R G B ERROR.") from None
+    step(read)
     values = torch.from_numpy(np.array(numbers)).view(-1, 6)
     try:
         return PointCloud(values[:, :3].contiguous(), (values[:, 3:] / 255).clamp(0, 1))

@@ -16,6 +16,7 @@ from PIL import Image
 from test_fuse import off_the_surface, orbit, photographs
 from worldstereo_fp8.comfy_nodes import files as node_files
 from worldstereo_fp8.comfy_nodes.scene_files import WorldStereoLoadScene, WorldStereoSaveScene
+from worldstereo_fp8.scene import folder
 from worldstereo_fp8.scene.camera_files import read_cameras
 from worldstereo_fp8.scene.cameras import rigid_inverse
 from worldstereo_fp8.scene.depth import points_from_depth
@@ -68,11 +69,38 @@ def assert_same(a, b):
 
 def test_a_scene_comes_back_exact(scene, saved):
     done = []
-    loaded, kind = read_scene(saved, done.append)
+    loaded, kind = read_scene(saved, lambda *bytes_: done.append(bytes_))
     assert_same(loaded, scene)
-    assert kind == "a saved scene" and done == [1] * 4
+    assert kind == "a saved scene" and len(done) == 1 + 4
+    assert done == sorted(done) and done[0][0] > 0 and all(total == done[-1][0] for _, total in done)
     assert sorted(path.name for path in saved.parent.iterdir()) == ["saved"]
     assert sorted(path.name for path in (saved / "images").iterdir())[:2] == ["0000_start.png", "0001_path_1_0003.png"]
+
+
+@pytest.mark.parametrize("points", ["sparse/0/points3D.txt", "cloud.ply"])
+def test_reading_others_points_tells_how_far_it_is_and_can_be_interrupted(saved, monkeypatch, points):
+    (saved / "scene.json").unlink()
+    (saved / "transforms.json").unlink()
+    (saved / "cameras.json").unlink()
+    if points.endswith(".txt"):
+        row = "1 0.5 0.25 2 10 20 30 0"
+        (saved / points).write_text("\n".join([row] * 25_000), "utf-8")
+    else:
+        (saved / "sparse/0/points3D.txt").unlink()
+    done = []
+    read_scene(saved, lambda *bytes_: done.append(bytes_))
+    assert len(done) == 4 + (3 if points.endswith(".txt") else 1)
+    assert done == sorted(done) and done[-1] == (done[-1][1],) * 2
+    calls = []
+
+    def interrupt():
+        calls.append(1)
+        if len(calls) == 5:  # while the points are read
+            raise InterruptedError
+
+    monkeypatch.setattr(folder, "throw_exception_if_processing_interrupted", interrupt)
+    with pytest.raises(InterruptedError):
+        read_scene(saved)
 
 
 def test_a_scene_without_points_or_depth_comes_back(tmp_path, scene):

@@ -7,8 +7,11 @@ import comfy.cli_args
 import numpy as np
 import pytest
 import requests
+import torch
 from PIL import Image
+from safetensors.torch import load_file
 from worldstereo_fp8.demo import job, server
+from worldstereo_fp8.scene.folder import read_scene
 
 COMFYUI = Path(comfy.cli_args.__file__).parents[1]
 WIDTH, HEIGHT, KEYFRAMES = 240, 160, 6  # an entry of the toy model's table
@@ -150,7 +153,11 @@ def executed(events):
 def test_the_second_path_is_shown_the_frames_of_the_first(comfyui):
     first = one_path("one", ("start", 0), "first", "orbit left", 0)
     nodes = start() | first | one_path("two", ("one_add", 0), "first", "orbit left", 1)
-    outputs = comfyui.run(graph(comfyui, **nodes))
+    inside = {"one_latent": ("WorldStereoKeyframeEncode", {"pixels": ("one_decode", 0), "vae": ("vae", 0)})}
+    for name in ("one", "two"):
+        links = {"conditioning": (f"{name}_conditioning", 0), "latent": ("one_latent", 0), "name": name}
+        inside[f"{name}_inside"] = ("WorldStereoDemoSaveConditioning", links)
+    outputs = comfyui.run(graph(comfyui, **nodes, **inside))
     frames = pictures(comfyui, outputs, "one_frames")
     assert len(frames) == KEYFRAMES
     start_picture = np.asarray(Image.open(comfyui.base / "input" / "picture.png"), np.float32)
@@ -161,6 +168,16 @@ def test_the_second_path_is_shown_the_frames_of_the_first(comfyui):
     assert len(references) == KEYFRAMES - 1
     for reference, frame in zip(references, frames[1:]):
         assert abs(reference - frame).max() <= 1
+
+    # What the model is given: the latents of those frames, at the cameras they were made at.
+    one, two = (load_file(comfyui.base / "output" / f"{name}.safetensors") for name in ("one", "two"))
+    assert one["reference_latent"].shape[2] == 1 and two["reference_latent"].shape[2] == KEYFRAMES - 1
+    made = one["latent"][:, :, 1:]
+    apart = (two["reference_latent"][:, :, :, None] - made[:, :, None]).abs().mean((0, 1, 4, 5))
+    assert apart.argmin(1).tolist() == list(range(KEYFRAMES - 1))  # each is its own frame's
+    assert apart.diagonal().max() < 0.01 * made.std()  # but for the scene's pictures, which are in bytes
+    torch.testing.assert_close(two["camera_qt_ref"], one["camera_qt"][:, 1:], atol=1e-5, rtol=0)
+    assert two["ref_index"].tolist() == [list(range(KEYFRAMES - 1))]
 
     # A change of the second path leaves the first one's nodes alone; Continue takes the last frame by default.
     events = []
@@ -212,6 +229,14 @@ def test_explored_paths_are_not_computed_again(comfyui):
     events.clear()
     comfyui.run(graph(comfyui, **start(), **explore()), event=events.append)
     assert executed(events) == set()
+
+
+def test_the_scene_is_saved_after_every_path(comfyui):
+    comfyui.run(graph(comfyui, **start(), **explore(scene_prefix="walks/kept")))
+    kept = sorted((comfyui.base / "output" / "walks").iterdir())
+    assert [folder.name for folder in kept] == ["kept_00001_", "kept_00002_"]
+    paths = sorted([path.name for path in read_scene(folder)[0].paths] for folder in kept)
+    assert paths == [["left"], ["left", "right"]]
 
 
 def test_an_interrupted_exploration_goes_on_where_it_was(comfyui):

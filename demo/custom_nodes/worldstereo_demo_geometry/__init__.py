@@ -57,7 +57,9 @@ class StandInPanoramaGeometry(io.ComfyNode):
 class FloorAndWall:
     """What core's MoGeInference needs of a MoGe model: a floor that runs up into a wall, whatever the pictures show."""
 
-    def infer(self, pictures, **_):
+    def infer(self, pictures, fov_x, **_):
+        if fov_x is not None and not 1 < fov_x < 170:
+            raise ValueError(f"fov_x is {fov_x}.")
         count, _, height, width = pictures.shape
         depth = 1 / torch.linspace(-0.5, 0.5, height).clamp_min(0.15)
         intrinsics = torch.tensor([[0.9, 0, 0.5], [0, 0.9 * width / height, 0.5], [0, 0, 1]])

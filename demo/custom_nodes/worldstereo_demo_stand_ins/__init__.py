@@ -1,14 +1,18 @@
-"""Two nodes for the demo alone: stand-ins for the text encoder and for CLIP vision.
+"""Nodes for the demo and the tests alone: stand-ins for the text encoder and for CLIP vision, and a look inside a
+conditioning.
 
 ComfyUI fixes the sizes of UMT5-XXL and CLIP ViT-H, so there can be no toy files of them. These give embeddings of the
 real shapes that depend on the text and the picture, and mean nothing.
 """
 
 import hashlib
+from pathlib import Path
 from types import SimpleNamespace
 
+import folder_paths
 import torch
 from comfy_api.latest import ComfyExtension, io
+from safetensors.torch import save_file
 
 
 class TextEncoder:
@@ -68,9 +72,30 @@ class StandInVisionEncoder(io.ComfyNode):
         return io.NodeOutput(VisionEncoder())
 
 
+class SaveConditioning(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="WorldStereoDemoSaveConditioning",
+            display_name="Demo: save conditioning",
+            description="Writes the tensors inside a conditioning, and a latent, into the output folder, for the tests.",
+            category="WorldStereo/demo",
+            inputs=[io.Conditioning.Input("conditioning"), io.Latent.Input("latent"), io.String.Input("name")],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, conditioning, latent, name) -> io.NodeOutput:
+        values = {key: value for key, value in conditioning[0][1].items() if isinstance(value, torch.Tensor)}
+        values["latent"] = latent["samples"]
+        values = {key: value.contiguous() for key, value in values.items()}
+        save_file(values, Path(folder_paths.get_output_directory()) / f"{Path(name).name}.safetensors")
+        return io.NodeOutput()
+
+
 class DemoExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [StandInTextEncoder, StandInVisionEncoder]
+        return [StandInTextEncoder, StandInVisionEncoder, SaveConditioning]
 
 
 async def comfy_entrypoint() -> DemoExtension:
