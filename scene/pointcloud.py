@@ -1,23 +1,27 @@
 """Coloured point clouds in the cameras' world, and what other tools read: PLY, and a folder of frames with cameras."""
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
 from PIL import Image
 from scipy.spatial import cKDTree
 
+from ..core import throw_exception_if_processing_interrupted
 from ..files.atomic import new_folder
-from ..files.regular import read_regular
+from ..files.regular import open_regular
 from ..files.text import shown
 from .cameras import Cameras, rigid_inverse
 from .pictures import as_bytes
 
 OPENCV_TO_Y_UP = (1.0, -1.0, -1.0)  # y down, z forward to y up, z backward (glTF, three.js): half a turn about x
 PLY_LIMIT, PLY_HEADER = 512 << 20, 1 << 16  # bytes
+PLY_POINTS, PLY_PIECE = 20_000_000, 1 << 18  # read at most, and at a time
 PLY_TYPES = {
     **{name: f"<{kind}" for name, kind in (("float", "f4"), ("float32", "f4"), ("double", "f8"), ("float64", "f8"))},
     **{name: f"<{kind}" for name, kind in (("char", "i1"), ("uchar", "u1"), ("int8", "i1"), ("uint8", "u1"))},
@@ -71,28 +75,49 @@ def read_ply(path: Path) -> PointCloud:
 
     Raises ValueError, naming the file, for any other PLY and for one that is cut short or too large.
     """
-    raw = read_regular(path, PLY_LIMIT)
-    head, found, body = raw[:PLY_HEADER].partition(b"end_header\n")
-    lines = [line.split() for line in head.decode("ascii", "replace").splitlines()]
-    elements = [line for line in lines if line[:1] == ["element"]]
-    if not found or lines[:1] != [["ply"]] or ["format", "binary_little_endian", "1.0"] not in lines:
-        raise ValueError(f"{shown(path.name)} is no binary little-endian PLY.")
-    try:
-        if elements[0][1] != "vertex":
-            raise ValueError("its first element is not vertex")
-        first = lines.index(elements[0]) + 1
-        last = lines.index(elements[1]) if len(elements) > 1 else len(lines)
-        fields = [(line[2], PLY_TYPES[line[1]]) for line in lines[first:last] if line[:1] == ["property"]]
-        start = len(raw[:PLY_HEADER]) - len(body)
-        vertices = np.frombuffer(raw, np.dtype(fields), int(elements[0][2][:12]), start)
-        points = np.stack([vertices[axis].astype(np.float32) for axis in "xyz"], 1)
-        if {"red", "green", "blue"} <= set(vertices.dtype.names):
-            colors = np.stack([vertices[name].astype(np.float32) for name in ("red", "green", "blue")], 1) / 255
-        else:
-            colors = np.full_like(points, 0.5)
-        return PointCloud(torch.from_numpy(points), torch.from_numpy(colors).clamp(0, 1))
-    except (ValueError, KeyError, IndexError, TypeError) as error:
-        raise ValueError(f"{shown(path.name)} cannot be read as points: {shown(error, 300)}.") from error
+    name = shown(path.name)
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > PLY_LIMIT:
+            raise ValueError(f"{name} has {size} bytes; more than {PLY_LIMIT} are not read.")
+        head, found, _ = file.read(PLY_HEADER).partition(b"end_header\n")
+        lines = [line.split() for line in head.decode("ascii", "replace").splitlines()]
+        elements = [line for line in lines if line[:1] == ["element"]]
+        if not found or lines[:1] != [["ply"]] or ["format", "binary_little_endian", "1.0"] not in lines:
+            raise ValueError(f"{name} is no binary little-endian PLY.")
+        try:
+            if elements[0][1] != "vertex":
+                raise ValueError("its first element is not vertex")
+            first = lines.index(elements[0]) + 1
+            last = lines.index(elements[1]) if len(elements) > 1 else len(lines)
+            fields = [(line[2], PLY_TYPES[line[1]]) for line in lines[first:last] if line[:1] == ["property"]]
+            count, start = int(elements[0][2][:12]), len(head) + len(found)
+            return _read_vertices(file, np.dtype(fields), count, start, size)
+        except (ValueError, KeyError, IndexError, TypeError) as error:
+            raise ValueError(f"{name} cannot be read as points: {shown(error, 300)}.") from error
+
+
+def _read_vertices(file: BinaryIO, vertex: np.dtype, count: int, start: int, size: int) -> PointCloud:
+    """The `count` vertices from the byte `start` on of a file of `size` bytes, PLY_PIECE at a time."""
+    if not 0 <= count <= PLY_POINTS:
+        raise ValueError(f"it has {count} points; at most {PLY_POINTS} are read")
+    if start + count * vertex.itemsize > size:
+        raise ValueError(f"it is cut short: {count} points of {vertex.itemsize} bytes each do not fit in it")
+    channels = ("red", "green", "blue")
+    coloured = set(channels) <= set(vertex.names or ())
+    points, colors = np.empty((count, 3), np.float32), np.full((count, 3), 0.5, np.float32)
+    file.seek(start)
+    for first in range(0, count, PLY_PIECE):
+        throw_exception_if_processing_interrupted()
+        wanted = min(PLY_PIECE, count - first)
+        piece = np.frombuffer(file.read(wanted * vertex.itemsize), vertex, wanted)
+        for column, axis in enumerate("xyz"):
+            points[first : first + wanted, column] = piece[axis]
+        for column, channel in enumerate(channels if coloured else ()):
+            colors[first : first + wanted, column] = piece[channel]
+    if coloured:
+        np.clip(np.divide(colors, 255, out=colors), 0, 1, out=colors)
+    return PointCloud(torch.from_numpy(points), torch.from_numpy(colors))
 
 
 def splat_sizes(cloud: PointCloud) -> torch.Tensor:

@@ -17,13 +17,20 @@ from worldstereo_fp8.comfy_nodes import camera, fly, limits, save, show
 from worldstereo_fp8.comfy_nodes import model as model_nodes
 from worldstereo_fp8.comfy_nodes import scene as scene_nodes
 from worldstereo_fp8.files import json as bounded_json
+from worldstereo_fp8.scene import folder as folder_module
+from worldstereo_fp8.scene import fuse as fuse_module
+from worldstereo_fp8.scene import pointcloud as pointcloud_module
+from worldstereo_fp8.scene import render as render_module
 from worldstereo_fp8.scene.camera_files import read_cameras
 from worldstereo_fp8.scene.cameras import MAX_CAMERAS, Cameras
 from worldstereo_fp8.scene.depth import DEPTH_PICTURES
 from worldstereo_fp8.scene.explore import LISTS, read_walks
+from worldstereo_fp8.scene.fuse import fuse
 from worldstereo_fp8.scene.panorama import not_whole
-from worldstereo_fp8.scene.pointcloud import PointCloud
+from worldstereo_fp8.scene.pointcloud import PointCloud, read_ply
 from worldstereo_fp8.scene.render import RENDER_LIMIT, render
+from worldstereo_fp8.worldstereo import conditioning as conditioning_module
+from worldstereo_fp8.worldstereo.conditioning import decode_keyframes, encode_keyframes
 
 LIMIT = 2 << 30  # bytes beside a result
 IMAGE = torch.rand(1, 24, 32, 3)
@@ -226,6 +233,50 @@ def test_reading_can_be_interrupted(name, tmp_path, monkeypatch):
         read_cameras(tmp_path / name)
 
 
+def points_file(folder, name):
+    """More points than are read at once."""
+    if name == "cloud.ply":
+        head = "ply\nformat binary_little_endian 1.0\nelement vertex 1000000\n"
+        head += "".join(f"property float {axis}\n" for axis in "xyz") + "end_header\n"
+        (folder / name).write_bytes(head.encode() + bytes(12_000_000))
+    else:
+        (folder / name).write_text("1 0 0 0 9 9 9 0\n" * 200_000)
+    return folder / name
+
+
+FRAMES_5 = cameras(5)
+LONG_WORK = {  # and in how many pieces at least
+    "render": (4, lambda folder: render(POINTS_3M, FRAMES_5)),
+    "fuse": (5, lambda folder: fuse(POINTS, [torch.rand(24, 32, 3)] * 5, [torch.rand(24, 32) + 1] * 5, FRAMES_5)),
+    "ply": (4, lambda folder: read_ply(points_file(folder, "cloud.ply"))),
+    "points3D": (4, lambda folder: folder_module._colmap_points(points_file(folder, "points3D.txt"))),
+    "encode": (5, lambda folder: encode_keyframes(vae(), torch.rand(5, 16, 16, 3))),
+    "decode": (5, lambda folder: decode_keyframes(vae(), torch.rand(1, 16, 5, 2, 2))),
+}
+POINTS_3M = PointCloud(torch.rand(3_000_000, 3), torch.rand(3_000_000, 3))
+
+
+@pytest.mark.parametrize("name", LONG_WORK)
+def test_long_work_looks_at_the_stop_button(name, tmp_path, monkeypatch):
+    """The button is pressed after a piece: the next piece is not begun."""
+    pieces, work = LONG_WORK[name]
+    looks = []
+
+    def look(stop_at):
+        looks.append(time.monotonic())
+        if len(looks) == stop_at:
+            raise management.InterruptProcessingException
+
+    for stop_at in (pieces, 2):
+        looks.clear()
+        for module in (render_module, fuse_module, pointcloud_module, folder_module, conditioning_module):
+            monkeypatch.setattr(module, "throw_exception_if_processing_interrupted", partial(look, stop_at))
+        with pytest.raises(management.InterruptProcessingException):
+            work(tmp_path)
+        assert len(looks) == stop_at
+    assert looks[1] - looks[0] < 5  # seconds of one piece; far less where the machine does nothing else
+
+
 @pytest.mark.parametrize("count", [MAX_CAMERAS + 1])
 def test_files_of_too_many_cameras(count, tmp_path):
     (tmp_path / "a.json").write_text(json.dumps({"extrinsic": [0] * count, "intrinsic": []}))
@@ -361,8 +412,22 @@ def big_scene(folder):
     return lambda: scene_of_panorama(panorama, 1920, 1080), 27 * 1920 * 1080 * 7
 
 
+def big_ply(folder):
+    """As many points as are read, of as many bytes each as the largest file leaves them. The file is sparse."""
+    from worldstereo_fp8.scene.pointcloud import PLY_LIMIT, PLY_POINTS, read_ply
+
+    properties = "".join(f"property float {axis}\n" for axis in "xyz")
+    properties += "".join(f"property uchar {channel}\n" for channel in ("red", "green", "blue", *"abcdefgh"))
+    head = f"ply\nformat binary_little_endian 1.0\nelement vertex {PLY_POINTS}\n{properties}end_header\n"
+    path = folder / "cloud.ply"
+    path.write_text(head)
+    os.truncate(path, len(head) + PLY_POINTS * 23)
+    assert path.stat().st_size > 0.8 * PLY_LIMIT
+    return lambda: read_ply(path), PLY_POINTS * 24
+
+
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks are measured through Linux's /proc")
-@pytest.mark.parametrize("work", ["render", "conditioning", "save", "load", "text", "explore", "fuse", "scene"])
+@pytest.mark.parametrize("work", ["render", "conditioning", "save", "load", "text", "explore", "fuse", "scene", "ply"])
 def test_memory_beside_the_result(work, tmp_path):
     code = MEASURE.format(tests=str(Path(__file__).parent))
     done = subprocess.run([sys.executable, "-c", code, work, str(tmp_path)], capture_output=True, text=True)
