@@ -20,6 +20,7 @@ from ..worldstereo.conditioning import References
 from . import common
 
 MAX_TEXT = 1 << 16  # characters
+MAX_CHOICE = 1000  # characters of a choice, its folders included
 MAX_SIDE, MAX_PIXELS = 1 << 15, 1 << 26  # of one picture: photos of 50 megapixels, panoramas of 8192x4096
 MAX_FRAMES = 10_000  # pictures of one input
 MAX_POINTS = 1 << 26
@@ -95,6 +96,8 @@ def _text(declared, value):
 def _choice(declared, value):
     if not value.isprintable():
         raise ValueError(f"{declared.id} is {shown(value)}: it holds characters that cannot be printed.")
+    if len(value) > MAX_CHOICE:
+        raise ValueError(f"{declared.id} is {shown(value)}: it has {len(value)} characters, more than any choice.")
     if declared.id not in FILES and value not in declared.options:
         raise ValueError(f"{declared.id} is {shown(repr(value))}: choose one of {first_few(declared.options, 30)}.")
     return value

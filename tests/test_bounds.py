@@ -72,6 +72,7 @@ def test_every_node_is_checked(node):
         (camera.WorldStereoCameraPath, PATH | {"image": "x"}, "image is 'x': give IMAGE"),
         (camera.WorldStereoCameraPath, PATH | {"preset": "\ud800"}, "preset is "),
         (camera.WorldStereoCameraPath, PATH | {"scene": {"depth": 1}}, "scene is no MoGe geometry"),
+        (camera.WorldStereoLoadCamera, {"camera": "x" * 5000}, "^camera is .{,200} it has 5000 characters"),
         (camera.WorldStereoRender, RENDER | {"cameras": 5}, "cameras is 5: give WORLDSTEREO_CAMERAS"),
         (camera.WorldStereoRender, RENDER | {"radius": 0}, "radius is 0"),
         (camera.WorldStereoRender, RENDER | {"radius": 1e9}, "radius is 1000000000"),
