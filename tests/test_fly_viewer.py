@@ -330,7 +330,8 @@ def test_what_a_flight_shows(comfyui):
         }""")
         show_scene(page)
         ran = page.evaluate("window.ran.map(id => app.graph.getNodeById(id).type)")
-        assert set(ran) == {"LoadImage", "WorldStereoDemoGeometry", "WorldStereoFlyPath"}
+        # What an earlier flight on this server computed is cached.
+        assert {"WorldStereoFlyPath"} <= set(ran) <= {"LoadImage", "WorldStereoDemoGeometry", "WorldStereoFlyPath"}
 
         # A turn to where nothing is known.
         red = [0xE5, 0x48, 0x4D]
