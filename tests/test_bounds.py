@@ -245,12 +245,16 @@ def points_file(folder, name):
     return folder / name
 
 
+def points_step():
+    return folder_module._steps(lambda done, total: None, [])
+
+
 FRAMES_5 = cameras(5)
 LONG_WORK = {  # and in how many pieces at least
     "render": (4, lambda folder: render(POINTS_3M, FRAMES_5)),
     "fuse": (5, lambda folder: fuse(POINTS, [torch.rand(24, 32, 3)] * 5, [torch.rand(24, 32) + 1] * 5, FRAMES_5)),
     "ply": (4, lambda folder: read_ply(points_file(folder, "cloud.ply"))),
-    "points3D": (4, lambda folder: folder_module._colmap_points(points_file(folder, "points3D.txt"))),
+    "points3D": (4, lambda folder: folder_module._read_points(points_file(folder, "points3D.txt"), points_step())),
     "encode": (5, lambda folder: encode_keyframes(vae(), torch.rand(5, 16, 16, 3))),
     "decode": (5, lambda folder: decode_keyframes(vae(), torch.rand(1, 16, 5, 2, 2))),
 }
