@@ -145,22 +145,31 @@ def refusal(answer: dict, prompt: dict) -> str:
     return "\n".join(lines)
 
 
+def default_value(type_: str | list, options: dict):
+    """What the page puts into a widget that a saved workflow has no value for."""
+    choices = type_ if isinstance(type_, list) else options.get("options", [None])
+    first = choices[0]["key"] if type_ == DYNAMIC_COMBO else choices[0]
+    return options.get("default", first)
+
+
 def widget_values(declared: dict, values: Iterator, prefix: str = "") -> dict:
     """The values of a node's widgets by their names in the API form, taken from the list that a saved workflow has.
 
     declared: {"required": {name: [type, options]}, "optional": …} in the node's order. A dynamic combo is followed by
-    the widgets of the option it has, `name.inner`, and those may be dynamic combos again.
+    the widgets of the option it has, `name.inner`, and those may be dynamic combos again. A newer ComfyUI may declare
+    more widgets than the workflow has values: the last ones have their defaults, as in the page.
     """
     inputs = {}
     for kind in ("required", "optional"):
-        for name, (type_, *options) in declared.get(kind, {}).items():
+        for name, entry in declared.get(kind, {}).items():
+            type_, options = (*entry, {})[:2]
             if not isinstance(type_, list) and type_ not in WIDGETS:
                 continue
-            value = inputs[prefix + name] = next(values)
-            if options and options[0].get("control_after_generate"):
-                next(values)
+            value = inputs[prefix + name] = next(values, default_value(type_, options))
+            if options.get("control_after_generate"):
+                next(values, None)
             if type_ == DYNAMIC_COMBO:
-                chosen = next(option for option in options[0]["options"] if option["key"] == value)
+                chosen = next(option for option in options["options"] if option["key"] == value)
                 inputs |= widget_values(chosen["inputs"], values, f"{prefix}{name}.")
     return inputs
 

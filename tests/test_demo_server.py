@@ -25,6 +25,8 @@ SAVE_VIDEO = {
         (["auto"], {"codec": "auto"}),
         (["h264", "auto"], {"codec": "h264", "codec.encoding": "auto"}),
         (["h264", "re-encode", 18], {"codec": "h264", "codec.encoding": "re-encode", "codec.encoding.crf": 18}),
+        (["h264", "re-encode"], {"codec": "h264", "codec.encoding": "re-encode", "codec.encoding.crf": 23.0}),
+        ([], {"codec": "auto"}),  # saved before the widget was there
     ],
 )
 def test_nested_dynamic_combos(values, inputs):
@@ -65,6 +67,9 @@ def test_a_bypassed_node_passes_its_type_on():
         ("Failed to load resource: the server responded with a status of 404", "http://127.0.0.1:8188/user.css", True),
         ("Failed to load resource: status of 404", "http://127.0.0.1:8188/extensions/pack/js/ours.js", False),
         ("Access to fetch at 'https://example.org/a' from origin 'http://127.0.0.1:8188' is blocked", "", True),
+        ("Connecting to 'https://example.org/a.bin' violates the policy", "http://127.0.0.1:8188/assets/a.js", True),
+        ("Fetch API cannot load https://example.org/a.bin. Refused", "http://127.0.0.1:8188/assets/a.js", True),
+        ("Fetch API cannot load http://127.0.0.1:8188/ours. Refused", "http://127.0.0.1:8188/assets/a.js", False),
         ("TypeError: x is undefined at https://example.org", "http://127.0.0.1:8188/assets/a.js", False),
     ],
 )

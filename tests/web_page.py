@@ -21,7 +21,7 @@ def is_pages_own(text: str, url: str, address: str) -> bool:
     machine without a network does not reach."""
     if any(own in f"{text} ({url})" for own in PAGES_OWN_ERRORS):
         return True
-    asked = re.match(r"Access to .* at '(https?://[^/']+)", text)
+    asked = re.match(r"(?:Access to .* at |Connecting to |Fetch API cannot load )'?(https?://[^/']+)", text)
     if asked is None and not text.startswith("Failed to load resource"):
         return False
     return not (asked[1] if asked else url).startswith(f"http://{address}")
