@@ -191,7 +191,8 @@ def test_the_fit_stands_a_third_of_wrong_pairs():
     depth[:3000] = 0.5 + torch.rand(3000, generator=generator)  # a thing in front, on one side
     scale, shift, _ = fit_depth(depth, target)
     assert scale == pytest.approx(1.7, rel=0.01) and shift == pytest.approx(0.4, abs=0.03)
-    assert fit_depth(depth, target) == fit_depth(depth, target)
+    # The pairs drawn are the same every time; sums over threads differ in the last digits.
+    assert fit_depth(depth, target) == pytest.approx(fit_depth(depth, target), rel=1e-9)
     assert fit_depth(depth, target, shift=False)[1] == 0
 
 
