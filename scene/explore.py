@@ -47,7 +47,7 @@ def read_walks(text: str) -> list[Walk]:
         found = LINE.fullmatch(line)
         if not found:
             raise ValueError(
-                f"paths, line {number} is {line[:100]!a}: write it as `left from first: orbit left 30`, with one of "
+                f"paths, line {number} is '{shown(line)}': write it as `left from first: orbit left 30`, with one of "
                 f"the presets of WorldStereo Camera Path ({', '.join(PRESETS)})."
             )
         names = [walk.name for walk in walks]

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from ..files.text import shown
 from .cameras import Cameras
 from .pictures import as_bytes
 from .pointcloud import PointCloud
@@ -65,11 +66,13 @@ class Scene:
         for name, picture, depth in zip(self.names, self.pictures, self.depths):
             if picture.dtype != torch.uint8 or picture.shape != (*size, 3):
                 raise ValueError(
-                    f"The picture of view {name!a} is {list(picture.shape)} of {picture.dtype}: the scene's are "
+                    f"The picture of view '{shown(name)}' is {list(picture.shape)} of {picture.dtype}: the scene's are "
                     f"{[*size, 3]} of bytes."
                 )
             if depth is not None and depth.shape != size:
-                raise ValueError(f"The depth of view {name!a} is {list(depth.shape)}: the scene's are {list(size)}.")
+                raise ValueError(
+                    f"The depth of view '{shown(name)}' is {list(depth.shape)}: the scene's are {list(size)}."
+                )
         _check_names("view", self.names)
         _check_names("path", [path.name for path in self.paths])
 
@@ -130,14 +133,14 @@ def to_bytes(pictures: torch.Tensor) -> tuple[torch.Tensor, ...]:
 def _check_names(kind: str, names):
     for name in names:
         if not 0 < len(name) <= MAX_NAME or not name.isprintable():
-            raise ValueError(f"The name of a {kind} is {name[:MAX_NAME]!a}: give 1 to {MAX_NAME} printable characters.")
+            raise ValueError(f"The name of a {kind} is '{shown(name)}': give 1 to {MAX_NAME} printable characters.")
     if len(set(names)) < len(names):
         twice = next(name for name in names if list(names).count(name) > 1)
-        raise ValueError(f"The scene has a {kind} named {twice!a} already: give another name.")
+        raise ValueError(f"The scene has a {kind} named '{shown(twice)}' already: give another name.")
 
 
 def _number(kind: str, name: str, names) -> int:
     if name not in names:
-        known = ", ".join(f"{other!a}" for other in names[-10:]) or "none"
-        raise ValueError(f"The scene has no {kind} named {name[:MAX_NAME]!a}; it has (the last ten): {known}.")
+        known = ", ".join(f"'{shown(other)}'" for other in names[-10:]) or "none"
+        raise ValueError(f"The scene has no {kind} named '{shown(name)}'; it has (the last ten): {known}.")
     return list(names).index(name)
