@@ -9,7 +9,6 @@ SRC is a .safetensors file, or the .safetensors.index.json of a model in shards.
 
 import argparse
 import functools
-import importlib.util
 import json
 import os
 import sys
@@ -17,12 +16,11 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
-if not __package__:  # run as a script: make this folder the package that it is inside ComfyUI
-    spec = importlib.util.spec_from_file_location(
-        "worldstereo_fp8", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
-    )
-    sys.modules["worldstereo_fp8"] = importlib.util.module_from_spec(spec)
-    __package__ = "worldstereo_fp8"
+if not __package__:  # run as a script
+    import standalone
+
+    standalone.import_pack()
+    __package__ = standalone.PACKAGE
 
 try:
     import torch  # noqa: F401

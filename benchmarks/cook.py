@@ -18,10 +18,12 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
+sys.path.append(str(Path(__file__).resolve().parent.parent))
 
-import conftest  # noqa: F401  makes ComfyUI and the pack importable
+import standalone
+
+standalone.import_comfyui()
+standalone.import_pack()
 
 # isort: split
 import torch
@@ -81,7 +83,7 @@ def main():
                 cp_sync, _ = timed("sh", "-c", f"cp {source} {copy} && sync {copy}")
                 copy.unlink()
                 start, base = timed(sys.executable, "-c", "import torch, safetensors")
-                cook, peak = timed(sys.executable, ROOT / "cook_worldstereo_fp8.py", source, result)
+                cook, peak = timed(sys.executable, standalone.ROOT / "cook_worldstereo_fp8.py", source, result)
                 result.unlink()
                 rounds.append(
                     {

@@ -14,10 +14,12 @@ from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "tests")]
+sys.path.append(str(Path(__file__).resolve().parent.parent))
 
-import conftest  # noqa: F401  makes ComfyUI and the pack importable
+import standalone
+
+standalone.import_comfyui()
+standalone.import_pack()
 
 # isort: split
 import comfy.ldm.flux.math

@@ -9,10 +9,12 @@ import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "tests")]
+sys.path.append(str(Path(__file__).resolve().parent.parent))
 
-import conftest  # noqa: F401  makes ComfyUI and the pack importable
+import standalone
+
+standalone.import_comfyui()
+standalone.import_pack()
 
 # isort: split
 import torch

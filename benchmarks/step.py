@@ -32,12 +32,15 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
+sys.path.append(str(Path(__file__).resolve().parent.parent))
 
-import conftest
+import standalone
+
+standalone.import_comfyui()
+standalone.import_pack()
 
 # isort: split
+import comfy.memory_management
 import comfy.model_management
 import comfy.sample
 import comfy.sd
@@ -357,9 +360,10 @@ def main() -> int:
     if args.row:
         run_row(json.loads(args.row), args)
         return 0
+    dynamic_vram = "on" if comfy.memory_management.aimdo_enabled else "off"
     print(
         f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}, CUDA {torch.version.cuda}, kernels "
-        f"{backend(torch.device('cuda'))[0]}, dynamic VRAM {'on' if conftest.DYNAMIC_VRAM else 'off'}; euler, "
+        f"{backend(torch.device('cuda'))[0]}, dynamic VRAM {dynamic_vram}; euler, "
         f"{STEPS} steps, cfg 1\n"
     )
     if args.load:

@@ -5,30 +5,16 @@ leaves a video and a contact sheet in .dev/demo/output.
 """
 
 import argparse
-import importlib.util
-import os
 import shutil
 import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-COMFYUI = Path(os.environ["COMFYUI_PATH"])
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+
+import standalone
+
 INPUTS = {"image": "image.png", "camera": "camera.json", "render": "render.mp4", "mask": "render_mask.mp4"}
-
-
-def import_pack() -> None:
-    """Make this checkout importable as worldstereo_fp8, whatever its folder is called, and ComfyUI's modules."""
-    sys.path.insert(0, str(COMFYUI))
-    import torch
-    from comfy.cli_args import args
-
-    args.cpu = not torch.cuda.is_available()
-    spec = importlib.util.spec_from_file_location(
-        "worldstereo_fp8", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
-    )
-    sys.modules["worldstereo_fp8"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sys.modules["worldstereo_fp8"])
 
 
 def main() -> int:
@@ -46,7 +32,8 @@ def main() -> int:
             parser.error(f"there is no file {path}")
 
     started = time.monotonic()
-    import_pack()
+    comfyui = standalone.import_comfyui(dynamic_vram=False)  # it makes files; the server runs the model
+    standalone.import_pack()
     from worldstereo_fp8.demo import job, scene, server
 
     def say(text: str) -> None:
@@ -56,7 +43,7 @@ def main() -> int:
         if value in (0, maximum):
             say(f"{title}: {value} of {maximum}" if maximum else title)
 
-    base = ROOT / ".dev" / "demo"
+    base = standalone.ROOT / ".dev" / "demo"
     say("Building the toy models")
     job.prepare(base)
     if all(own.values()):
@@ -69,9 +56,9 @@ def main() -> int:
         files = INPUTS
     say("Starting ComfyUI")
     try:
-        with server.Server(COMFYUI, base) as comfyui:
-            prompt = job.demo_prompt(comfyui.object_info(), files)
-            outputs = comfyui.run(prompt, show_progress)
+        with server.Server(comfyui, base) as running:
+            prompt = job.demo_prompt(running.object_info(), files)
+            outputs = running.run(prompt, show_progress)
     except server.ServerError as error:
         print(f"\n{error}", file=sys.stderr)
         return 1

@@ -2,7 +2,6 @@
 
 import atexit
 import functools
-import importlib.util
 import json
 import tempfile
 import time
@@ -12,6 +11,7 @@ from random import Random
 import folder_paths
 import requests
 from comfy_api.latest import io
+from worldstereo_fp8.demo.server import Server
 
 from . import VALUES, Case
 from .cameras import spoil
@@ -49,16 +49,11 @@ def good_prompt(name) -> dict:
 
 @functools.cache
 def server():
-    spec = importlib.util.spec_from_file_location(
-        "demo_server", ROOT / "demo" / "server.py"
-    )  # ComfyUI has a `server` too
-    demo = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(demo)
     base = Path(tempfile.mkdtemp(prefix="fuzz-server-"))
     limits = resource.getrlimit(resource.RLIMIT_DATA) if resource else None
     if resource:  # the worker's limit is for its own cases
         resource.setrlimit(resource.RLIMIT_DATA, (resource.RLIM_INFINITY, limits[1]))
-    started = demo.Server(Path(folder_paths.base_path), base).__enter__()
+    started = Server(Path(folder_paths.base_path), base).__enter__()
     if resource:
         resource.setrlimit(resource.RLIMIT_DATA, limits)
     atexit.register(started.__exit__)
