@@ -17,16 +17,10 @@ FPS = 16
 LOOK_AT = np.array([0.0, 0.2, 4.0])
 
 
-def cast(origin, rays):
-    """Distance [N], in lengths of `rays` [N, 3], to what each ray from `origin` hits first, and its colour [N, 3]."""
-    distance, _, colour = sample.cast(torch.from_numpy(origin), torch.from_numpy(rays))
-    return distance.numpy(), colour.numpy()
-
-
-def camera_path():
-    """World-to-camera matrices [FRAMES, 4, 4]: a 20 degree arc to the left, always looking at LOOK_AT."""
+def camera_path(frames):
+    """World-to-camera matrices [frames, 4, 4]: a 20 degree arc to the left, always looking at LOOK_AT."""
     poses = []
-    for angle in np.radians(np.linspace(0, 20, FRAMES)):
+    for angle in np.radians(np.linspace(0, 20, frames)):
         centre = LOOK_AT + 4.0 * np.array([-np.sin(angle), 0, -np.cos(angle)]) - [0, 0.2, 0]
         forward = (LOOK_AT - centre) / np.linalg.norm(LOOK_AT - centre)
         right = np.cross([0.0, 1.0, 0.0], forward)
@@ -43,13 +37,13 @@ def render(pose, first):
     x, y = np.meshgrid(np.arange(WIDTH) + 0.5 - WIDTH / 2, np.arange(HEIGHT) + 0.5 - HEIGHT / 2)
     rays = np.stack([x / FOCAL, y / FOCAL, np.ones_like(x)], axis=-1).reshape(-1, 3) @ pose[:3, :3]
     origin = -pose[:3, :3].T @ pose[:3, 3]
-    distance, colour = cast(origin, rays)
+    distance, _, colour = (part.numpy() for part in sample.cast(torch.from_numpy(origin), torch.from_numpy(rays)))
 
     point = origin + rays * distance[:, None]
     first_origin = -first[:3, :3].T @ first[:3, 3]
     seen = point @ first[:3, :3].T + first[:3, 3]
     inside = (abs(seen[:, 0]) * FOCAL < WIDTH / 2 * seen[:, 2]) & (abs(seen[:, 1]) * FOCAL < HEIGHT / 2 * seen[:, 2])
-    hidden = cast(first_origin, point - first_origin)[0] < 0.999
+    hidden = sample.distances(torch.from_numpy(first_origin), torch.from_numpy(point - first_origin)).numpy() < 0.999
     return (colour * 255).astype(np.uint8).reshape(HEIGHT, WIDTH, 3), (hidden | ~inside).reshape(HEIGHT, WIDTH)
 
 
@@ -69,9 +63,9 @@ def read_video(path: Path) -> list[np.ndarray]:
         return [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
 
 
-def draw(folder: Path) -> None:
+def draw(folder: Path, frames: int = FRAMES) -> None:
     """Write image.png, camera.json, render.mp4 and render_mask.mp4 into `folder`."""
-    poses = camera_path()
+    poses = camera_path(frames)
     pictures, masks = zip(*(render(pose, poses[0]) for pose in poses))
     Image.fromarray(pictures[0]).save(folder / "image.png")
     write_video(
@@ -80,5 +74,5 @@ def draw(folder: Path) -> None:
     )
     write_video(folder / "render_mask.mp4", [np.repeat(mask[..., None] * np.uint8(255), 3, axis=2) for mask in masks])
     intrinsic = [[FOCAL, 0, WIDTH / 2], [0, FOCAL, HEIGHT / 2], [0, 0, 1]]
-    cameras = {"extrinsic": poses.tolist(), "intrinsic": [intrinsic] * FRAMES, "width": WIDTH, "height": HEIGHT}
+    cameras = {"extrinsic": poses.tolist(), "intrinsic": [intrinsic] * frames, "width": WIDTH, "height": HEIGHT}
     (folder / "camera.json").write_text(json.dumps(cameras), "utf-8")

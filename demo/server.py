@@ -81,9 +81,9 @@ class Server:
     def log_tail(self, lines: int = 30) -> str:
         return "\n".join(self.log.read_text("utf-8", "replace").splitlines()[-lines:])
 
-    def object_info(self) -> dict:
-        """The declarations of all nodes, as the web page gets them."""
-        return requests.get(f"http://{self.address}/object_info", timeout=60).json()
+    def object_info(self, node: str = "") -> dict:
+        """The declarations of all nodes by their ids, as the web page gets them, or of this one."""
+        return requests.get(f"http://{self.address}/object_info/{node}".rstrip("/"), timeout=60).json()
 
     def run(
         self,

@@ -16,6 +16,7 @@ WIDTH, HEIGHT, FOCAL = 832, 480, 640.0  # pixels: 66 degrees wide
 NEAR, FAR = 1.0, 10.0  # metres: what white and black of the depth picture stand for
 MOVE = Move("orbit left", degrees=20.0, distance=0.0, keyframes=21, easing="linear", look_at_centre="auto")
 SAMPLES = 2  # rays a pixel on each axis
+RAYS = 2**15  # traced at once: what they need stays in the processor's cache
 
 ROOM = ((-4.0, -2.2, -3.0), (4.0, 1.0, 7.0))
 BOXES = (  # low and high corner, colour
@@ -35,7 +36,17 @@ AMBIENT = 0.4
 def cast(origin: torch.Tensor, rays: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """What each ray [N, 3] from `origin` [3] hits first: its distance [N] in lengths of the ray, the surface's normal
     [N, 3] towards the ray, and its colour [N, 3] in 0..1."""
-    origin, rays = origin.double(), rays.double()
+    parts = [_cast(origin.double(), some.double()) for some in rays.split(RAYS)]
+    distance, normal, color = (torch.cat(part) for part in zip(*parts))
+    return distance, normal, color
+
+
+def distances(origin: torch.Tensor, rays: torch.Tensor) -> torch.Tensor:
+    """The distance [N] alone, where `cast` gives more."""
+    return torch.cat([_trace(origin.double(), some.double())[0] for some in rays.split(RAYS)])
+
+
+def _cast(origin, rays):
     distance, normal, hit = _trace(origin, rays)
     point = origin + rays * distance[:, None]
     to_lamp = point.new_tensor(LAMP) - point

@@ -1,16 +1,51 @@
 """Makes ComfyUI and this pack importable: the tests write `from worldstereo_fp8.loaders import ...`."""
 
+import json
+import shutil
 import sys
 from pathlib import Path
+
+import pytest
+import requests
 
 TESTS = Path(__file__).resolve().parent
 sys.path.append(str(TESTS.parent))
 
 import standalone
 
-standalone.import_comfyui()
+COMFYUI = standalone.import_comfyui()
 standalone.import_pack()
 sys.path.insert(0, str(TESTS))  # the tests' own helpers
+
+SETTINGS = {"Comfy.TutorialCompleted": True, "Comfy.Minimap.Visible": False}
+
+
+@pytest.fixture(scope="session")
+def shared_server(tmp_path_factory):
+    from worldstereo_fp8.demo.server import Server
+
+    with Server(COMFYUI, tmp_path_factory.mktemp("comfyui")) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def comfyui(shared_server, request):
+    """A ComfyUI server as it is after its start, with the files that the module's `prepare(base)` makes.
+
+    Starting one takes longer than most tests. So each process of tests has one, and each module begins with its
+    folders and its cache empty.
+    """
+    requests.post(f"http://{shared_server.address}/free", json={"free_memory": True}, timeout=60).raise_for_status()
+    base = shared_server.base
+    for path in (base / "models").rglob("*"):
+        if path.is_file():  # ComfyUI wants the folders that it has seen to stay
+            path.unlink()
+    for folder in ("input", "output", "temp", "user/default"):
+        shutil.rmtree(base / folder, ignore_errors=True)
+        (base / folder).mkdir(parents=True)
+    (base / "user" / "default" / "comfy.settings.json").write_text(json.dumps(SETTINGS), "utf-8")
+    request.module.prepare(base)
+    return shared_server
 
 
 def pytest_collection_modifyitems(items):

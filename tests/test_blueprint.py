@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import requests
 from PIL import Image
-from test_geometry_nodes import at_toy_size, comfyui  # noqa: F401  a fixture
+from test_geometry_nodes import at_toy_size, prepare  # noqa: F401  what the fixture `comfyui` calls
 from web_page import open_workflow, page_of
 
 BLUEPRINT = Path(__file__).parents[1] / "subgraphs" / "Picture to camera move.json"
 
 
 @pytest.mark.page
-def test_the_blueprint_is_offered_opens_and_runs(comfyui):  # noqa: F811
+def test_the_blueprint_is_offered_opens_and_runs(comfyui):
     offered = requests.get(f"http://{comfyui.address}/global_subgraphs", timeout=60).json()
     ours = [entry for entry in offered.values() if entry["name"] == BLUEPRINT.stem]
     assert len(ours) == 1 and "worldstereo" in ours[0]["info"]["node_pack"]

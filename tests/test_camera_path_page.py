@@ -1,27 +1,14 @@
 """WorldStereo Camera Path in the web page: only the widgets that its preset uses are shown, in both kinds of graph."""
 
-import json
 import os
 from pathlib import Path
 
-import comfy.cli_args
 import pytest
 from web_page import page_of
-from worldstereo_fp8.demo import server
-
-COMFYUI = Path(comfy.cli_args.__file__).parents[1]
 
 
-@pytest.fixture(scope="module")
-def comfyui(tmp_path_factory):
-    base = tmp_path_factory.mktemp("comfyui")
-    for folder in ("models/diffusion_models", "input"):
-        (base / folder).mkdir(parents=True)
-    settings = base / "user" / "default" / "comfy.settings.json"
-    settings.parent.mkdir(parents=True)
-    settings.write_text(json.dumps({"Comfy.TutorialCompleted": True, "Comfy.Minimap.Visible": False}))
-    with server.Server(COMFYUI, base) as running:
-        yield running
+def prepare(base):
+    """No files are needed."""
 
 
 @pytest.mark.page

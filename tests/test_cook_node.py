@@ -6,7 +6,6 @@ import threading
 import time
 from pathlib import Path
 
-import comfy.cli_args
 import numpy as np
 import pytest
 import requests
@@ -19,32 +18,24 @@ from worldstereo_fp8.comfy_nodes.files import file_name
 from worldstereo_fp8.demo import server
 from worldstereo_fp8.fp8.cook import verify
 
-COMFYUI = Path(comfy.cli_args.__file__).parents[1]
 WORKFLOW = Path(server.__file__).parents[1] / "example_workflows" / "cook_fp8.json"
 CASE = "memory_dmd"
 
 
-@pytest.fixture(scope="module")
-def comfyui(tmp_path_factory):
-    base = tmp_path_factory.mktemp("comfyui")
+def prepare(base):
     models = base / "models" / "diffusion_models"
     weights, config = source(CASE), golden_weights(CASE)[1]
     folder = models / "worldstereo-memory-dmd"
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     save_file(weights, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "taken.safetensors").touch()
     shards = models / "sharded"
-    shards.mkdir()
+    shards.mkdir(exist_ok=True)
     weight_map = {name: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, name in enumerate(weights)}
     for shard in set(weight_map.values()):
         save_file({name: weights[name] for name in weights if weight_map[name] == shard}, shards / shard)
     (shards / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    settings = base / "user" / "default" / "comfy.settings.json"
-    settings.parent.mkdir(parents=True)
-    settings.write_text(json.dumps({"Comfy.TutorialCompleted": True}))
-    with server.Server(COMFYUI, base) as running:
-        yield running
 
 
 def workflow(comfyui, **changes):

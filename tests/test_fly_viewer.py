@@ -6,13 +6,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-import comfy.cli_args
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from web_page import page_of
-from worldstereo_fp8.demo import server
 from worldstereo_fp8.scene.camera_files import read_cameras
 from worldstereo_fp8.scene.camera_path import EASINGS, Move, move_on, pinhole
 from worldstereo_fp8.scene.cameras import Cameras, quaternion_to_rotation, rigid_inverse
@@ -24,23 +22,14 @@ from worldstereo_fp8.worldstereo.conditioning import keyframe_size
 from worldstereo_fp8.worldstereo.config import WorldStereoConfig
 
 pytestmark = pytest.mark.page
-COMFYUI = Path(comfy.cli_args.__file__).parents[1]
 MODES = {"classic": False, "Nodes 2.0": True}
 HEIGHT, WIDTH = 480, 832  # so that the stand-in's depth has no steps, which count as edges
 PICTURE = np.random.default_rng(0).integers(0, 256, (30, 52, 3), dtype=np.uint8).repeat(16, 0).repeat(16, 1)
 PATIENCE = 180_000  # ms; other work may have the machine
 
 
-@pytest.fixture(scope="module")
-def comfyui(tmp_path_factory):
-    base = tmp_path_factory.mktemp("comfyui")
-    (base / "input").mkdir()
+def prepare(base):
     Image.fromarray(PICTURE).save(base / "input" / "picture.png")
-    settings = base / "user" / "default" / "comfy.settings.json"
-    settings.parent.mkdir(parents=True)
-    settings.write_text(json.dumps({"Comfy.TutorialCompleted": True, "Comfy.Minimap.Visible": False}), "utf-8")
-    with server.Server(COMFYUI, base) as running:
-        yield running
 
 
 @contextmanager

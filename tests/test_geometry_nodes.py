@@ -26,9 +26,7 @@ CAMERA_MODEL = "worldstereo_camera_toy.safetensors"
 WIDTH, HEIGHT, KEYFRAMES = 96, 64, 5
 
 
-@pytest.fixture(scope="module")
-def comfyui(tmp_path_factory):
-    base = tmp_path_factory.mktemp("comfyui")
+def prepare(base):
     job.prepare(base)
     toy.save_model(base / "models" / "diffusion_models" / CAMERA_MODEL, toy.CAMERA_CONFIG)
     for name in (
@@ -38,9 +36,6 @@ def comfyui(tmp_path_factory):
     ):
         (base / "models" / name).parent.mkdir(exist_ok=True)
         (base / "models" / name).touch()
-    settings = base / "user" / "default" / "comfy.settings.json"
-    settings.parent.mkdir(parents=True)
-    settings.write_text(json.dumps({"Comfy.TutorialCompleted": True, "Comfy.Minimap.Visible": False}))
     gradient = np.linspace(40, 250, WIDTH * HEIGHT * 3).reshape(HEIGHT, WIDTH, 3).astype(np.uint8)
     Image.fromarray(gradient).save(base / "input" / "picture.png")
     Image.fromarray(gradient).resize((1024, 512)).save(base / "input" / "panorama.png")
@@ -48,8 +43,6 @@ def comfyui(tmp_path_factory):
     Image.fromarray(gradient.mean(-1).astype(np.uint8)).save(base / "input" / "depth.png")
     (base / "input" / "cameras.txt").write_text("1 PINHOLE 96 64 80 80 48 32")
     (base / "input" / "images.txt").write_text("1 1 0 0 0 0 0 0 1 a.png\n\n2 1 0 0 0 0.1 0 0 1 b.png\n")
-    with server.Server(COMFYUI, base) as running:
-        yield running
 
 
 def graph(**nodes):
@@ -65,7 +58,7 @@ def graph(**nodes):
 
 def defaults(comfyui, kind, **inputs):
     """The inputs of a node: these, and the default of every other widget."""
-    declared = comfyui.object_info()[kind]["input"]
+    declared = comfyui.object_info(kind)[kind]["input"]
     values = {}
     for name, (type_, *options) in (declared.get("required", {}) | declared.get("optional", {})).items():
         options = options[0] if options else {}
@@ -343,7 +336,7 @@ def test_nothing_is_written_outside_the_output_folder(comfyui, kind, changes, me
                             ("points", ("render", 2)),
                             ("images", ("render", 0)),
                         )
-                        if name in comfyui.object_info()[kind]["input"]["required"]
+                        if name in comfyui.object_info(kind)[kind]["input"]["required"]
                     },
                     **changes,
                 ),

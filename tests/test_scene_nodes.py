@@ -1,9 +1,7 @@
 """The scene's nodes on a real ComfyUI server with toy models: paths that remember, and what is not computed again."""
 
 import threading
-from pathlib import Path
 
-import comfy.cli_args
 import numpy as np
 import pytest
 import requests
@@ -13,7 +11,6 @@ from safetensors.torch import load_file
 from worldstereo_fp8.demo import job, server
 from worldstereo_fp8.scene.folder import read_scene
 
-COMFYUI = Path(comfy.cli_args.__file__).parents[1]
 WIDTH, HEIGHT, KEYFRAMES = 240, 160, 6  # an entry of the toy model's table
 FILES = {
     "checkpoint": ("LoadWorldStereoFP8", {"model_name": job.MODEL, "compute": "auto"}),
@@ -30,16 +27,11 @@ FILES = {
 }
 
 
-@pytest.fixture(scope="module")
-def comfyui(tmp_path_factory):
-    base = tmp_path_factory.mktemp("comfyui")
+def prepare(base):
     job.prepare(base)
     y, x = np.mgrid[:HEIGHT, :WIDTH]
     checks = ((x // 16 + y // 16) % 2)[..., None] * np.array([120, 60, 20]) + np.stack([x, y, 255 - x], -1) // 2
     Image.fromarray(checks.astype(np.uint8)).save(base / "input" / "picture.png")
-    with server.Server(COMFYUI, base) as running:
-        running.declared = running.object_info()
-        yield running
 
 
 def graph(comfyui, **nodes):
@@ -47,7 +39,7 @@ def graph(comfyui, **nodes):
     their defaults."""
     prompt = {}
     for name, (kind, inputs) in (FILES | nodes).items():
-        declared = comfyui.declared[kind]["input"]
+        declared = comfyui.object_info(kind)[kind]["input"]
         values = {}
         for key, (type_, *options) in (declared.get("required", {}) | declared.get("optional", {})).items():
             options = options[0] if options else {}

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from test_workflow import PLACEHOLDERS
 from web_page import open_workflow, page_of
-from worldstereo_fp8.demo import job, scene, server
+from worldstereo_fp8.demo import job, scene
 from worldstereo_fp8.scene.cameras import rigid_inverse
 from worldstereo_fp8.scene.folder import read_scene
 
@@ -24,22 +24,15 @@ TOYS = {"LoadWorldStereoFP8": ("model_name", job.MODEL), "VAELoader": ("vae_name
 SAVED = "worldstereo/scene_00001_"  # what continue_scene.json opens
 
 
-@pytest.fixture(scope="module")
-def comfyui(tmp_path_factory):
-    base = tmp_path_factory.mktemp("comfyui")
+def prepare(base):
     job.prepare(base)
     for name in (*PLACEHOLDERS, "geometry_estimation/moge_2_vitl_normal_fp16.safetensors"):
         (base / "models" / name).parent.mkdir(exist_ok=True)
         (base / "models" / name).touch()
-    settings = base / "user" / "default" / "comfy.settings.json"
-    settings.parent.mkdir(parents=True)
-    settings.write_text(json.dumps({"Comfy.TutorialCompleted": True, "Comfy.Minimap.Visible": False}))
     shutil.copyfile(COMFYUI / "input" / "example.png", base / "input" / "example.png")
     y, x = np.mgrid[:256, :512]
     colours = np.stack([x // 2, y, 255 - x // 2], -1) // 2 + ((x // 16 + y // 16) % 2)[..., None] * 100
     Image.fromarray(colours.astype(np.uint8)).save(base / "input" / "panorama.png")
-    with server.Server(COMFYUI, base) as running:
-        yield running
 
 
 def opened(comfyui, name):

@@ -6,7 +6,6 @@ import os
 import shutil
 from pathlib import Path
 
-import comfy.cli_args
 import numpy as np
 import pytest
 from PIL import Image
@@ -14,7 +13,6 @@ from web_page import open_workflow, page_of
 from worldstereo_fp8.demo import job, scene, server
 from worldstereo_fp8.scene.camera_files import read_cameras
 
-COMFYUI = Path(comfy.cli_args.__file__).parents[1]
 # Names the workflow asks for; the page only looks whether they are there.
 PLACEHOLDERS = (
     "diffusion_models/WorldStereo-memory-dmd-fp8_e4m3fn_scaled.safetensors",
@@ -24,11 +22,12 @@ PLACEHOLDERS = (
 )
 
 
-@pytest.fixture(scope="module")
-def comfyui(tmp_path_factory):
-    base = tmp_path_factory.mktemp("comfyui")
+FRAMES = 25  # of the render; the model takes 21 of them
+
+
+def prepare(base):
     job.prepare(base)
-    scene.draw(base / "input")
+    scene.draw(base / "input", FRAMES)
     models = base / "models"
     for placeholder in PLACEHOLDERS:
         (models / placeholder).parent.mkdir(exist_ok=True)
@@ -39,11 +38,6 @@ def comfyui(tmp_path_factory):
     cameras = json.loads((base / "input" / "camera.json").read_text("utf-8"))
     cameras["extrinsic"].pop()
     (base / "input" / "one_pose_short.json").write_text(json.dumps(cameras), "utf-8")
-    settings = base / "user" / "default" / "comfy.settings.json"
-    settings.parent.mkdir(parents=True)
-    settings.write_text(json.dumps({"Comfy.TutorialCompleted": True, "Comfy.Minimap.Visible": False}), "utf-8")
-    with server.Server(COMFYUI, base) as running:
-        yield running
 
 
 @pytest.fixture
@@ -65,7 +59,7 @@ def inputs_of(prompt, class_type):
         ("LoadWorldStereoFP8", "model_name", "truncated.safetensors", "truncated.safetensors"),
         ("WorldStereoLoadCamera", "camera", "absent.json", "absent.json"),
         ("WorldStereoLoadCamera", "camera", "../extra_model_paths.yaml", "extra_model_paths.yaml"),
-        ("WorldStereoLoadCamera", "camera", "one_pose_short.json", "one_pose_short.json.*40"),
+        ("WorldStereoLoadCamera", "camera", "one_pose_short.json", f"one_pose_short.json.*{FRAMES - 1}"),
         ("WorldStereoConditioning", "reference_index", "0, 5", "reference_images"),
     ],
 )
