@@ -1,13 +1,11 @@
 """Drawn scenes to try the workflows with: no file, no depth model."""
 
-import torch
 from comfy_api.latest import io, ui
 
 from ..scene import sample
+from ..scene.sample import picture_or_sample
 from .common import CATEGORY, Cameras, MoGeGeometry, Points
 from .limits import checked
-
-PANORAMA_HEIGHT = 960
 
 
 class WorldStereoSampleScene(io.ComfyNode):
@@ -67,13 +65,8 @@ class WorldStereoSamplePanorama(io.ComfyNode):
     @classmethod
     @checked
     def execute(cls) -> io.NodeOutput:
-        picture, distance = sample.panorama(PANORAMA_HEIGHT)
-        geometry = {
-            "image": picture[None],
-            "depth": distance[None],
-            "mask": torch.ones_like(distance[None], dtype=torch.bool),
-        }
-        return io.NodeOutput(picture[None], geometry, ui=ui.PreviewImage(picture[None], cls=cls))
+        exact = sample.panorama_geometry()
+        return io.NodeOutput(exact["image"], exact, ui=ui.PreviewImage(exact["image"], cls=cls))
 
 
 class WorldStereoPictureOrSample(io.ComfyNode):
@@ -85,18 +78,24 @@ class WorldStereoPictureOrSample(io.ComfyNode):
             category=CATEGORY,
             description="Passes on your picture and its geometry. Where neither is connected, or both are muted, the drawn "
             "scene of WorldStereo Sample Scene takes their place: a workflow can be tried without a picture or MoGe.",
-            search_aliases=["example", "demo", "sample", "switch"],
+            search_aliases=["example", "demo", "sample", "switch", "360"],
             inputs=[
-                io.Image.Input("image", optional=True, tooltip="Your picture, at the model's size."),
+                io.Image.Input("image", optional=True, tooltip="Your picture, at the model's size, or your panorama."),
                 MoGeGeometry.Input("moge_geometry", optional=True, tooltip="MoGe's geometry of this very picture."),
+                io.Combo.Input(
+                    "sample",
+                    options=list(sample.SAMPLE_GEOMETRIES),
+                    optional=True,
+                    tooltip="What takes the place of yours: the drawn room as a picture, or as a panorama of all around.",
+                ),
             ],
             outputs=[io.Image.Output(display_name="image"), MoGeGeometry.Output(display_name="moge_geometry")],
         )
 
     @classmethod
     @checked
-    def execute(cls, image=None, moge_geometry=None) -> io.NodeOutput:
-        image, geometry = sample.picture_or_sample(image, moge_geometry)
+    def execute(cls, image=None, moge_geometry=None, sample="picture") -> io.NodeOutput:
+        image, geometry = picture_or_sample(image, moge_geometry, sample)
         return io.NodeOutput(image, geometry, ui=ui.PreviewImage(image, cls=cls))
 
 

@@ -17,6 +17,7 @@ NEAR, FAR = 1.0, 10.0  # metres: what white and black of the depth picture stand
 MOVE = Move("orbit left", degrees=20.0, distance=0.0, keyframes=21, easing="linear", look_at_centre="auto")
 SAMPLES = 2  # rays a pixel on each axis
 RAYS = 2**15  # traced at once: what they need stays in the processor's cache
+PANORAMA_HEIGHT = 960  # pixels
 
 ROOM = ((-4.0, -2.2, -3.0), (4.0, 1.0, 7.0))
 BOXES = (  # low and high corner, colour
@@ -169,6 +170,12 @@ def panorama(height: int) -> tuple[torch.Tensor, torch.Tensor]:
     return color.view(rays.shape).float(), distance.view(rays.shape[:2]).float()
 
 
+def panorama_geometry() -> dict:
+    """The panorama as core's panorama inference gives its MOGE_GEOMETRY: image, depth (the distance), mask."""
+    picture, distance = panorama(PANORAMA_HEIGHT)
+    return {"image": picture[None], "depth": distance[None], "mask": torch.ones_like(distance, dtype=torch.bool)[None]}
+
+
 def depth_picture(depth: torch.Tensor) -> torch.Tensor:
     """A depth map [H, W] as a grey disparity picture [1, H, W, 3]: white is 1 m, black 10 m, as WorldStereo Render
     reads one by default."""
@@ -187,9 +194,14 @@ def sample() -> tuple[torch.Tensor, dict, torch.Tensor, PointCloud, Cameras]:
     return exact["image"], exact, depth_picture(depth), cloud, cameras
 
 
-def picture_or_sample(image: torch.Tensor | None, moge_geometry: dict | None) -> tuple[torch.Tensor, dict]:
-    """The picture and its MOGE_GEOMETRY, or the sample's where there are none. Raises ValueError for one alone: the
-    sample's would not belong to it."""
+SAMPLE_GEOMETRIES = {"picture": lambda: geometry(start_camera()), "panorama": panorama_geometry}
+
+
+def picture_or_sample(
+    image: torch.Tensor | None, moge_geometry: dict | None, kind: str = "picture"
+) -> tuple[torch.Tensor, dict]:
+    """The picture and its MOGE_GEOMETRY, or the sample's of this kind where there are none. Raises ValueError for one
+    alone: the sample's would not belong to it."""
     if (image is None) != (moge_geometry is None):
         there, missing = ("moge_geometry", "image") if image is None else ("image", "moge_geometry")
         raise ValueError(
@@ -197,5 +209,5 @@ def picture_or_sample(image: torch.Tensor | None, moge_geometry: dict | None) ->
         )
     if image is not None and moge_geometry is not None:
         return image, moge_geometry
-    exact = geometry(start_camera())
+    exact = SAMPLE_GEOMETRIES[kind]()
     return exact["image"], exact

@@ -19,7 +19,7 @@ PLAIN = {"scene", "points", "positive", "negative", "samples", "cameras"}
 UNUSED = {
     "WorldStereoKeyframeEncode": "for sampling from frames of one's own, with a denoise below 1",
     "WorldStereoSampleScene": "WorldStereo Picture or Sample has its picture and depth",
-    "WorldStereoSamplePanorama": "for trying a panorama without a file: replaces Load Image and MoGe",
+    "WorldStereoSamplePanorama": "WorldStereo Picture or Sample has it too",
 }
 
 

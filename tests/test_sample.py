@@ -6,8 +6,9 @@ from worldstereo_fp8.scene import sample
 from worldstereo_fp8.scene.camera_path import pinhole
 from worldstereo_fp8.scene.cameras import centres
 from worldstereo_fp8.scene.depth import DEPTH_PICTURES, depth_of_moge, depth_of_picture
-from worldstereo_fp8.scene.panorama import points_of_panorama
+from worldstereo_fp8.scene.panorama import not_whole, points_of_panorama
 from worldstereo_fp8.scene.render import render
+from worldstereo_fp8.scene.start import is_panorama
 
 
 def test_depth_is_that_of_the_surfaces_a_ray_meets():
@@ -48,6 +49,13 @@ def test_the_panorama_is_the_same_room():
     low, high = (torch.tensor(corner) for corner in sample.ROOM)
     assert ((cloud.points > low - 0.01) & (cloud.points < high + 0.01)).all()
     assert (cloud.points.amax(0) - high).abs().max() < 0.1 and (cloud.points.amin(0) - low).abs().max() < 0.1
+
+
+def test_the_panorama_takes_the_place_of_ones_own(monkeypatch):
+    monkeypatch.setattr(sample, "PANORAMA_HEIGHT", 64)
+    image, exact = sample.picture_or_sample(None, None, "panorama")
+    assert image.shape == (1, 64, 128, 3) and is_panorama(exact) and not not_whole(64, 128)
+    assert 1000 < len(points_of_panorama(exact)) <= 64 * 128
 
 
 def test_ones_own_picture_passes_and_half_of_it_is_an_error():
