@@ -3,9 +3,11 @@
 import contextlib
 import itertools
 import os
+import re
 import shutil
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,6 +22,8 @@ except ImportError:  # Windows, which locks open files by itself
     fcntl = None  # type: ignore[assignment]
 
 TEMPORARY = ".writing"  # what the name of an unfinished file or folder ends in
+ABANDONED_AFTER = 24 * 3600  # seconds without a change after which such a file or folder is a killed run's
+UNFINISHED = re.compile(rf"\..+\.[a-z0-9_]{{8}}{re.escape(TEMPORARY)}", re.DOTALL)  # as tempfile makes these names
 GROWING = ".cooking"  # what the name of an unfinished large file ends in
 SECONDS_BETWEEN_SYNCS = 0.2
 
@@ -28,11 +32,13 @@ SECONDS_BETWEEN_SYNCS = 0.2
 def new_file(path: str | os.PathLike, overwrite: bool = False) -> Iterator[BinaryIO]:
     """A binary file that appears under `path`, synced, when the context ends well, and not at all otherwise.
 
-    Until then it lies beside `path` under a name of its own. Raises FileExistsError for a name that is taken, also by a
+    Until then it lies beside `path` under a name of its own. What killed runs left in the folder is removed once it has
+    not changed for ABANDONED_AFTER. Raises FileExistsError for a name that is taken, also by a
     dangling link, unless `overwrite`; and OSError, naming file and cause, where it cannot be written.
     """
     path = Path(path)
     refuse_taken(path, overwrite)
+    _remove_old(path.parent)
     with naming(path):
         descriptor, name = tempfile.mkstemp(prefix=f".{path.name[:100]}.", suffix=TEMPORARY, dir=path.parent)
         temporary = Path(name)
@@ -57,12 +63,13 @@ def write_file(path: str | os.PathLike, content: bytes) -> None:
 
 @contextlib.contextmanager
 def new_folder(path: str | os.PathLike) -> Iterator[Path]:
-    """A folder to fill, which appears under `path` when the context ends well, and not at all otherwise.
+    """A folder to fill, which appears under `path` when the context ends well, and not at all otherwise; see `new_file`.
 
     Raises FileExistsError for a name that is taken, and OSError, naming folder and cause, where it cannot be written.
     """
     path = Path(path)
     refuse_taken(path, False)
+    _remove_old(path.parent)
     with naming(path):
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name[:100]}.", suffix=TEMPORARY, dir=path.parent))
     try:
@@ -157,6 +164,19 @@ def _lock(file) -> bool:
 def _is_at(file, path: Path) -> bool:
     """Whether an open file is the one that has this path."""
     return path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())
+
+
+def _remove_old(folder: Path):
+    """Removes unfinished files and folders of `new_file` and `new_folder` that no run is still working on."""
+    before = time.time() - ABANDONED_AFTER
+    for entry in folder.glob(f".*{TEMPORARY}"):
+        with contextlib.suppress(OSError):  # gone meanwhile, or another user's
+            if not UNFINISHED.fullmatch(entry.name) or entry.is_symlink() or entry.stat().st_mtime > before:
+                continue
+            if entry.is_dir():
+                shutil.rmtree(entry)
+            else:
+                entry.unlink()
 
 
 def _remove_abandoned(path: Path):

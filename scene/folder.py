@@ -11,9 +11,10 @@ gsplat, nerfstudio, Brush and Postshot train on it as it is. Folders of these fo
 
 import array
 import json
+import os
 import re
 from collections.abc import Callable
-from io import BytesIO
+from io import BufferedReader
 from pathlib import Path
 
 import numpy as np
@@ -25,13 +26,13 @@ from PIL import Image
 from ..core import throw_exception_if_processing_interrupted
 from ..files import json as bounded_json
 from ..files.atomic import new_folder
-from ..files.regular import open_regular, read_regular
+from ..files.regular import open_regular
 from ..files.text import shown
 from . import camera_files
 from .cameras import Cameras, rigid_inverse, rotation_to_quaternion
 from .fuse import thin_by_voxels
 from .pictures import as_bytes
-from .pointcloud import PointCloud, ply_bytes, read_ply, world_mirror
+from .pointcloud import PLY_POINTS, PointCloud, ply_bytes, read_ply, world_mirror
 from .scene import MAX_POINTS, MAX_VIEWS, Scene, TakenPath
 
 VERSION = 1
@@ -39,7 +40,8 @@ COLMAP_POINTS = 200_000  # of points3D.txt; more are thinned, cloud.ply has all
 MAX_PIXELS = MAX_VIEWS * 832 * 480  # of all views together
 MAX_PATHS, MAX_CAMERAS = 1000, 100_000
 HEADER_LIMIT = 4 << 20  # bytes of scene.safetensors' header
-TEXT_LIMIT = 256 << 20  # bytes of a points3D.txt
+TEXT_LIMIT, MAX_LINE = 1 << 30, 1 << 20  # bytes of a points3D.txt and of a line of it, the point's track included
+READ_AT_ONCE = 1 << 19  # bytes between two looks at the stop button
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 KINDS = ("scene.json", "transforms.json", "cameras.json", "sparse/0/images.txt", "sparse/images.txt", "images.txt")
 
@@ -400,25 +402,33 @@ def _thinned(cloud: PointCloud) -> PointCloud:
 
 def _colmap_points(path: Path, step: Callable[[int], None]) -> PointCloud:
     numbers = array.array("f")  # a list of rows would take several times as much
-    read = 0
-    for line_number, line in enumerate(BytesIO(read_regular(path, TEXT_LIMIT)), 1):
-        read += len(line)
-        if line_number % 10_000 == 0:
-            step(read)
-            read = 0
-        if not line.strip() or line.startswith(b"#"):
-            continue
-        row = line.split(maxsplit=7)[1:7]
-        try:
-            if len(row) != 6:
-                raise ValueError
-            numbers.extend(map(float, row))
-        except ValueError:
-            raise ValueError(f"points3D.txt, line {line_number} is no point: POINT3D_ID X Y Z R G B ERROR.") from None
+    with open_regular(path) as raw:
+        if (size := os.fstat(raw.fileno()).st_size) > TEXT_LIMIT:
+            raise ValueError(f"points3D.txt has {size} bytes; more than {TEXT_LIMIT} are not read.")
+        read, line_number, file = 0, 0, BufferedReader(raw, 1 << 20)
+        while line := file.readline(MAX_LINE):
+            read, line_number = read + len(line), line_number + 1
+            if read > READ_AT_ONCE:
+                step(read)
+                read = 0
+            row = line.split(maxsplit=7)[1:7]
+            if line.startswith(b"#") or not line.strip():
+                continue
+            try:
+                if len(row) != 6 or len(line) == MAX_LINE:
+                    raise ValueError
+                numbers.extend(map(float, row))
+            except ValueError:
+                raise ValueError(
+                    f"points3D.txt, line {line_number} is no point: POINT3D_ID X Y Z R G B ERROR TRACK, in at most "
+                    f"{MAX_LINE} bytes."
+                ) from None
+            if len(numbers) > 6 * PLY_POINTS:
+                raise ValueError(f"points3D.txt holds more than {PLY_POINTS} points; no more are read.")
     step(read)
-    values = torch.from_numpy(np.array(numbers)).view(-1, 6)
+    values = torch.frombuffer(numbers, dtype=torch.float32).view(-1, 6) if numbers else torch.zeros(0, 6)
     try:
-        return PointCloud(values[:, :3].contiguous(), (values[:, 3:] / 255).clamp(0, 1))
+        return PointCloud(values[:, :3].contiguous(), (values[:, 3:] / 255).clamp_(0, 1))
     except ValueError as error:
         raise ValueError(f"points3D.txt cannot be used. {error}") from error
 

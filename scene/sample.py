@@ -6,6 +6,7 @@ World axes are OpenCV's (x right, y down, z forward), the picture's camera at th
 
 import torch
 
+from ..core import throw_exception_if_processing_interrupted
 from .camera_path import Move, depth_of_scene, move_on, pinhole
 from .cameras import Cameras, centres
 from .depth import points_from_depth
@@ -37,7 +38,10 @@ AMBIENT = 0.4
 def cast(origin: torch.Tensor, rays: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """What each ray [N, 3] from `origin` [3] hits first: its distance [N] in lengths of the ray, the surface's normal
     [N, 3] towards the ray, and its colour [N, 3] in 0..1."""
-    parts = [_cast(origin.double(), some.double()) for some in rays.split(RAYS)]
+    parts = []
+    for some in rays.split(RAYS):
+        throw_exception_if_processing_interrupted()
+        parts.append(_cast(origin.double(), some.double()))
     distance, normal, color = (torch.cat(part) for part in zip(*parts))
     return distance, normal, color
 

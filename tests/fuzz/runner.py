@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,7 +28,9 @@ class Worker:
     def __init__(self):
         self.process = None
 
-    def _start(self):
+    def start(self):
+        if self.process is not None:
+            return
         self.process = subprocess.Popen(
             [sys.executable, str(Path(__file__).with_name("worker.py"))],
             stdin=subprocess.PIPE,
@@ -48,8 +51,7 @@ class Worker:
 
     def ask(self, name: str, seed: int, number: int, seconds: float) -> tuple[str, str]:
         """The verdict on one case, and what there is to say."""
-        if self.process is None:
-            self._start()
+        self.start()
         self.process.stdin.write(json.dumps([name, seed, number]) + "\n")
         self.process.stdin.flush()
         try:
@@ -79,12 +81,14 @@ class Table:
 
     counts: dict = field(default_factory=lambda: collections.defaultdict(collections.Counter))
     bad: list[str] = field(default_factory=list)
+    slowest: dict = field(default_factory=dict)  # of each class: seconds, and the case's number
 
     def __str__(self):
-        lines = [f"{'class':<12}{'cases':>8}" + "".join(f"{verdict:>10}" for verdict in VERDICTS)]
+        lines = [f"{'class':<12}{'cases':>8}" + "".join(f"{verdict:>10}" for verdict in VERDICTS) + "   slowest"]
         for name, counts in self.counts.items():
             cells = "".join(f"{counts[verdict]:>10}" for verdict in VERDICTS)
-            lines.append(f"{name:<12}{sum(counts.values()):>8}{cells}")
+            seconds, number = self.slowest[name]
+            lines.append(f"{name:<12}{sum(counts.values()):>8}{cells}{seconds:>8.1f} s (case {number})")
         return "\n".join([*lines, *self.bad])
 
 
@@ -94,7 +98,11 @@ def run(classes, count: int, seed: int = 0, seconds: float = SECONDS, first: int
     try:
         for name in classes:
             for number in range(first, first + count):
+                worker.start()
+                started = time.monotonic()
                 verdict, what = worker.ask(name, seed, number, SERVED_SECONDS if name in SERVED else seconds)
+                took = time.monotonic() - started, number
+                table.slowest[name] = max(took, table.slowest.get(name, took))
                 table.counts[name][verdict] += 1
                 if verdict in BAD:
                     table.bad.append(f"{name}, seed {seed}, case {number}: {verdict}: {what}")
