@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from comfy_api.latest import io
 
+from ..core import throw_exception_if_processing_interrupted
 from ..files.text import first_few, shown
 from ..scene.cameras import MAX_CAMERAS, Cameras
 from ..scene.pointcloud import PointCloud
@@ -23,7 +24,7 @@ MAX_TEXT = 1 << 16  # characters
 MAX_CHOICE = 1000  # characters of a choice, its folders included
 MAX_SIDE, MAX_PIXELS = 1 << 15, 1 << 26  # of one picture: photos of 50 megapixels, panoramas of 8192x4096
 MAX_FRAMES = 10_000  # pictures of one input
-MAX_POINTS = 1 << 26
+MAX_POINTS = 1 << 25  # a panorama's of 8192x4096
 MAX_CONDITIONS = 1000
 OUTSIDE = 0.05  # how far pixels may lie outside 0..1, as filters leave them, before it is logged
 FILES = {"camera", "folder", "model_name", "base_model", "source"}  # their nodes report a file that is missing
@@ -131,6 +132,7 @@ def _check_values(name, tensor) -> tuple[float, float]:
     """The smallest and the largest value of a batch, one picture at a time: a copy of the whole may fill the memory."""
     low, high = math.inf, -math.inf
     for number, part in enumerate(tensor):
+        throw_exception_if_processing_interrupted()
         least, most = (value.item() for value in part.aminmax())
         if not (math.isfinite(least) and math.isfinite(most)):
             raise ValueError(f"{name} holds NaN or infinity, first in number {number}: something before it failed.")

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..core import throw_exception_if_processing_interrupted
 from ..files.atomic import new_file
 from ..files.text import shown
 
@@ -162,6 +163,7 @@ def write_camera_json(path: Path, cameras: Cameras) -> None:
             opening = "{" if key == "extrinsic" else ""
             file.write(f'{opening}"{key}": [\n'.encode())
             for number, matrix in enumerate(matrices):  # one by one: as a whole they would take many times their size
+                throw_exception_if_processing_interrupted()
                 file.write((",\n" if number else "").encode() + json.dumps(matrix.tolist()).encode())
             file.write(b"\n],\n")
         file.write(f'"width": {cameras.width}, "height": {cameras.height}}}\n'.encode())
@@ -199,6 +201,7 @@ def plucker(w2c: torch.Tensor, K: torch.Tensor, height: int, width: int) -> torc
     to_rays, origin = w2c[:, :3, :3].mT @ torch.linalg.inv(K), centres(w2c).unsqueeze(-1)
     rays = torch.empty(6, len(w2c), height, width)
     for camera in range(len(w2c)):  # one by one: in float64 all of them would take many times their size
+        throw_exception_if_processing_interrupted()
         direction = to_rays[camera] @ pixels
         direction = direction / direction.norm(dim=0, keepdim=True)
         moment = torch.linalg.cross(origin[camera].expand_as(direction), direction, dim=0)

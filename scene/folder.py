@@ -19,7 +19,6 @@ from pathlib import Path
 
 import numpy as np
 import safetensors
-import safetensors.torch
 import torch
 from PIL import Image
 
@@ -31,17 +30,16 @@ from ..files.text import shown
 from . import camera_files
 from .cameras import Cameras, rigid_inverse, rotation_to_quaternion
 from .fuse import thin_by_voxels
-from .pictures import as_bytes
+from .pictures import as_bytes, write_png
 from .pointcloud import PLY_POINTS, PointCloud, ply_bytes, read_ply, world_mirror
-from .scene import MAX_POINTS, MAX_VIEWS, Scene, TakenPath
+from .scene import MAX_PIXELS, MAX_POINTS, MAX_VIEWS, Scene, TakenPath
 
 VERSION = 1
 COLMAP_POINTS = 200_000  # of points3D.txt; more are thinned, cloud.ply has all
-MAX_PIXELS = MAX_VIEWS * 832 * 480  # of all views together
 MAX_PATHS, MAX_CAMERAS = 1000, 100_000
 HEADER_LIMIT = 4 << 20  # bytes of scene.safetensors' header
 TEXT_LIMIT, MAX_LINE = 1 << 30, 1 << 20  # bytes of a points3D.txt and of a line of it, the point's track included
-READ_AT_ONCE = 1 << 19  # bytes between two looks at the stop button
+READ_AT_ONCE, FLOATS_AT_ONCE = 1 << 18, 1 << 22  # bytes read and numbers written between two looks at the stop button
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 KINDS = ("scene.json", "transforms.json", "cameras.json", "sparse/0/images.txt", "sparse/images.txt", "images.txt")
 
@@ -55,7 +53,7 @@ def write_scene(folder: Path, scene: Scene, progress: Callable[[int], None] = la
     with new_folder(folder) as new:
         (new / "images").mkdir()
         for file, picture in zip(files, scene.pictures):
-            Image.fromarray(picture.numpy()).save(new / "images" / file)
+            write_png(new / "images" / file, picture)
             progress(1)
         _write_tensors(new / "scene.safetensors", scene)
         _write_json(new / "scene.json", _content(scene))
@@ -137,11 +135,18 @@ def _write_tensors(path: Path, scene: Scene) -> None:
     tensors |= {f"depth.{view}": depth for view, depth in enumerate(scene.depths) if depth is not None}
     for number, taken in enumerate(scene.paths):
         tensors |= {f"path.{number}.w2c": taken.cameras.w2c, f"path.{number}.K": taken.cameras.K}
-    tensors = {name: tensor.float().contiguous() for name, tensor in tensors.items()}
-    try:
-        safetensors.torch.save_file(tensors, path)
-    except safetensors.SafetensorError as error:
-        raise OSError(None, f"{path.name}: {shown(error)}") from error
+    header, end = {}, 0
+    for name, tensor in tensors.items():
+        begin, end = end, end + 4 * tensor.numel()
+        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    head = json.dumps(header).encode()
+    head += b" " * (-len(head) % 8)
+    with open(path, "wb") as file:  # the library's own writer first makes a copy of all tensors
+        file.write(len(head).to_bytes(8, "little") + head)
+        for tensor in tensors.values():
+            for part in tensor.float().contiguous().view(-1).split(FLOATS_AT_ONCE):
+                throw_exception_if_processing_interrupted()
+                file.write(part.numpy().astype("<f4", copy=False))
 
 
 def _nerfstudio(files, c2w, cameras: Cameras) -> dict:
@@ -189,6 +194,8 @@ def _write_colmap(folder: Path, files, scene: Scene) -> None:
     with open(folder / "points3D.txt", "w", encoding="utf-8") as file:
         file.write("# POINT3D_ID X Y Z R G B ERROR TRACK (none)\n")
         for number, ((x, y, z), (r, g, b)) in enumerate(zip(points, colors), 1):
+            if number % 10_000 == 0:
+                throw_exception_if_processing_interrupted()
             file.write(f"{number} {x:.7g} {y:.7g} {z:.7g} {r} {g} {b} 0\n")
 
 
@@ -272,6 +279,7 @@ def _read_tensors(path: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, t
             there = set(file.keys())
             tensors = {}
             for name, shape in shapes.items():
+                throw_exception_if_processing_interrupted()
                 if name not in there:
                     raise ValueError(f"it has no tensor {name}")
                 part = file.get_slice(name)

@@ -7,6 +7,7 @@ cloud already has in that camera (the global geometric memory of HY-World and Wo
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from .cameras import Cameras
 from .depth import draw_in, on_edge, unproject
 from .pointcloud import PointCloud
 from .render import RADIUS, project
+from .stop import stoppable
 
 POINTS_LIMIT = 2_000_000
 RESIDUAL_LIMIT = 0.08  # median relative error of the fitted depth above which a frame is refused
@@ -30,6 +32,7 @@ SHIFT_GAIN = 0.7  # a shift is used where it reduces the residual below this sha
 DISPARITY_GAIN = 0.25  # what is given is a disparity where that brings the residual below this share
 NEIGHBOURS, DEVIATIONS = 20, 2.0
 VOXEL_TOLERANCE, VOXEL_ROUNDS, VOXEL_BITS = 0.2, 40, 20
+VOXEL_PIECE = 1 << 20  # points sorted into voxels at a time
 
 
 @dataclass(frozen=True)
@@ -298,7 +301,7 @@ def outliers(points: torch.Tensor, start: int = 0) -> torch.Tensor:
     if len(points) - start < 2 or len(points) <= NEIGHBOURS:
         return torch.zeros(len(points) - start, dtype=torch.bool)
     every = points.numpy()
-    tree = cKDTree(every, balanced_tree=False, compact_nodes=False)
+    tree = stoppable(partial(cKDTree, balanced_tree=False, compact_nodes=False), every)
     mean = np.empty(len(every) - start, np.float32)
     for first in range(0, len(mean), 1 << 16):
         throw_exception_if_processing_interrupted()
@@ -318,12 +321,11 @@ def thin_by_voxels(points: torch.Tensor, limit: int) -> tuple[torch.Tensor, floa
     low = points.min(0).values
     extent = (points.max(0).values - low).max().item()
     small, large = extent / (1 << VOXEL_BITS), extent
-    size, keep = large, _first_of_voxels(points, low, 2 * extent + 1)
+    size, keep = large, torch.zeros(1, dtype=torch.long)
     for _ in range(VOXEL_ROUNDS):
-        throw_exception_if_processing_interrupted()
         middle = (small * large) ** 0.5
-        kept = _first_of_voxels(points, low, middle)
-        if len(kept) > limit:
+        kept = _first_of_voxels(points, low, middle, limit)
+        if kept is None:
             small = middle
             continue
         size, keep, large = middle, kept, middle
@@ -332,9 +334,28 @@ def thin_by_voxels(points: torch.Tensor, limit: int) -> tuple[torch.Tensor, floa
     return keep, size
 
 
-def _first_of_voxels(points, low, size):
-    x, y, z = ((points - low) / size).long().unbind(1)
-    key, order = (((x << VOXEL_BITS + 1) | y) << VOXEL_BITS + 1 | z).sort(stable=True)
-    first = torch.ones_like(key, dtype=torch.bool)
-    first[1:] = key[1:] != key[:-1]
-    return order[first].sort().values
+def _first_of_voxels(points, low, size, limit):
+    """The numbers, rising, of the first point in each voxel; None where more than `limit` voxels hold points."""
+    keys = torch.zeros(
+        0, dtype=torch.long
+    )  # of the voxels found so far, rising, and the number of each one's first point
+    numbers = keys
+    for start in range(0, len(points), VOXEL_PIECE):
+        throw_exception_if_processing_interrupted()
+        x, y, z = ((points[start : start + VOXEL_PIECE] - low) / size).long().unbind(1)
+        key, order = (((x << VOXEL_BITS + 1) | y) << VOXEL_BITS + 1 | z).sort(stable=True)
+        first = torch.ones_like(key, dtype=torch.bool)
+        first[1:] = key[1:] != key[:-1]
+        place = torch.searchsorted(keys, key)
+        if len(keys):
+            first &= keys[place.clamp(max=len(keys) - 1)] != key
+        key, place = key[first], place[first]
+        if len(keys) + len(key) > limit:
+            return None
+        new = torch.zeros(len(keys) + len(key), dtype=torch.bool)
+        new[place + torch.arange(len(key))] = True  # each goes before the one found at its place
+        merged = keys.new_empty(2, len(new))
+        merged[:, new] = torch.stack([key, order[first] + start])
+        merged[:, ~new] = torch.stack([keys, numbers])
+        keys, numbers = merged
+    return numbers.sort().values

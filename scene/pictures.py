@@ -1,6 +1,8 @@
 """Pictures, [N, H, W, C] in 0..1: resizing, comparing their shapes, and laying them out to be looked at."""
 
 import math
+from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -33,6 +35,26 @@ def resize_pictures(pictures: torch.Tensor, height: int, width: int, antialias: 
 def as_bytes(colors: torch.Tensor) -> torch.Tensor:
     """Colours in 0..1, of any shape, as uint8 in 0..255, rounded; what lies outside is cut off."""
     return (colors * 255).round().clamp(0, 255).byte()
+
+
+def write_png(path: Path, picture: torch.Tensor) -> None:
+    """Writes a picture, uint8 [H, W, 3], as a PNG. A large one takes seconds: it can be interrupted."""
+    with open(path, "wb") as file:
+        Image.fromarray(picture.numpy()).save(_Stoppable(file), "PNG")
+
+
+class _Stoppable:
+    """A file, as far as Pillow writes to it, that looks at the stop button."""
+
+    def __init__(self, file: BinaryIO):
+        self.file = file
+
+    def write(self, content: bytes) -> int:
+        throw_exception_if_processing_interrupted()
+        return self.file.write(content)
+
+    def flush(self):
+        self.file.flush()
 
 
 def same_shape(height: int, width: int, other_height: int, other_width: int) -> bool:

@@ -4,12 +4,12 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image
 from scipy.spatial import cKDTree
 
 from ..core import throw_exception_if_processing_interrupted
@@ -17,7 +17,8 @@ from ..files.atomic import new_folder
 from ..files.regular import open_regular
 from ..files.text import shown
 from .cameras import Cameras, rigid_inverse
-from .pictures import as_bytes
+from .pictures import as_bytes, write_png
+from .stop import stoppable
 
 OPENCV_TO_Y_UP = (1.0, -1.0, -1.0)  # y down, z forward to y up, z backward (glTF, three.js): half a turn about x
 PLY_LIMIT, PLY_HEADER = 512 << 20, 1 << 16  # bytes
@@ -126,8 +127,12 @@ def splat_sizes(cloud: PointCloud) -> torch.Tensor:
     count = min(SPLAT_NEIGHBOURS, len(cloud) - 1)
     if count < 1:
         return torch.zeros(len(cloud))
-    distance, _ = cKDTree(cloud.points.numpy()).query(cloud.points.numpy(), k=count + 1, workers=-1)
-    size = torch.from_numpy(distance[:, 1:].mean(1) / 2).float()
+    points, size = cloud.points.numpy(), torch.empty(len(cloud))
+    tree = stoppable(partial(cKDTree, balanced_tree=False, compact_nodes=False), points)
+    for first in range(0, len(points), PLY_PIECE):
+        throw_exception_if_processing_interrupted()
+        distance, _ = tree.query(points[first : first + PLY_PIECE], k=count + 1, workers=-1)
+        size[first : first + PLY_PIECE] = torch.from_numpy(distance[:, 1:].mean(1) / 2)
     return size.clamp_max(SPLAT_LIMIT * size.median())
 
 
@@ -155,8 +160,7 @@ def write_world_mirror(folder: Path, frames: torch.Tensor, cameras: Cameras, pro
     with new_folder(folder) as new:
         (new / "images").mkdir()
         for name, frame in zip(names, frames):
-            picture = as_bytes(frame[..., :3]).cpu().numpy()
-            Image.fromarray(picture).save(new / "images" / f"{name}.png")
+            write_png(new / "images" / f"{name}.png", as_bytes(frame[..., :3]).cpu())
             progress(1)
         content = world_mirror(names, rigid_inverse(cameras.w2c), cameras.K)
         (new / "cameras.json").write_text(json.dumps(content, indent=1), encoding="utf-8")

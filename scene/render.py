@@ -7,6 +7,7 @@ PointsRasterizer with alpha compositing (Wiles et al., SynSin, 2020), here in pl
 import logging
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from .cameras import Cameras
 from .depth import depth_of_moge, depth_of_picture, points_from_depth
 from .pictures import resize_pictures, same_shape
 from .pointcloud import PointCloud
+from .stop import stoppable
 
 RADIUS = 0.008  # of a splat, in units in which the shorter side of the picture spans 2
 SMALLEST_PIXELS = 1.0  # a splat's radius: with a smaller one, points a pixel apart show gaps and moiré
@@ -120,6 +122,7 @@ def render(
         u, v, index = _visible(points, w2c, K, height, width, radius)
         rows = max(1, TILE_PIXELS // width)
         for top in range(0, height, rows):
+            throw_exception_if_processing_interrupted()
             bottom = min(top + rows, height)
             picture, seen = _splat(u, v, colors, index, top, bottom, width, radius, points_per_pixel, background)
             pictures[frame, top:bottom] = picture.view(-1, width, 3)
@@ -162,13 +165,21 @@ def _visible(points, w2c, K, height, width, radius):
         u, v, z = project(points[first : first + CHUNK_POINTS], w2c, K)
         inside = (z > 0) & (u > -radius) & (u < width + radius) & (v > -radius) & (v < height + radius)
         index = inside.nonzero().squeeze(1)
-        parts.append((u[index], v[index], z[index], index + first))
+        parts.append((u[index], v[index], z[index], (index + first).int()))
     if not parts:
         none = points.new_zeros(0)
-        return none, none, none.long()
-    u, v, z, index = (torch.cat(values) for values in zip(*parts))
-    near_to_far = z.sort(stable=True).indices
-    return u[near_to_far], v[near_to_far], index[near_to_far]
+        return none, none, none.int()
+    columns = [list(column) for column in zip(*parts)]
+    parts.clear()
+    u, v, z, index = (
+        torch.cat(columns.pop(0)) for _ in range(4)
+    )  # one column after the other: each may fill the memory
+    sort = partial(torch.argsort, stable=True)
+    near_to_far = stoppable(sort, z) if z.device.type == "cpu" else sort(z)
+    del z
+    u = u[near_to_far]
+    v = v[near_to_far]
+    return u, v, index[near_to_far]
 
 
 def _splat(u, v, colors, index, top, bottom, width, radius, points_per_pixel, background):
@@ -185,6 +196,9 @@ def _splat(u, v, colors, index, top, bottom, width, radius, points_per_pixel, ba
     reaching = ((v > top - radius) & (v < bottom + radius)).nonzero().squeeze(1)
     for chunk in reaching.split(max(1, CHUNK_CELLS // span**2)):
         throw_exception_if_processing_interrupted()
+        room = points_per_pixel - taken
+        if not room.any():
+            break
         column, dx2 = _covered(u[chunk], span, radius, 0, width)
         row, dy2 = _covered(v[chunk], span, radius, top, bottom)
         d2 = (dy2[:, :, None] + dx2[:, None, :]).flatten()
@@ -195,7 +209,6 @@ def _splat(u, v, colors, index, top, bottom, width, radius, points_per_pixel, ba
 
         count = torch.bincount(pixel, minlength=pixels)
         rank = torch.arange(len(pixel), device=pixel.device) - (count.cumsum(0) - count)[pixel]
-        room = points_per_pixel - taken
         fits = (rank < room[pixel]).nonzero().squeeze(1)
         pixel, splat, rank = pixel[fits], splat[fits], rank[fits]
         count = count.minimum(room)
@@ -210,7 +223,7 @@ def _splat(u, v, colors, index, top, bottom, width, radius, points_per_pixel, ba
         through = through.cumprod(1)
         passed = through[:, -1]
         picture += F.embedding_bag(
-            index[chunk[splat // (span * span)]],
+            index[chunk[splat // (span * span)]].long(),
             colors,
             count.cumsum(0) - count,
             mode="sum",

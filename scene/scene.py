@@ -12,7 +12,7 @@ from .cameras import Cameras
 from .pictures import as_bytes
 from .pointcloud import PointCloud
 
-MAX_VIEWS = 1000  # of 832x480: 1.2 GB of pictures, and 1.6 GB of depths where all have them
+MAX_VIEWS, MAX_PIXELS = 1000, 1000 * 832 * 480  # 1.2 GB of pictures, and 1.6 GB of depths where all views have them
 MAX_POINTS = 4_000_000  # 96 MB
 MAX_NAME = 200  # characters
 
@@ -35,7 +35,7 @@ class Scene:
     ("start", "panorama/0013", "path_1/0012"). depths: N of float32 [H, W] along z in the cameras' units, infinite where
     there is none, or None. cloud: the points seen. paths: in the order taken.
 
-    Raises ValueError where counts or sizes differ, names repeat, or MAX_VIEWS or MAX_POINTS is passed.
+    Raises ValueError where counts or sizes differ, names repeat, or MAX_VIEWS, MAX_PIXELS or MAX_POINTS is passed.
     """
 
     pictures: tuple[torch.Tensor, ...]
@@ -59,6 +59,11 @@ class Scene:
             raise ValueError(
                 f"The scene would hold {len(self.pictures)} views; it holds at most {MAX_VIEWS}. Remember fewer frames "
                 "of each path, or go on in a new scene."
+            )
+        if len(self.pictures) * self.cameras.width * self.cameras.height > MAX_PIXELS:
+            raise ValueError(
+                f"The scene would hold {len(self.pictures)} views of {self.cameras.width}x{self.cameras.height}; it holds "
+                f"at most {MAX_PIXELS // 10**6} megapixels. Remember fewer frames of each path, or start with smaller views."
             )
         if len(self.cloud) > MAX_POINTS:
             raise ValueError(f"The scene's cloud has {len(self.cloud):,} points: thin it to at most {MAX_POINTS:,}.")

@@ -9,7 +9,7 @@ from .cameras import Cameras
 from .fuse import FrameFit, FuseReport, fuse
 from .memory import asked_views, best_views, choose_references, frames_to_remember, picture_quality, view_scores
 from .pictures import resize_pictures
-from .render import BACKGROUND, POINTS_PER_PIXEL, render_start
+from .render import BACKGROUND, POINTS_PER_PIXEL, check_size, render_start
 from .scene import Scene, to_bytes
 
 FIRST, LAST = "first", "last"  # views to start from
@@ -137,7 +137,8 @@ def remember_clip(
     name = name.strip() or new_path_name(scene)
     cameras = cameras.thinned(len(images)).scaled_to(scene.cameras.width, scene.cameras.height)
     frames = frames_to_remember(len(images), count)
-    pictures = to_bytes(resize_pictures(images, cameras.height, cameras.width))
+    check_size(len(images), cameras.height, cameras.width)
+    pictures = [to_bytes(resize_pictures(image[None], cameras.height, cameras.width))[0] for image in images]
     report, kept = None, None
     if depths is not None:
         if len(depths) != len(images):

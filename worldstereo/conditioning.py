@@ -104,12 +104,15 @@ def decode_keyframes(vae: Any, latent: torch.Tensor) -> torch.Tensor:
         )
     frames = latent.movedim(2, 1).flatten(0, 1).unsqueeze(2)
     progress = ProgressBar(len(frames))
-    pictures = []
-    for frame in frames.split(1):
+    pictures = None
+    for number, frame in enumerate(frames.split(1)):
         throw_exception_if_processing_interrupted()
-        pictures.append(vae.decode(frame).flatten(0, 1))
+        picture = vae.decode(frame).flatten(0, 1)
+        if pictures is None:
+            pictures = picture.new_empty(len(frames), *picture.shape[1:])
+        pictures[number] = picture
         progress.update(1)
-    return torch.cat(pictures)
+    return pictures
 
 
 def _condition_latent(config: WorldStereoConfig, vae, image: torch.Tensor, frames: int) -> torch.Tensor:
@@ -192,7 +195,10 @@ def remarks(
     if references is not None:
         sizes["reference_images"] = references.images.shape[1:3]
     lines = stretches(height, width, **sizes)
-    grey = sum(((frame > 0.1) & (frame < 0.9)).float().mean().item() for frame in mask) / len(mask)
+    grey = 0.0
+    for frame in mask:
+        throw_exception_if_processing_interrupted()
+        grey += ((frame > 0.1) & (frame < 0.9)).float().mean().item() / len(mask)
     if grey > NO_MASK:
         lines.append(
             f"render_mask is no hole mask: {grey:.0%} of it is neither black nor white. Give white where the render "
