@@ -15,7 +15,7 @@ from ..scene.folder import KINDS
 
 SAFETENSORS = (".safetensors", ".sft")
 CAMERA_FILES = (".json", ".txt")
-MAX_NAME = 200  # characters of a file's name; file systems take 255 bytes, suffixes included
+MAX_NAME = 200  # bytes of a file's name; file systems take 255, suffixes included
 TAKEN_LIMIT, FOLDERS_LIMIT = 10_000, 2_000
 TEMP_FILES = 16  # kept in one folder of the temp folder
 
@@ -43,11 +43,15 @@ def cook_sources() -> list[str]:
 def file_name(name: str, suffix: str) -> str:
     """A file's name with the suffix. Raises ValueError for one that has path parts, on any system."""
     stem = name.removesuffix(suffix)
-    if not stem.strip(". ") or PureWindowsPath(name).name != name or not name.isprintable() or len(name) > MAX_NAME:
+    if not stem.strip(". ") or PureWindowsPath(name).name != name or not name.isprintable() or _bytes(name) > MAX_NAME:
         raise ValueError(
-            f"'{shown(name)}' is no file name: give a name alone, without a folder, of at most {MAX_NAME} characters."
+            f"'{shown(name)}' is no file name: give a name alone, without a folder, of at most {MAX_NAME} bytes."
         )
     return stem + suffix
+
+
+def _bytes(name: str) -> int:
+    return len(name.encode("utf-8", "surrogatepass"))
 
 
 def camera_files() -> list[str]:
@@ -69,11 +73,14 @@ def camera_file(name: str) -> Path:
 
 def prefix_of(filename_prefix: str) -> str:
     """A filename prefix in the form core's counter understands: parts separated by "/", none of them empty or ".", the
-    last one a name. "worldstereo" where the prefix names nothing. Raises ValueError for a NUL character."""
+    last one a name. "worldstereo" where the prefix names nothing. Raises ValueError for a NUL character and for names
+    that file systems do not take."""
     if "\0" in filename_prefix:
         raise ValueError(f"filename_prefix: {shown(filename_prefix)} holds a NUL character.")
     root = "/" if filename_prefix.startswith(("/", "\\")) else ""  # which core refuses
     parts = [part for part in filename_prefix.replace("\\", "/").split("/") if part.strip() not in ("", ".")]
+    if longest := max((part for part in parts if _bytes(part) > MAX_NAME), key=len, default=""):
+        raise ValueError(f"filename_prefix: {shown(longest)} is too long a name: at most {MAX_NAME} bytes are taken.")
     return root + "/".join(parts) or "worldstereo"
 
 
@@ -94,8 +101,10 @@ def save_output(filename_prefix: str, suffix: str, write: Callable[[Path], None]
     prefix, output = prefix_of(filename_prefix), folder_paths.get_output_directory()
     try:
         folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(prefix, output)
-    except OSError:
-        raise
+    except OSError as error:
+        raise OSError(
+            error.errno, f"filename_prefix: {shown(prefix)} cannot be a place in the output folder: {error.strerror}"
+        ) from error
     except Exception as error:  # as core raises it, with whole paths
         raise ValueError(f"filename_prefix: {shown(filename_prefix)} leads outside the output folder.") from error
     for number in range(counter, counter + TAKEN_LIMIT):

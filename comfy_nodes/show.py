@@ -8,12 +8,14 @@ from pathlib import Path
 import folder_paths
 from comfy_api.latest import InputImpl, Types, io, ui
 
-from ..scene.pictures import contact_sheet, side_by_side
+from ..files.atomic import new_file
+from ..scene.pictures import StoppableFrames, contact_sheet, side_by_side
 from ..scene.pointcloud import ply_bytes, splat_sizes
 from .common import CATEGORY, Points, splat_of
 from .limits import checked
 
 FPS = 16.0
+MAX_CLIP_SIDE = 8192  # pixels that H.264 takes
 
 
 class WorldStereoPreviewClip(io.ComfyNode):
@@ -47,11 +49,20 @@ class WorldStereoPreviewClip(io.ComfyNode):
     def execute(cls, images, render_video=None, fps=FPS) -> io.NodeOutput:
         frames = images if render_video is None else side_by_side(images, render_video)
         even = frames[:, : frames.shape[1] // 2 * 2, : frames.shape[2] // 2 * 2]  # H.264 needs even sides
-        clip = InputImpl.VideoFromComponents(Types.VideoComponents(images=even, frame_rate=Fraction(fps)))
+        if not all(2 <= side <= MAX_CLIP_SIDE for side in even.shape[1:3]):
+            raise ValueError(
+                f"images are {frames.shape[2]}x{frames.shape[1]}: a clip's sides have 2 to {MAX_CLIP_SIDE} pixels."
+            )
         name = f"worldstereo_clip_{uuid.uuid4().hex}.mp4"
-        clip.save_to(str(Path(folder_paths.get_temp_directory()) / name))
+        with new_file(Path(folder_paths.get_temp_directory()) / name) as file:
+            clip_of(StoppableFrames(even), fps).save_to(file, format=Types.VideoContainer.MP4)
         shown = ui.PreviewVideo([ui.SavedResult(name, "", io.FolderType.temp)])
-        return io.NodeOutput(contact_sheet(frames), clip, ui=shown)
+        return io.NodeOutput(contact_sheet(frames), clip_of(even, fps), ui=shown)
+
+
+def clip_of(frames, fps: float) -> InputImpl.VideoFromComponents:
+    """Frames [N, H, W, 3] as a video of core's."""
+    return InputImpl.VideoFromComponents(Types.VideoComponents(images=frames, frame_rate=Fraction(fps)))
 
 
 class WorldStereoPointsTo3D(io.ComfyNode):

@@ -15,7 +15,7 @@ from .cameras import thin
 SHAPE_TOLERANCE = 0.05  # relative, of height/width: what rounding sides to whole pixels or patches may change
 STRETCH_TOLD = 0.01  # relative: a smaller stretch is not reported
 MOST_PIXELS = 1 << 19  # of a render without a given size
-SHEET_WIDTH = 1680  # pixels
+SHEET_WIDTH, SHEET_HEIGHT = 1680, 8192  # pixels: at most so high, and then narrower
 
 
 def resize_pictures(pictures: torch.Tensor, height: int, width: int, antialias: bool = True) -> torch.Tensor:
@@ -41,6 +41,18 @@ def write_png(path: Path, picture: torch.Tensor) -> None:
     """Writes a picture, uint8 [H, W, 3], as a PNG. A large one takes seconds: it can be interrupted."""
     with open(path, "wb") as file:
         Image.fromarray(picture.numpy()).save(_Stoppable(file), "PNG")
+
+
+class StoppableFrames:
+    """Frames [N, H, W, C] that look at the stop button before each, for a loop that does not."""
+
+    def __init__(self, frames: torch.Tensor):
+        self.frames, self.shape = frames, frames.shape
+
+    def __iter__(self):
+        for frame in self.frames:
+            throw_exception_if_processing_interrupted()
+            yield frame
 
 
 class _Stoppable:
@@ -92,7 +104,7 @@ def side_by_side(frames: torch.Tensor, beside: torch.Tensor) -> torch.Tensor:
     """Frames [N, H, W, 3] to the right of as many of the pictures beside [M, h, w, C], M >= N, thinned evenly and
     brought to the frames' size: [N, H, 2 W, 3]. Raises ValueError for fewer."""
     if len(beside) < len(frames):
-        raise ValueError(f"There are {len(frames)} keyframes and {len(beside)} pictures beside them: give as many.")
+        raise ValueError(f"images holds {len(frames)} pictures and render_video {len(beside)}: give at least as many.")
     count, height, width = frames.shape[:3]
     pairs = torch.empty(count, height, 2 * width, 3)
     for number, place in enumerate(thin(len(beside), count).tolist()):
@@ -109,9 +121,12 @@ def contact_sheet(frames: torch.Tensor, width: int = SHEET_WIDTH) -> torch.Tenso
     tile_width = max(1, width // columns)
     tile_height = max(1, round(tile_width * height / across))
     rows = math.ceil(count / columns)
+    if rows * tile_height > SHEET_HEIGHT:
+        tile_height = max(1, SHEET_HEIGHT // rows)
+        tile_width = max(1, round(tile_height * across / height))
     sheet = Image.new("RGB", (columns * tile_width, rows * tile_height))
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(max(10, tile_width // 14))
-    for number, frame in enumerate(frames):
+    for number, frame in enumerate(StoppableFrames(frames)):
         row, column = divmod(number, columns)
         corner = (column * tile_width, row * tile_height)
         pixels = as_bytes(frame[..., :3]).cpu().numpy()

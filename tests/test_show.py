@@ -12,7 +12,7 @@ def test_the_render_stands_to_the_left_of_its_own_keyframe():
     both = side_by_side(frames, render)
     assert both.shape == (5, 8, 24, 3)
     torch.testing.assert_close(both[:, :, :12], both[:, :, 12:])
-    with pytest.raises(ValueError, match="5 keyframes and 4 pictures"):
+    with pytest.raises(ValueError, match="images holds 5 pictures and render_video 4"):
         side_by_side(frames, render[:4])
 
 

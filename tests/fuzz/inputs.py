@@ -23,12 +23,7 @@ from worldstereo_fp8.scene.start import scene_of_picture
 from . import VALUES, Case
 
 HEIGHT, WIDTH, FRAMES = 24, 32, 4
-SLOW_AT_MOST = {
-    "width",
-    "height",
-    "radius",
-    "points_per_pixel",
-}  # the largest are legal, and take longer than a case may
+SLOW_AT_MOST = {"width", "height"}  # the largest are legal, and take longer than a case may
 TEXTS = (
     "",
     "x" * 70_000,
