@@ -118,25 +118,42 @@ def test_names_with_path_parts(name):
         file_name(name, ".safetensors")
 
 
+def safetensors(name='"a"', dtype='"BF16"', data=b"\0\0") -> bytes:
+    header = f'{{{name}: {{"dtype": {dtype}, "shape": [{len(data) // (2 if "16" in dtype else 1)}], "data_offsets": [0, {len(data)}]}}}}'
+    return len(header).to_bytes(8, "little") + header.encode() + data
+
+
+BAD_NAME = "bad\udcff"  # on the disk bad\xff, which is no UTF-8
+HOSTILE = {  # files, each with a lone surrogate, and what is said of them
+    "name.safetensors": (safetensors(name=r'"\ud800"'), r"safetensors (has a broken|is not a) safetensors"),
+    "dtype.safetensors": (safetensors(dtype=r'"\ud800"'), r"dtype\.safetensors"),
+    "quant.safetensors": (
+        safetensors('"blocks.0.ffn.net.0.proj.comfy_quant"', '"U8"', rb'{"format": "\ud800"}'),
+        r"quant.safetensors",
+    ),
+    "index.safetensors.index.json": (rb'{"weight_map": {"a": "\ud800"}}', r"index.json"),
+    f"{BAD_NAME}.safetensors": (b"\0" * 20, r"\.safetensors: it holds characters that cannot be printed"),
+}
+
+
 def test_a_hostile_file_does_not_end_the_server(comfyui):
     """Text that no log can encode once ended ComfyUI's worker: it queued and never ran again."""
-    header = b'{"\\ud800": {"dtype": "BF16", "shape": [1], "data_offsets": [0, 2]}}'
-    folder = comfyui.base / "models" / "diffusion_models"
-    (folder / "hostile.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"\0\0")
-    named_badly = os.fsencode(folder) + b"/bad\xff.safetensors"
-    with open(named_badly, "wb") as file:
-        file.write(b"\0" * 20)
+    models, cameras = (comfyui.base / place for place in ("models/diffusion_models", "input"))
+    written = [models / name for name in HOSTILE] + [cameras / f"{BAD_NAME}.json"]
     try:
-        for name, words in (
-            ("hostile.safetensors", r"\.safetensors (has a broken|is not a) safetensors"),
-            (os.fsdecode(b"bad\xff.safetensors"), r"\.safetensors: it holds characters that cannot be printed"),
-        ):
+        for path in written:
+            path.write_bytes(HOSTILE.get(path.name, (b"{}", ""))[0])
+        for name, (_, words) in HOSTILE.items():
             for prompt in (load(name), workflow(comfyui, source=name)):
-                with pytest.raises(server.ServerError, match=words):
+                unlisted = "index" in name and "load" in prompt  # the loader takes no index
+                with pytest.raises(server.ServerError, match="not in list" if unlisted else words):
                     comfyui.run(prompt)
+        load_camera = {"class_type": "WorldStereoLoadCamera", "inputs": {"camera": f"{BAD_NAME}.json"}}
+        with pytest.raises(server.ServerError, match=r"camera: .*bad.*udcff"):
+            comfyui.run({"load": load_camera, "show": {"class_type": "PreviewAny", "inputs": {"source": ["load", 0]}}})
     finally:
-        (folder / "hostile.safetensors").unlink()
-        os.unlink(named_badly)
+        for path in written:
+            path.unlink()
     comfyui.run({"show": {"class_type": "PreviewAny", "inputs": {"source": "still here"}}})
 
 

@@ -169,8 +169,8 @@ def upload_cameras(comfyui, files, ending):
 
 
 def test_camera_upload(comfyui, tmp_path):
-    """The file comes into the input folder and is chosen."""
-    file = tmp_path / "my_cameras.json"
+    """The file comes into the input folder and is chosen, whatever the case of its letters."""
+    file = tmp_path / "My_Cameras.JSON"
     file.write_bytes((comfyui.base / "input" / "camera.json").read_bytes())
     assert upload_cameras(comfyui, file, file.name) == file.name
     assert (comfyui.base / "input" / file.name).read_bytes() == file.read_bytes()
@@ -178,9 +178,9 @@ def test_camera_upload(comfyui, tmp_path):
 
 def test_an_uploaded_colmap_pair_stays_together(comfyui, tmp_path):
     """Each time both files get a name of their own, and the images are chosen."""
-    (tmp_path / "images.txt").write_text("1 1 0 0 0 0 0 0 1 a.png\n\n")
-    for focal in (40, 80):
-        (tmp_path / "cameras.txt").write_text(f"1 PINHOLE 64 48 {focal} {focal} 32 24\n")
-        chosen = upload_cameras(comfyui, [tmp_path / "images.txt", tmp_path / "cameras.txt"], "_images.txt")
+    for focal, images, lenses in ((40, "images.txt", "cameras.txt"), (80, "IMAGES.TXT", "CAMERAS.TXT")):
+        (tmp_path / images).write_text("1 1 0 0 0 0 0 0 1 a.png\n\n")
+        (tmp_path / lenses).write_text(f"1 PINHOLE 64 48 {focal} {focal} 32 24\n")
+        chosen = upload_cameras(comfyui, [tmp_path / images, tmp_path / lenses], f"_{images}")
         cameras, _ = read_cameras(comfyui.base / "input" / chosen)
         assert cameras.K[0, 0, 0] == focal

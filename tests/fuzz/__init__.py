@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 CLASSES = ("headers", "indexes", "configs", "cameras", "inputs")
-SERVED = ("prompts",)  # these start a server, and are run when they are asked for
+SERVED = ("prompts",)  # these run on a real server, each case for a second or more
 LONGEST = 1000  # characters of a clear error
 
 # Values where others are expected.
@@ -34,9 +34,11 @@ class Case:
 
 
 def judge(case: Case) -> tuple[str, str]:
-    """Runs a case. Returns refused, accepted, unclear or wrong, and what there is to say."""
+    """Runs a case. Returns refused, accepted, hang, unclear or wrong, and what there is to say."""
     try:
         result = case.run()
+    except TimeoutError as e:
+        return "hang", ascii(str(e)[:300])
     except (ValueError, OSError) as e:
         text = str(e)
         if not text.isprintable() or len(text) > LONGEST or not any(name in text for name in case.named):

@@ -17,6 +17,7 @@ from . import SERVED
 
 SECONDS = 10  # a case that takes longer hangs
 SERVED_SECONDS = 300  # with the start of the server; the class itself looks at what a prompt takes
+SERVED_SHARE = 6
 START_SECONDS = 300
 VERDICTS = ("refused", "accepted", "dead", "hang", "unclear", "wrong")
 BAD = ("dead", "hang", "unclear", "wrong")
@@ -93,11 +94,12 @@ class Table:
 
 
 def run(classes, count: int, seed: int = 0, seconds: float = SECONDS, first: int = 0) -> Table:
-    """`count` cases of each class. The same seed gives the same cases, each by its number alone."""
+    """`count` cases of each class, a SERVED_SHARE of them where they need a server. The same seed gives the same cases, each
+    by its number alone."""
     table, worker = Table(), Worker()
     try:
         for name in classes:
-            for number in range(first, first + count):
+            for number in range(first, first + (count // SERVED_SHARE if name in SERVED else count)):
                 worker.start()
                 started = time.monotonic()
                 verdict, what = worker.ask(name, seed, number, SERVED_SECONDS if name in SERVED else seconds)
