@@ -30,11 +30,12 @@ SECONDS_BETWEEN_SYNCS = 0.2
 
 @contextlib.contextmanager
 def new_file(path: str | os.PathLike, overwrite: bool = False) -> Iterator[BinaryIO]:
-    """A binary file that appears under `path`, synced, when the context ends well, and not at all otherwise.
+    """A binary file that gets the name `path`, flushed to disk, when the context exits without an exception. After an
+    exception nothing is left of it.
 
-    Until then it lies beside `path` under a name of its own. What killed runs left in the folder is removed once it has
-    not changed for ABANDONED_AFTER. Raises FileExistsError for a name that is taken, also by a
-    dangling link, unless `overwrite`; and OSError, naming file and cause, where it cannot be written.
+    It is written beside `path` under a temporary name; what killed runs have left in the folder is removed once it is
+    older than ABANDONED_AFTER. Raises FileExistsError if the name is taken, even by a dangling link, unless
+    `overwrite`; and OSError, naming the file and the cause, if it cannot be written.
     """
     path = Path(path)
     refuse_taken(path, overwrite)
@@ -56,16 +57,17 @@ def new_file(path: str | os.PathLike, overwrite: bool = False) -> Iterator[Binar
 
 
 def write_file(path: str | os.PathLike, content: bytes) -> None:
-    """Writes a new file as a whole; see `new_file`."""
+    """Writes a new file in one go. Raises as `new_file` does."""
     with new_file(path) as file:
         file.write(content)
 
 
 @contextlib.contextmanager
 def new_folder(path: str | os.PathLike) -> Iterator[Path]:
-    """A folder to fill, which appears under `path` when the context ends well, and not at all otherwise; see `new_file`.
+    """A temporary folder to fill, which gets the name `path` when the context exits without an exception; see `new_file`.
+    After an exception nothing is left of it.
 
-    Raises FileExistsError for a name that is taken, and OSError, naming folder and cause, where it cannot be written.
+    Raises FileExistsError if the name is taken, and OSError, naming the folder and the cause, if it cannot be written.
     """
     path = Path(path)
     refuse_taken(path, False)
@@ -77,7 +79,7 @@ def new_folder(path: str | os.PathLike) -> Iterator[Path]:
             yield temporary
             _open_to_others(temporary, 0o777)
             refuse_taken(path, False)
-            os.rename(temporary, path)  # the system refuses where a folder with content has appeared meanwhile
+            os.rename(temporary, path)  # the system refuses if a non-empty folder has appeared in the meantime
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -85,12 +87,13 @@ def new_folder(path: str | os.PathLike) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def new_large_file(path: str | os.PathLike, nbytes: int, overwrite: bool = False) -> Iterator[BinaryIO]:
-    """As `new_file`, for a file of `nbytes` that takes minutes: flushed to disk while it grows, by one run at a time.
+    """`new_file` for a file of `nbytes` bytes that takes minutes to write: it is flushed to disk while it grows, and
+    only one run at a time can write it.
 
-    Until it is complete its name is that of `path` followed by GROWING; such files of killed runs in the folder are
-    removed first. Where the finished file cannot take its name (Windows does not replace a file that a program has
-    open), it gets a free name beside it, and the OSError says which. Also raises FileExistsError where another run is
-    making the file.
+    Until it is complete its name is that of `path` followed by GROWING. Files of that kind that killed runs have left
+    in the folder are removed first. If the finished file cannot take its name (Windows does not replace a file that a
+    program has open), it gets a free name beside it, and the OSError says which. Also raises OSError if the disk has
+    too little room, and FileExistsError if another run is writing the file.
     """
     path = Path(path)
     refuse_taken(path, overwrite)
@@ -109,7 +112,7 @@ def new_large_file(path: str | os.PathLike, nbytes: int, overwrite: bool = False
     except FileExistsError as e:
         raise FileExistsError(in_work) from e
     with file:
-        # Another run may have taken the file for an abandoned one before it was locked.
+        # Before the lock another run may have removed the file as abandoned.
         if not (_lock(file) and _is_at(file, temporary)):
             raise FileExistsError(in_work)
         try:
@@ -134,7 +137,7 @@ def new_large_file(path: str | os.PathLike, nbytes: int, overwrite: bool = False
 
 @contextlib.contextmanager
 def _written_out(file, path: Path):
-    """Flushes the file to disk while it grows, so that the final sync has little left to write."""
+    """Flushes the file to disk while it grows, so that the final fsync has little left to write."""
     stop = threading.Event()
 
     def run():
@@ -148,11 +151,11 @@ def _written_out(file, path: Path):
         finally:
             stop.set()
         with naming(path):
-            syncs.result()  # the system reports a failed write once, to whichever sync comes next
+            syncs.result()  # the system reports a failed write only once, to the next fsync
 
 
 def _lock(file) -> bool:
-    """Locks a file for as long as it is open; False where another process has it. Windows needs no lock."""
+    """Locks a file for as long as it is open; False if another process has locked it. Windows needs no lock."""
     if fcntl is not None:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -181,7 +184,7 @@ def _remove_old(folder: Path):
 
 def _remove_abandoned(path: Path):
     for temporary in path.parent.glob(f"*{path.suffix}{GROWING}"):
-        # Gone meanwhile, no ordinary file, or on Windows open in another process.
+        # It may be gone by now, not a regular file, or on Windows open in another process.
         with contextlib.suppress(OSError, ValueError):
             with open_regular(temporary) as file:
                 abandoned = _lock(file)
@@ -190,7 +193,7 @@ def _remove_abandoned(path: Path):
 
 
 def _put_or_keep(temporary: Path, path: Path, overwrite: bool):
-    """Gives a finished file its name; where that fails, a free one, which the OSError names."""
+    """Gives a finished file its name; if that fails, a free one, which the OSError names."""
     try:
         _put(temporary, path, overwrite)
     except OSError as e:
@@ -206,8 +209,8 @@ def _put_or_keep(temporary: Path, path: Path, overwrite: bool):
 
 
 def refuse_taken(path: Path, overwrite: bool) -> None:
-    """Raises FileExistsError for a name that a file, a link (also a dangling one) or a folder has; with `overwrite` a
-    folder's alone."""
+    """Raises FileExistsError if a file, a link (even a dangling one) or a folder has this name; with `overwrite` only
+    for a folder."""
     if path.is_dir() and not path.is_symlink():
         raise FileExistsError(f"{shown(path.name)} is a folder that exists already. Choose another name.")
     if not overwrite and os.path.lexists(path):
@@ -215,7 +218,7 @@ def refuse_taken(path: Path, overwrite: bool) -> None:
 
 
 def _put(temporary: Path, path: Path, overwrite: bool):
-    """Renames; without `overwrite` in a way that never replaces a file that has appeared meanwhile."""
+    """Renames the file. Without `overwrite` it never replaces one that has appeared in the meantime."""
     if overwrite:
         os.replace(temporary, path)
         return
@@ -232,7 +235,7 @@ def _put(temporary: Path, path: Path, overwrite: bool):
 
 
 def _open_to_others(path: Path, mode: int):
-    """The mode that a plain open() or mkdir() would have given; temporary names are made for their owner alone."""
+    """Sets the mode that open() or mkdir() would have given; temporary files are created for their owner alone."""
     umask = os.umask(0)
     os.umask(umask)
     with contextlib.suppress(OSError):  # file systems without modes
@@ -241,7 +244,7 @@ def _open_to_others(path: Path, mode: int):
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Adds the name of the file that was to be written to an OSError."""
+    """Adds to an OSError the name of the file that was being written."""
     try:
         yield
     except FileExistsError:

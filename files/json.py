@@ -1,4 +1,4 @@
-"""JSON that may come from strangers: bounded in size, depth and digits before Python's parser sees it."""
+"""JSON that may come from strangers. Size, nesting, digits and the number of values are limited before it is parsed."""
 
 import json
 import os
@@ -15,7 +15,7 @@ CAMERA_LIMIT = 64 << 20  # bytes of a camera file
 MAX_DEPTH = 64  # nested objects and lists
 MAX_DIGITS = 64  # of an integer; the largest of 64 bits has 20
 
-MAX_VALUES = 1 << 20  # values, strings' own commas and brackets counted too: each takes up to 100 bytes of memory
+MAX_VALUES = 1 << 20  # counted by commas and brackets, those in strings included; a value takes up to 100 bytes
 _STRING = re.compile(rb'"[^"]*"?')
 _BUT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 
@@ -26,8 +26,8 @@ def parse(
     """The value of a JSON text; a byte order mark is skipped.
 
     where: what to call the text in a message. object_pairs_hook: as for `json.loads`.
-    Raises ValueError, naming `where`, for what is larger than `limit` bytes, nested deeper than MAX_DEPTH, holds an
-    integer of more than MAX_DIGITS digits, or more than about MAX_VALUES values, is no UTF-8, or no JSON.
+    Raises ValueError, naming `where`, for a text that is larger than `limit` bytes, nested more than MAX_DEPTH deep,
+    holds an integer of more than MAX_DIGITS digits or more than about MAX_VALUES values, or is not UTF-8 or not JSON.
     """
     raw = content.encode("utf-8", "surrogatepass") if isinstance(content, str) else content
     if len(raw) > limit:
@@ -54,6 +54,6 @@ def parse(
 
 
 def read(path: str | os.PathLike, *, limit: int = CONFIG_LIMIT) -> Any:
-    """The value of a JSON file; see `parse`. Raises ValueError, naming the file, and FileNotFoundError."""
+    """The value of a JSON file. Raises ValueError, naming the file, as `parse` and `read_regular` do, and OSError."""
     path = Path(path)
     return parse(read_regular(path, limit), shown(path.name), limit=limit)

@@ -1,4 +1,4 @@
-"""Opening what must be an ordinary file."""
+"""Opening regular files, and nothing else."""
 
 import os
 import stat
@@ -9,10 +9,10 @@ from .text import shown
 
 
 def open_regular(path: str | os.PathLike) -> BinaryIO:
-    """Opens a file for reading, unbuffered and in binary.
+    """Opens a regular file for reading, unbuffered and in binary.
 
-    Raises ValueError for a folder, a FIFO, a socket or a device in its place (a FIFO would be waited for), and what
-    `open` raises where there is no such file.
+    Raises ValueError for a folder, a FIFO (opening one would block), a socket or a device, and the OSError of `open`
+    for a file that cannot be opened.
     """
     path = Path(path)
     flags = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
@@ -21,12 +21,13 @@ def open_regular(path: str | os.PathLike) -> BinaryIO:
     descriptor = os.open(path, flags)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise ValueError(f"{shown(path.name)} is not an ordinary file (a FIFO, a socket or a device).")
+        raise ValueError(f"{shown(path.name)} is not a regular file (a FIFO, a socket or a device).")
     return open(descriptor, "rb", buffering=0)
 
 
 def read_regular(path: str | os.PathLike, limit: int) -> bytes:
-    """The content of an ordinary file of at most `limit` bytes. Raises ValueError for a larger one; see `open_regular`."""
+    """The content of a regular file of at most `limit` bytes. Raises ValueError for a larger one, and as
+    `open_regular`."""
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         if size > limit:

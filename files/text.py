@@ -1,4 +1,4 @@
-"""Foreign text in messages: names and values out of files, links and workflows."""
+"""Untrusted text in messages: names and values from files, links and workflows."""
 
 from collections.abc import Iterable
 
@@ -8,8 +8,8 @@ LIMIT = 100  # characters shown
 def shown(value: object, limit: int = LIMIT) -> str:
     """A value as one printable line of at most `limit` characters.
 
-    What is not printable (control characters, newlines, lone surrogates, which no log can encode) is escaped as Python
-    writes it. Longer text is cut, with its length added.
+    Unprintable characters (control characters, newlines, lone surrogates, which no log can encode) are escaped as in
+    Python's repr. Longer text is cut, and its length added.
     """
     if isinstance(value, int):
         try:
@@ -26,7 +26,7 @@ def shown(value: object, limit: int = LIMIT) -> str:
 
 
 def first_few(names: Iterable, limit: int = 4, length: int = LIMIT) -> str:
-    """The first few of the names, printable and at most `length` characters each, and how many more there are."""
+    """The first `limit` names, each printable and of at most `length` characters, and how many more there are."""
     names = list(names)
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(shown(name, length) for name in names[:limit]) + more

@@ -64,7 +64,7 @@ MODULES = [
 # Parameters that belong to no layer of their own.
 PARAMETERS = [("scale_shift_table", "head.modulation"), ("blocks.N.scale_shift_table", "blocks.N.modulation")]
 
-# What a layer's tensors may be called: the weight and bias, and the scales and markers of the quantised formats.
+# The tensors a layer may have: the weight and bias, and the scales and markers of the quantised formats.
 SUFFIXES = ("weight", "bias", *SCALE_SUFFIXES, *INPUT_SCALE_SUFFIXES, COMFY_QUANT)
 
 MODEL_PREFIX = "diffusion_model."  # of the diffusion model's tensors in a ComfyUI model
@@ -76,7 +76,7 @@ _TO_DIFFUSERS = tuple({native: diffusers for diffusers, native in table} for tab
 
 
 def _rename(name: str, modules: dict, parameters: dict) -> str | None:
-    """Looks `name` up with each of its numbers taken in turn as the block number (or none of them)."""
+    """Looks `name` up as it is, and with each of its numbers in turn taken for the block number."""
     if len(name) > MAX_NAME:
         return None
     numbers = [(None, name)] + [(m.group(), name[: m.start()] + "N" + name[m.end() :]) for m in _NUMBER.finditer(name)]
@@ -129,10 +129,10 @@ def is_native(name: str) -> bool:
 
 
 def source_refusal(name: str) -> str | None:
-    """Why this cannot be a tensor name of a WorldStereo source, which has diffusers names; None if it is one."""
+    """Why this cannot be a tensor's name in a WorldStereo source, which has diffusers names; None if it can."""
     if is_native(name):
         return (
-            "is a native Wan name. The recipe's exclusion words are made for the source's names and would leave out "
+            "is a native Wan name. The recipe's exclusion words are written for the source's names and would exclude "
             "the wrong tensors here: cook the source itself."
         )
     if _rename(name, *_TO_NATIVE) is None:

@@ -1,4 +1,4 @@
-"""Foreign text, bounded JSON, ordinary files, and writing that is never half."""
+"""Untrusted text, bounded JSON, regular files, and files that are never left half written."""
 
 import os
 import time
@@ -64,7 +64,7 @@ def test_json_is_read(tmp_path):
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="This system has no FIFOs.")
 def test_only_ordinary_files_are_opened(tmp_path):
     os.mkfifo(tmp_path / "fifo")
-    with pytest.raises(ValueError, match="fifo is not an ordinary file"):
+    with pytest.raises(ValueError, match="fifo is not a regular file"):
         open_regular(tmp_path / "fifo")
     with pytest.raises(ValueError, match="is a folder"):
         open_regular(tmp_path)
