@@ -61,7 +61,7 @@ def write_report(report: Report, folder: Path):
     print(f"The report is in {folder}.")
 
 
-# What a card calls the file, how it describes its weights, and what NOTICE says was done to them: FP8, INT8.
+# For FP8 and INT8: the format's name in a card, how the card describes the weights, and what NOTICE says was done.
 FORMATS = (
     (
         "FP8",
@@ -70,14 +70,15 @@ FORMATS = (
     ),
     (
         "INT8",
-        f"INT8 (ComfyUI's `int8_tensorwise`, rotated in groups of {GROUP} channels, one FP32 `weight_scale` a row)",
-        f"rotated in groups of {GROUP} channels and converted to int8 with one scale a row",
+        f"INT8 (ComfyUI's `int8_tensorwise`, rotated in groups of {GROUP} channels, one FP32 `weight_scale` per row)",
+        f"rotated in groups of {GROUP} channels and converted to int8 with one scale per row",
     ),
 )
 
 
 def write_card(report: Report, folder: Path, options: Options, config: str | None):
-    """Writes what a model repository needs beside the file: README.md, config.json, LICENSE, the Apache License, NOTICE."""
+    """Writes the files that a model repository needs beside the model: README.md, config.json, LICENSE, the Apache
+    License and NOTICE."""
     folder.mkdir(parents=True, exist_ok=True)
     facts = dict(report.heading)
     kinds = [
@@ -155,7 +156,7 @@ Statement of changes: {len(report.errors)} weights were {converted}, by the reci
 
 
 class _Line:
-    """Prints progress: one line that is rewritten on a terminal, a line now and then elsewhere."""
+    """Prints progress: on a terminal one line that is rewritten, elsewhere a new line every few seconds."""
 
     def __init__(self):
         self.printed = time.monotonic()

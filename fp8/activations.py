@@ -4,10 +4,10 @@ Each function has three backends, taken in this order:
 
 - triton: one kernel each (`kernels`); NVIDIA GPUs.
 - kitchen: comfy-kitchen's CUDA kernels, which quantise with one scale for the whole tensor; for machines without
-  Triton, such as those with Windows.
+  Triton, such as Windows.
 - eager: plain torch operations, the reference for the other two.
 
-`backend` returns which one a device gets and why not a better one.
+`backend` returns which one a device uses, and why not a better one.
 """
 
 import functools
@@ -38,13 +38,13 @@ forced = os.environ.get(FORCE)  # the name of the only backend to take, for benc
 
 @dataclass(frozen=True)
 class QuantisedTokens:
-    """Activations in FP8 or INT8: values · scale, of M tokens with K channels, rotated if they have a group."""
+    """M tokens of K channels in FP8 or INT8, which stand for values · scale, rotated where `group` is not 0."""
 
     values: torch.Tensor  # float8_e4m3fn or int8 [M, K], contiguous
-    scale: torch.Tensor  # float32: [M, 1], a scale for each token, or [1, 1], one for all
-    shape: tuple[int, ...]  # of the activations as they came, [..., K]
-    dtype: torch.dtype  # of the activations as they came
-    group: int = 0  # the channels that are rotated together, 0 for no rotation
+    scale: torch.Tensor  # float32: [M, 1], one per token, or [1, 1], one for all
+    shape: tuple[int, ...]  # of the activations before quantisation, [..., K]
+    dtype: torch.dtype  # of the activations before quantisation
+    group: int = 0  # how many channels are rotated together, 0 for no rotation
 
     @property
     def device(self) -> torch.device:
@@ -52,7 +52,7 @@ class QuantisedTokens:
 
     @classmethod
     def room(cls, x: torch.Tensor) -> "QuantisedTokens":
-        """Uninitialised memory for x in FP8 with a scale for each token."""
+        """Uninitialised memory for x [..., K] in FP8 with a scale per token."""
         width = x.shape[-1]
         values = x.new_empty(x.numel() // width, width, dtype=FP8)
         return cls(values, x.new_empty(len(values), 1, dtype=torch.float32), tuple(x.shape), x.dtype)
@@ -74,9 +74,11 @@ class QuantisedTokens:
 def quantise(x: torch.Tensor, into: QuantisedTokens | None = None) -> QuantisedTokens:
     """Activations to FP8.
 
-    x: [..., K], float32, bfloat16 or float16. The scale is amax/448 of a token, or of the whole tensor where the backend
-    has no scale for each token; 1 where amax/448 is not a normal number (zeros). A NaN stays a NaN in the token's values
-    or scale. into: tokens of x's size that are no longer needed; the backend may write the result over them.
+    x: [..., K], float32, bfloat16 or float16. The scale is amax/448 of each token, or of the whole tensor where the
+    backend has only one scale; 1 where amax/448 is not a normal number (zeros). A NaN stays a NaN in the token's values
+    or scale. into: tokens of x's size that are no longer needed; the backend may reuse their memory.
+
+    This and the functions below raise ValueError where WORLDSTEREO_FP8_BACKEND names a backend that cannot run here.
     """
     return _implementation(x.device).quantise(x, into)
 
@@ -95,7 +97,7 @@ def layer_norm_modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tenso
 
 
 def layer_norm_quantise(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, eps: float) -> QuantisedTokens:
-    """`quantise` of `layer_norm_modulate`."""
+    """`quantise` of `layer_norm_modulate`; shapes as there."""
     return _implementation(x.device).layer_norm_quantise(x, shift, scale, eps)
 
 
@@ -114,6 +116,8 @@ def gated_add_(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor) -> None:
 
 
 class Eager:
+    """Plain torch operations. The other backends have the same methods, which the functions above document."""
+
     @staticmethod
     def refusal(device: torch.device) -> str | None:
         return None
@@ -239,7 +243,8 @@ class Triton(Eager):
 
 @functools.cache
 def row_scales_refusal(device: torch.device) -> str | None:
-    """Why `torch._scaled_mm` takes no scale for each token on this device (some PyTorch builds for Windows), or None."""
+    """Why `torch._scaled_mm` does not take per-token scales on this device (some PyTorch builds for Windows), or
+    None."""
     x, weight = (torch.zeros(rows, 64, dtype=FP8, device=device) for rows in (5, 48))
     x_scale, weight_scale = torch.ones(5, 1, device=device), torch.ones(1, 48, device=device)
     bias = torch.zeros(48, dtype=torch.bfloat16, device=device)
@@ -272,9 +277,9 @@ BACKENDS = {"triton": Triton, "kitchen": Kitchen, "eager": Eager}  # the best fi
 
 
 def backend(device: torch.device) -> tuple[str, str]:
-    """The name of the backend for tensors on `device`, and why it is not a better one ("" for the best).
+    """The name of the backend for tensors on `device`, and why a better one is not used ("" for the best).
 
-    Raises ValueError where the environment variable WORLDSTEREO_FP8_BACKEND asks for one that cannot run here.
+    Raises ValueError where the environment variable WORLDSTEREO_FP8_BACKEND names one that cannot run here.
     """
     return _choose(device, forced)
 

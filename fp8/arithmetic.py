@@ -1,5 +1,8 @@
-"""How a Linear multiplies: in FP8, in INT8, or with its weight upcast. Code that computes a layer's input asks the layer
-for its arithmetic and lets that prepare the input, without knowing which one it is."""
+"""How a Linear multiplies: in FP8, in INT8, or with its weight upcast.
+
+The three classes have the same methods, documented in `Upcast`. Code that computes a layer's input gets the class from
+the layer and lets it prepare the input, without knowing which one it is.
+"""
 
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -15,6 +18,7 @@ Tokens: TypeAlias = torch.Tensor | QuantisedTokens  # [..., K]
 
 
 def dequantised(x: Tokens) -> torch.Tensor:
+    """The tokens as a tensor [..., K]."""
     return x.dequantise() if isinstance(x, QuantisedTokens) else x
 
 
@@ -23,22 +27,22 @@ class Upcast:
     """Plain tensors: the weight is upcast for each product, or is not quantised."""
 
     def take(self, x: torch.Tensor, done: Tokens | None = None) -> Tokens:
-        """x as the layer's input, kept until the layer runs. done: tokens of x's size that are no longer needed; the
-        result is written over them where they have the form that the layer takes."""
+        """x [..., K] as the layer's input, to keep until the layer runs. done: tokens of x's size that are no longer
+        needed; their memory is reused if they have the form of the result."""
         return done.copy_(x) if isinstance(done, torch.Tensor) else x
 
     def gelu(self, x: torch.Tensor) -> Tokens:
-        """GELU(x), in its tanh form, as the layer's input; x may be overwritten."""
+        """GELU(x) in its tanh form as the layer's input. x: [..., K]; it may be overwritten."""
         return torch.ops.aten.gelu_(x, approximate="tanh")
 
     def layer_norm(self, x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, eps: float) -> Tokens:
-        """LayerNorm(x)·(1 + scale) + shift as the layer's input; see `activations.layer_norm_modulate`."""
+        """LayerNorm(x)·(1 + scale) + shift as the layer's input; shapes as in `activations.layer_norm_modulate`."""
         return activations.layer_norm_modulate(x, shift, scale, eps)
 
 
 @dataclass(frozen=True)
 class FP8Matmul:
-    """FP8 weight and tokens; see `matmul`."""
+    """FP8 weight times FP8 tokens; see `matmul`."""
 
     dtype = FP8
 
@@ -56,7 +60,8 @@ class FP8Matmul:
         return activations.layer_norm_quantise(x, shift, scale, eps)
 
     def product(self, x: Tokens, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """x · (weight·scale)ᵀ + bias; x may be in the form of another layer."""
+        """x · (weight·scale)ᵀ + bias; shapes as in `matmul.scaled_linear`. x may have been prepared for another
+        layer."""
         if isinstance(x, QuantisedTokens) and x.values.dtype != FP8:
             x = x.dequantise()
         return scaled_linear(x, weight, scale, bias)
@@ -64,7 +69,7 @@ class FP8Matmul:
 
 @dataclass(frozen=True)
 class INT8Matmul:
-    """INT8 weight and tokens, rotated in groups of `group` channels (0: not); see `int8_matmul`."""
+    """INT8 weight times INT8 tokens, both rotated in groups of `group` channels (0: not rotated); see `int8_matmul`."""
 
     group: int
     dtype = torch.int8

@@ -1,4 +1,5 @@
-"""Makes an FP8 or INT8 file from a BF16 one, which is read once, in slices. The result is never left half written."""
+"""Makes an FP8 or INT8 file from a BF16 one, which is read once, in slices. An unfinished result is never left
+behind."""
 
 import bisect
 import collections
@@ -40,8 +41,8 @@ from .rotation import GROUP
 FORMAT_VERSION = "1"
 TOOL_VERSION = re.search(r'^version = "(.+)"$', (Path(__file__).parent.parent / "pyproject.toml").read_text(), re.M)[1]  # type: ignore[index]
 SOURCES = ("BF16", "F16", "F32")
-WORKERS = 2  # threads that survey and encode: they keep up with the one that reads and hashes
-AHEAD = 2 * WORKERS  # slices in work
+WORKERS = 2  # threads that survey and encode: enough to keep up with the one that reads and hashes
+AHEAD = 2 * WORKERS  # slices being worked on
 
 
 FROM_FP8 = (
@@ -52,8 +53,8 @@ FROM_FP8 = (
 
 @dataclass(frozen=True)
 class Options:
-    """recipe: "default", "published" or "int8". convs: "fp8", "bf16", or None for what the recipe does. group: the
-    channels that INT8 weights are rotated in."""
+    """recipe: "default", "published" or "int8". convs: "fp8", "bf16", or None for the recipe's own choice. group: how
+    many channels of INT8 weights are rotated together. Raises ValueError for any other value."""
 
     recipe: str = "default"
     convs: str | None = None
@@ -67,7 +68,7 @@ class Options:
         if self.convs not in CONVS.values():
             raise ValueError(f"convs is {shown(self.convs)}, expected fp8 or bf16")
         if self.recipe == "int8" and self.convs != "bf16":
-            raise ValueError("The recipe int8 leaves convolutions in BF16. Leave convs as the recipe has it.")
+            raise ValueError("The recipe int8 leaves convolutions in BF16. Leave convs to the recipe.")
 
     def quantises(self, name: str, shape: tuple[int, ...]) -> bool:
         """Whether the tensor of this diffusers name and shape is quantised."""
@@ -82,8 +83,8 @@ class Options:
 def plan(tensors: Iterable[Tensor], options: Options) -> dict[str, Tensor]:
     """The tensors of the cooked file, `begin` counted from the end of its header.
 
-    Wider dtypes come first, so that every tensor is aligned to its dtype without gaps, which the format does not allow;
-    within each the source's order is kept.
+    Wider dtypes come first, so that every tensor is aligned to its dtype without gaps, which the format does not allow.
+    Within each dtype the source's order is kept.
     """
     entries: dict[str, list[tuple[str, tuple[int, ...]]]] = {"F32": [], "BF16": [], "F8_E4M3": [], "I8": [], "U8": []}
     if options.recipe != "int8":
@@ -108,7 +109,7 @@ def plan(tensors: Iterable[Tensor], options: Options) -> dict[str, Tensor]:
 
 
 def header(layout: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
-    """The safetensors header of a layout, its length in front, padded to 8 bytes."""
+    """The safetensors header of a layout: its length in 8 bytes, then the JSON, padded to a multiple of 8 bytes."""
     entries = {
         name: {"dtype": t.dtype, "shape": t.shape, "data_offsets": [t.begin, t.begin + t.nbytes]}
         for name, t in layout.items()
@@ -119,7 +120,8 @@ def header(layout: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
 
 
 def make_metadata(options: Options, config: str | None, digests: list[str]) -> dict[str, str]:
-    """Where the file comes from. `source_sha256` is the source's, or its shards' in the order of their names."""
+    """The metadata of the cooked file. `source_sha256` is that of the source, or of its shards in the order of their
+    names."""
     metadata: dict = {
         "format": "pt",
         "format_version": FORMAT_VERSION,
@@ -139,26 +141,27 @@ Refusal = Callable[[str], str | None]
 
 
 def weights_of(files: TensorFiles, options: Options) -> list[Tensor]:
-    """The tensors of a source that come into the result; what else there is describes the source's own format."""
+    """The tensors of a source that go into the result. Any others describe the source's own format."""
     return [t for t in files.tensors.values() if options.recipe != "int8" or not is_side_tensor(t.name)]
 
 
 def fp8_scale(files: TensorFiles, tensor: Tensor) -> float | None:
-    """The scale of a source's FP8 weight; None for a weight that is not FP8. Raises ValueError where it has none."""
+    """The scale of a source's FP8 weight; None for a weight that is not FP8. Raises ValueError for an FP8 weight
+    without one."""
     if tensor.dtype != "F8_E4M3":
         return None
     names = [tensor.name.removesuffix("weight") + suffix for suffix in SCALE_SUFFIXES]
     found = [files.tensors[name] for name in names if name in files.tensors]
     if not found or found[0].count != 1:
         raise ValueError(
-            f"{shown(files.path.name)}: {shown(tensor.name)} is FP8 but has no scale of one number ({shown(names[1])}): its values cannot "
-            "be restored. Choose the BF16 model."
+            f"{shown(files.path.name)}: {shown(tensor.name)} is FP8 but has no scale of one number "
+            f"({shown(names[1])}): its values cannot be restored. Choose the BF16 model."
         )
     return next(files.slices(found[0])).float().item()
 
 
 def check(files: TensorFiles, options: Options, refusal: Refusal) -> None:
-    """Raises ValueError for a source that the recipe must not or cannot be used on.
+    """Raises ValueError for a source that the recipe cannot or must not be applied to.
 
     refusal: a function of a tensor's name that returns why the recipe does not apply to it, or None.
     """
@@ -183,13 +186,13 @@ def check(files: TensorFiles, options: Options, refusal: Refusal) -> None:
             )
         if not tensor.count:
             raise ValueError(
-                f"{where}: {shown(name)} has the shape {list(tensor.shape)}, no element at all. The file is damaged; "
+                f"{where}: {shown(name)} has the shape {list(tensor.shape)} and is empty. The file is damaged; "
                 "download it again."
             )
     if not any(options.quantises(t.name, t.shape) for t in files.tensors.values()):
         raise ValueError(
             f"{where}: none of its {len(files.tensors)} tensors is a weight that the recipe quantises. "
-            "It is no model that this recipe was made for."
+            "The recipe was not made for this model."
         )
 
 
@@ -203,8 +206,8 @@ Emit = Callable[[str, int, memoryview], None]  # takes a tensor's name, a byte o
 class _Cooking:
     """Turns the tensors of a source, one after the other, into the bytes of the result.
 
-    The bytes are the same on every device: each value is an IEEE division and a rounding to nearest even, and the
-    scale follows from sums of integers.
+    The bytes are the same on every device: each value is the result of one IEEE division and one rounding to nearest
+    even, and the scale is found from sums of integers.
     """
 
     reader: Reader
@@ -246,8 +249,8 @@ class _Cooking:
             self.on_slice(piece.nbytes)
 
     def _quantise(self, tensor: Tensor):
-        """Surveys the values as they are read, finds the scale, then encodes the slices: those still in memory, or, of
-        a tensor too large for that, read from the file once more."""
+        """Surveys the values as they are read, finds the scale, then encodes the slices. A tensor too large to stay in
+        memory is read from the file a second time."""
         survey, merge = (_largest, torch.maximum) if tensor.dtype == "F32" else (_histogram, torch.add)
         pieces: list = []
         found: Any = None
@@ -256,7 +259,7 @@ class _Cooking:
             lambda piece: survey(piece.values.to(self.device)), self.reader.slices(tensor)
         ):
             found = result if found is None else merge(found, result, out=found)
-            if self.reader.holds(tensor):
+            if self.reader.can_keep(tensor):
                 pieces.append(piece)
             else:
                 self.reader.release(piece)
@@ -283,9 +286,8 @@ class _Cooking:
             self.published.append(_error(tensor, samples(), *find_scale(amax, samples(), "published")))
         divisor = divisor.to(self.device)
 
-        def encode_in_place(
-            values: torch.Tensor,
-        ) -> torch.Tensor:  # into the memory of the slice, which is no longer needed
+        def encode_in_place(values: torch.Tensor) -> torch.Tensor:
+            """Encodes into the slice's own memory."""
             return values.view(FP8)[: values.numel()].copy_(encode(values.to(self.device), divisor))
 
         begin = 0
@@ -296,7 +298,7 @@ class _Cooking:
             self.reader.release(piece)
 
     def _quantise_int8(self, tensor: Tensor):
-        """Each row has a scale of its own, so that one pass over whole rows is enough."""
+        """Each row has its own scale, so one pass over whole rows is enough."""
         layer, row, group = tensor.name.removesuffix("weight"), 0, self.options.group
         self.emit(layer + COMFY_QUANT, 0, memoryview(int8.description(group)))
         error = WeightError(tensor.name, tensor.count, 0.0)
@@ -319,7 +321,7 @@ class _Cooking:
         self.errors.append(error)
 
     def _rows(self, tensor: Tensor) -> Iterator[torch.Tensor]:
-        """The tensor's values in FP32, a number of whole rows at a time."""
+        """The tensor's values in FP32, [rows, K], a few whole rows at a time."""
         width, scale = tensor.shape[1], fp8_scale(self.reader.files, tensor)
         begun = torch.empty(0)
         for piece in self.reader.slices(tensor):
@@ -332,7 +334,7 @@ class _Cooking:
                 yield values[:whole].view(-1, width)
 
     def _in_order(self, function: Callable, items: Iterable) -> Iterator[tuple]:
-        """(item, function(item)) in order; other threads compute a few of them ahead."""
+        """Yields (item, function(item)) in order, while other threads work a few items ahead."""
         ahead: collections.deque = collections.deque()
         for item in items:
             ahead.append((item, self.pool.submit(function, item)))
@@ -352,22 +354,24 @@ def _largest(values: torch.Tensor) -> torch.Tensor:
 
 
 def _histogram(values: torch.Tensor) -> torch.Tensor:
-    """How often each of the 32768 magnitudes of a 16-bit dtype occurs, int64: all there is to know of a weight's error.
+    """How often each of the 32768 magnitudes of a 16-bit dtype occurs, int64 [32768], which determines a weight's
+    error.
 
-    A magnitude's bits, without the sign, are its place in the result.
+    The index of a magnitude is its bits without the sign.
     """
     return torch.bincount(values.view(torch.int16).bitwise_and(0x7FFF), minlength=2**15).cpu()
 
 
 def _keep(piece: Slice, scale: float | None) -> torch.Tensor | None:
-    """A slice that is not quantised, or FP8 with a scale, in BF16; None where it is not finite."""
+    """A slice in BF16, without quantising it, or restored from FP8 with its scale; None if it is not finite."""
     values = (piece.values if scale is None else piece.values.float() * scale).to(torch.bfloat16)
     return values if all(torch.isfinite(extreme) for extreme in values.aminmax()) else None
 
 
 def _not_finite(tensor: Tensor) -> ValueError:
     return ValueError(
-        f"{shown(tensor.file.name)}: {shown(tensor.name)} holds NaN or infinite values. The file is damaged; download it again."
+        f"{shown(tensor.file.name)}: {shown(tensor.name)} holds NaN or infinite values. The file is damaged; download "
+        "it again."
     )
 
 
@@ -380,14 +384,16 @@ def _error(tensor: Tensor, samples, divisor: torch.Tensor, scale: torch.Tensor) 
 
 
 def cooking_device(device: torch.device) -> torch.device:
-    """The device for the arithmetic where ComfyUI computes on `device`: CUDA, else the CPU (MPS has no float8)."""
+    """The device for the arithmetic where ComfyUI computes on `device`: `device` if it is CUDA, else the CPU (MPS has
+    no float8)."""
     return device if device.type == "cuda" else torch.device("cpu")
 
 
 def _produce(
     files: TensorFiles, options: Options, device: torch.device | None, emit: Emit, on_progress: OnProgress | None
 ) -> tuple[list[str], _Cooking]:
-    """Runs a whole source through the recipe. Returns the SHA-256 of its files, and the cooking with the errors."""
+    """Runs a whole source through the recipe. Returns the SHA-256 of its files, and the cooking, which has the
+    errors."""
     if device is None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     started, done = time.monotonic(), 0
@@ -420,7 +426,8 @@ def _produce(
 
 
 def check_target(target: Path, overwrite: bool) -> None:
-    """Raises before any work for a result that could not be written, or would not be offered as a model."""
+    """Raises, before any work is done, for a result that could not be written or that ComfyUI would not list as a
+    model: ValueError, FileNotFoundError for a missing folder, FileExistsError for a name that is taken."""
     name = shown(target.name)
     if not target.name.endswith(".safetensors"):
         raise ValueError(f"The result {name} must have a name that ends in .safetensors.")
@@ -428,12 +435,12 @@ def check_target(target: Path, overwrite: bool) -> None:
         raise ValueError(f"{name} is the name of one shard of a model. Choose another name for the result.")
     if not target.parent.is_dir():
         raise FileNotFoundError(
-            f"There is no folder {shown(target.parent)} for the result. Make it, or choose another."
+            f"There is no folder {shown(target.parent)} for the result. Create it, or choose another."
         )
     refuse_taken(target, overwrite)
 
 
-# What this module is for
+# The public functions
 
 
 FindConfig = Callable[[TensorFiles], str | None]  # the text of a source's configuration
@@ -450,14 +457,14 @@ def cook(
     device: torch.device | None = None,
     on_progress: OnProgress | None = None,
 ) -> Report:
-    """Writes the FP8 or INT8 file of a source. The same source and options give the same bytes everywhere.
+    """Writes the FP8 or INT8 file of a source. The same source and options give the same bytes on every machine.
 
-    Memory stays below 2 GB for a model of any size. Until it is finished the result has another name; after any
-    exception, including one that `on_progress` raises, nothing of it is left. The source is only ever read.
+    Memory stays below 2 GB for a model of any size. Until it is finished the result has a temporary name; after an
+    exception, including one that `on_progress` raises, nothing of it is left. The source is only read.
 
     Args:
         source: .safetensors with BF16, FP16 or FP32 weights, or the .safetensors.index.json of its shards. The recipe
-            int8 takes scaled FP8 too, with a warning that says what that costs.
+            int8 accepts scaled FP8 too, with a warning that says what accuracy that costs.
         target: .safetensors to write.
         find_config: gives the text of the source's configuration, or None.
         refusal: see `check`.
@@ -465,8 +472,10 @@ def cook(
 
     Raises:
         ValueError: the source cannot be cooked; says why and what to do.
+        FileNotFoundError: the source, one of its shards or the target's folder does not exist.
         FileExistsError: the target exists and `overwrite` is false, or another run is making it.
-        OSError: no room, or the disk failed; also where the finished file got another name, which it says.
+        OSError: the disk is full or failed; or the finished file could not take its name, and the message gives the
+            name it has.
     """
     files, target = open_files(source), Path(target)
     check(files, options, refusal)
@@ -478,8 +487,8 @@ def cook(
     from_fp8 = [FROM_FP8] if any(tensor.dtype == "F8_E4M3" for tensor in files.tensors.values()) else []
     for warning in from_fp8:
         logging.warning(warning)
-    # The source's hash is known at the end and stands at the beginning, so the header is written last, in the room
-    # that one with a hash of zeros takes.
+    # The header contains the source's hash, which is known only at the end, so it is written last. Until then it has
+    # the room that one with a hash of zeros takes.
     room = len(header(layout, make_metadata(options, config, ["0" * 64] * len(files.files))))
     nbytes = room + sum(tensor.nbytes for tensor in layout.values())
     started = time.monotonic()
@@ -516,13 +525,13 @@ def verify(
     device: torch.device | None = None,
     on_progress: OnProgress | None = None,
 ) -> list[str]:
-    """How a cooked file differs from what its source and recipe give, a line for each tensor; empty if it does not.
+    """How a cooked file differs from what its source and recipe give, one line per tensor; empty if it does not differ.
 
     Args:
-        options: None takes those of the file's metadata, or for a file without them the published recipe, with the
+        options: None for those in the file's metadata or, for a file without them, the published recipe, with
             convolutions as the file has them.
 
-    Raises ValueError where either file cannot be read or the source cannot be cooked.
+    Raises ValueError if either file cannot be read or the source cannot be cooked, and OSError.
     """
     files, found = open_files(source), open_files(path)
     if options is None:
@@ -533,7 +542,7 @@ def verify(
     check(files, options, refusal)
     layout = plan(weights_of(files, options), options)
     stored = {name: name for name in found.tensors}
-    for name in found.tensors:  # the other name a scale may have
+    for name in found.tensors:  # a scale may have the other of its two names
         stored.setdefault(name.removesuffix(f"weight.{SCALE_SUFFIX}") + SCALE_SUFFIX, name)
     differences = [f"{shown(name)} is missing" for name in layout if name not in stored]
     expected = {stored[name]: tensor for name, tensor in layout.items() if name in stored}
@@ -574,7 +583,7 @@ def verify(
 
 @dataclass
 class _Change:
-    """Stored values of one tensor that differ: how many, and the pair farthest apart."""
+    """The stored values of one tensor that differ: how many, and the pair that differs most."""
 
     count: int = 0
     largest: float = 0.0

@@ -35,9 +35,9 @@ DTYPES = {
 INDEX_SUFFIX = ".safetensors.index.json"
 SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")  # in the name of a model's shard
 SLICE = 2 * 2**20  # bytes read at once
-BUFFERS = 128  # slices in memory, 268 MB; more than one tensor keeps and the threads work on
-HELD = 72  # slices of one tensor in memory, 150 MB; the largest FP8 weight of Wan 14B has 142 MB
-MAX_HEADER = 8 * 2**20  # bytes; WorldStereo's have 0.3 MB, a saved workflow in the metadata makes that some MB
+BUFFERS = 128  # slices in memory, 268 MB: those of one tensor, those in the threads, and some to read ahead into
+MOST_KEPT = 72  # slices of one tensor kept in memory, 150 MB; the largest weight of Wan 14B has 142 MB in BF16
+MAX_HEADER = 8 * 2**20  # bytes; WorldStereo's has 0.3 MB, and a workflow saved in the metadata can add a few MB
 MAX_NAME = 300  # characters of a tensor's name; the longest of a checkpoint has under 100
 MAX_AXES = 8
 MAX_TENSORS = 20_000  # WorldStereo has 2351
@@ -46,7 +46,7 @@ PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x0
 
 @dataclass(frozen=True)
 class Tensor:
-    """Where a tensor lies: `begin` bytes into `file`."""
+    """A tensor's header entry; its bytes start at `begin` in `file`."""
 
     name: str
     dtype: str
@@ -56,6 +56,7 @@ class Tensor:
 
     @property
     def count(self) -> int:
+        """How many elements it has."""
         return math.prod(self.shape)
 
     @property
@@ -71,14 +72,14 @@ class TensorFiles:
     files: tuple[Path, ...]
     tensors: dict[str, Tensor]  # in the order of the bytes
     metadata: dict[str, str]  # of the first file
-    states: tuple[tuple, ...]  # of each file when its header was read, see `file_state`
+    states: tuple[tuple, ...]  # each file's `file_state` when its header was read
 
     @property
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
     def check_unchanged(self):
-        """Raises ValueError where a file is not the one whose header was read, or was written to since."""
+        """Raises ValueError if a file was replaced or written to since its header was read."""
         for path, state in zip(self.files, self.states):
             if file_state(path) != state:
                 raise ValueError(
@@ -86,7 +87,7 @@ class TensorFiles:
                 )
 
     def slices(self, tensor: Tensor, elements: int = SLICE // 4) -> Iterator[torch.Tensor]:
-        """The tensor's values in order, flat, `elements` at a time."""
+        """The tensor's values in order, flat, `elements` at a time. Raises ValueError if the file is shorter by now."""
         dtype = DTYPES[tensor.dtype]
         with open_regular(tensor.file) as file:
             file.seek(tensor.begin)
@@ -98,7 +99,7 @@ class TensorFiles:
 
 @dataclass(frozen=True)
 class Progress:
-    """How much of the tensors has been read."""
+    """How much of the tensors has been read, and in how many seconds."""
 
     nbytes: int
     total_nbytes: int
@@ -115,7 +116,7 @@ class Progress:
         )
 
 
-OnProgress = Callable[[Progress], None]  # called after each slice; may raise, which ends the work
+OnProgress = Callable[[Progress], None]  # called after each slice; an exception from it ends the work
 
 
 def open_files(path: str | Path) -> TensorFiles:
@@ -168,7 +169,7 @@ def open_files(path: str | Path) -> TensorFiles:
 
 
 def _weight_map(path: Path) -> dict[str, str]:
-    """Which shard each tensor of an index lies in, all of them files of the index's own folder."""
+    """The shard of each tensor in an index. Raises ValueError for shards outside the index's own folder."""
     name = shown(path.name)
     try:
         index = json.read(path)
@@ -190,13 +191,13 @@ def _weight_map(path: Path) -> dict[str, str]:
 
 
 def file_state(path: str | Path) -> tuple:
-    """What changes when a file is replaced or written to: device and inode, size, time of the last change."""
+    """What changes when a file is replaced or written to: device and inode, size, modification time."""
     status = os.stat(path)
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def state_if_there(path: str | Path) -> tuple | None:
-    """`file_state`, or None where there is no such file."""
+    """`file_state`, or None if there is no such file."""
     try:
         return file_state(path)
     except OSError:
@@ -207,7 +208,7 @@ def _check_dtypes(path: Path, tensors: dict[str, Tensor]):
     for name, tensor in tensors.items():
         if tensor.dtype not in DTYPES:
             raise ValueError(
-                f"{shown(path.name)}: {shown(name)} has the dtype {shown(tensor.dtype)}, which is not read here. Use "
+                f"{shown(path.name)}: {shown(name)} has the dtype {shown(tensor.dtype)}, which is not supported. Use "
                 "a file whose weights are BF16, FP16, FP32 or FP8."
             )
 
@@ -272,14 +273,16 @@ def read_header(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             fits = fits and tensor.nbytes == last - first
         if first != place or last < first or not fits:
             raise ValueError(
-                f"{broken}: the bytes of {shown(tensor.name)} are not as many as its shape says, or leave a gap. {again}"
+                f"{broken}: the bytes of {shown(tensor.name)} are not as many as its shape says, or leave a gap. "
+                f"{again}"
             )
         tensors[tensor.name], place = tensor, last
     return tensors, metadata
 
 
 def _tensor(name: str, info, path: Path, begin: int, broken: str) -> tuple[Tensor, int, int]:
-    """A tensor of a header, and where its bytes start and end behind the header; as numbers of 64 bits."""
+    """A tensor of a header, and where its bytes start and end, counted from the header's end. All numbers are checked
+    to fit 63 bits."""
     if len(name) > MAX_NAME or not _is_text(name):
         raise ValueError(f"{broken}: the name {shown(name)} is longer than {MAX_NAME} characters, or no text.")
     where = f"{broken}: {shown(name)}"
@@ -300,7 +303,7 @@ def _is_count(value) -> bool:
 
 
 def _is_text(value) -> bool:
-    """Whether it is a text without lone surrogates, which no other reader of the format takes."""
+    """Whether it is a string without lone surrogates, which no other reader of the format accepts."""
     return isinstance(value, str) and not any("\ud800" <= c <= "\udfff" for c in value)
 
 
@@ -310,7 +313,7 @@ def _place(entry: tuple[Tensor, int, int]) -> tuple:
 
 
 class _Twice(Exception):
-    """Names that a header holds twice."""
+    """A header has some names twice."""
 
 
 def _unique(pairs: list[tuple]) -> dict:
@@ -332,8 +335,8 @@ def _fill(file, view: memoryview, path: Path):
 class Reader:
     """Reads files once from front to back, in a thread that hashes every byte on the way.
 
-    Used as a context, which ends the thread. `slices` must be called for every tensor of `files.tensors` in order, and
-    each slice handed back with `release`: there are `BUFFERS` of them.
+    A context manager, which ends the thread. `slices` must be called for every tensor of `files.tensors` in order, and
+    each slice returned with `release`, because there are only BUFFERS buffers.
     """
 
     def __init__(self, files: TensorFiles):
@@ -352,15 +355,15 @@ class Reader:
 
     def __exit__(self, *_):
         self._stop.set()
-        self._free.put(None)  # wakes the thread where it waits for a buffer
+        self._free.put(None)  # wakes the thread if it waits for a buffer
         self._thread.join()
 
-    def holds(self, tensor: Tensor) -> bool:
+    def can_keep(self, tensor: Tensor) -> bool:
         """Whether all slices of the tensor can be in use at once and still leave buffers to read ahead."""
-        return tensor.nbytes <= HELD * SLICE
+        return tensor.nbytes <= MOST_KEPT * SLICE
 
     def slices(self, tensor: Tensor) -> Iterator["Slice"]:
-        """The tensor's slices in order. Raises what the reading raised."""
+        """The tensor's slices in order. Raises any exception of the reading thread."""
         for _ in range(0, tensor.nbytes, SLICE):
             piece = self._full.get()
             if isinstance(piece, Exception):
@@ -368,7 +371,7 @@ class Reader:
             yield piece
 
     def release(self, piece: "Slice"):
-        """Hands a slice's memory back, to be read into again."""
+        """Returns a slice's buffer, to be read into again."""
         self._free.put(piece.buffer)
 
     def digests(self) -> list[str]:
@@ -386,7 +389,7 @@ class Reader:
     def _read(self, path: Path):
         digest = hashlib.sha256()
         with open_regular(path) as file:
-            self.files.check_unchanged()  # the header that follows is the one that was read
+            self.files.check_unchanged()  # so the header below is the one that was parsed
             header = bytearray(8 + int.from_bytes(file.read(8), "little"))
             file.seek(0)
             _fill(file, memoryview(header), path)
@@ -405,7 +408,7 @@ class Reader:
 
 @dataclass(frozen=True)
 class Slice:
-    """`nbytes` bytes of a tensor, from its byte `begin` on."""
+    """`nbytes` bytes of a tensor, starting at its byte `begin`."""
 
     tensor: Tensor
     begin: int

@@ -3,7 +3,7 @@ weight.
 
 The kernels are comfy-kitchen's. Its public `int8_linear` quantises and multiplies in one call, so three products of one
 input would quantise it three times; this module calls the two kernels separately. They are not public, so each is
-checked once against plain torch on a few numbers, and plain torch takes the place of one that fails.
+checked once against plain torch on a small example, and plain torch replaces one that fails.
 """
 
 import functools
@@ -19,12 +19,12 @@ from .int8 import INT8
 from .rotation import GROUP
 
 MIN_CAPABILITY = (7, 5)  # the first CUDA compute capability with INT8 matrix units
-ROWS = 4096  # that plain torch multiplies at once: its INT32 sums take twice the memory of the result
+ROWS = 4096  # multiplied at once by plain torch, whose INT32 sums take twice the memory of the result
 
 
 @functools.cache
 def device_refusal(device: torch.device) -> str | None:
-    """Why a device does not multiply INT8 matrices with comfy-kitchen's kernels, or None if it does."""
+    """Why a device cannot multiply INT8 matrices with comfy-kitchen's kernels, or None if it can."""
     if device.type != "cuda" or torch.version.hip is not None:
         return "INT8 matmul needs an NVIDIA GPU"
     if torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
@@ -41,8 +41,8 @@ def device_refusal(device: torch.device) -> str | None:
 def quantise(x: torch.Tensor, group: int = GROUP, into: QuantisedTokens | None = None) -> QuantisedTokens:
     """Activations to INT8.
 
-    x: [..., K], float32, bfloat16 or float16. Rotated in groups of `group` channels, 0 for not; the scale is amax/127 of
-    a token. into: tokens of x's size that are no longer needed; where they are INT8 the result is written over them.
+    x: [..., K], float32, bfloat16 or float16. Rotated in groups of `group` channels (0: not rotated); the scale is
+    amax/127 of each token. into: tokens of x's size that are no longer needed; their memory is reused if they are INT8.
     """
     values, scale = _quantise_rows(x.reshape(-1, x.shape[-1]), group)
     if into is not None and into.values.dtype == INT8:
@@ -65,8 +65,8 @@ def int8_linear(
 ) -> torch.Tensor:
     """x · (weight·scale)ᵀ + bias on INT8 matrix units.
 
-    x: [..., K], as a tensor or quantised already. weight: int8 [N, K], rotated in groups of `group` channels (0: not).
-    scale: float32, one a row or one for all. bias: [N] or None. Returns [..., N] in x's dtype.
+    x: [..., K], as a tensor or already quantised. weight: int8 [N, K], rotated in groups of `group` channels (0: not
+    rotated). scale: float32, [N, 1] or one for all. bias: [N] or None. Returns [..., N] in x's dtype.
     """
     if isinstance(x, QuantisedTokens) and (x.values.dtype, x.group) != (INT8, group):
         x = x.dequantise()
@@ -77,14 +77,14 @@ def int8_linear(
 
 
 def _quantise_rows(rows: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor]:
-    if rows.numel() == 0:  # no kernel is launched for nothing
+    if rows.numel() == 0:  # the kernels need at least one row
         return rows.to(INT8), rows.new_ones(len(rows), 1, dtype=torch.float32)
-    if group:  # named after weights; the matrix is symmetric, so it rotates activations the same way
+    if group:  # the name says weight, but it serves activations too: the rotation is its own inverse
         return torch.ops.comfy_kitchen.quantize_int8_convrot_weight(rows.contiguous(), group)
     return torch.ops.comfy_kitchen.quantize_int8_rowwise(rows.contiguous())
 
 
-# Custom operators, so that torch.compile calls what is inside as it is.
+# Custom operators, so that torch.compile does not trace what is inside them.
 
 
 @torch.library.custom_op("worldstereo_fp8::int8_gelu_quantise", mutates_args=())
@@ -108,7 +108,8 @@ def _multiply(
     bias: torch.Tensor | None,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """values [M, K] with scale [M, 1] times weight [N, K] with weight_scale [N or 1]; bias [N]. Returns dtype [M, N]."""
+    """values [M, K] with scale [M, 1] times weight [N, K] with weight_scale [N or 1]; bias [N]. Returns dtype [M,
+    N]."""
     if values.is_cuda and values.numel():
         weight_scale = weight_scale.expand(len(weight)).contiguous()
         kernel = product_kernel(values.device, dtype)[1]
@@ -135,7 +136,7 @@ def _multiply_in_torch(values, scale, weight, weight_scale, bias, dtype) -> torc
 # comfy-kitchen's own kernels
 
 
-Kernel = Callable[..., torch.Tensor | None]  # of values, scale, weight, weight_scale, bias; None: it cannot
+Kernel = Callable[..., torch.Tensor | None]  # of values, scale, weight, weight_scale, bias; None where it cannot run
 
 
 def _kitchen():
@@ -145,8 +146,8 @@ def _kitchen():
 
 
 def _cutlass(dtype: torch.dtype, bias_dtype: torch.dtype) -> Kernel:
-    """Tensor cores of Ampere and newer, scales and bias in the product's epilogue. The bias is float32 in comfy-kitchen
-    0.2.26 and of the result's dtype in 0.2.40."""
+    """The tensor cores of Ampere and newer; the epilogue applies scales and bias. comfy-kitchen 0.2.26 takes the bias
+    as float32, 0.2.40 in the result's dtype."""
     cuda = _kitchen()
 
     def multiply(values, scale, weight, weight_scale, bias):
@@ -178,7 +179,7 @@ def _never(*_) -> None:
 
 @functools.cache
 def product_kernel(device: torch.device, dtype: torch.dtype) -> tuple[str, Kernel]:
-    """The name of the fastest kernel that multiplies correctly on this device, and the kernel; else plain torch."""
+    """The name and the kernel of the fastest one that multiplies correctly on this device; else "torch"."""
     if torch.cuda.get_device_capability(device) >= (8, 0):
         kernels = [functools.partial(_cutlass, dtype, d) for d in dict.fromkeys((dtype, torch.float32))]
     else:
@@ -186,7 +187,7 @@ def product_kernel(device: torch.device, dtype: torch.dtype) -> tuple[str, Kerne
     generator = torch.Generator("cpu").manual_seed(0)
     values, weight = (torch.randint(-127, 128, (n, 256), generator=generator, dtype=INT8) for n in (48, 64))
     scale, weight_scale = (0.03 * (0.5 + torch.rand(n, generator=generator)) for n in (48, 64))  # sums fit FP16
-    # The bias is the beginning of a longer tensor: a kernel that takes it for a wider dtype reads no foreign memory.
+    # The bias is a slice of a longer tensor, so that a kernel which takes it for a wider dtype stays inside it.
     bias = 100 * torch.randn(1024, generator=generator).to(dtype)
     arguments = (values, scale[:, None], weight, weight_scale, bias[:64])
     expected = _multiply_in_torch(*arguments, torch.float32)
@@ -196,7 +197,7 @@ def product_kernel(device: torch.device, dtype: torch.dtype) -> tuple[str, Kerne
             multiply = kernel()
             out = multiply(*on_device, bias.to(device)[:64])
             right = out is not None and torch.allclose(out.float().cpu(), expected, rtol=2e-2, atol=1)
-        except Exception as e:  # a name or a signature that this comfy-kitchen does not have
+        except Exception as e:  # this comfy-kitchen has no such name, or another signature
             logging.debug(f"INT8 kernel of comfy-kitchen: {type(e).__name__}: {e}")
             right = False
         if right:

@@ -1,4 +1,5 @@
-"""The Triton kernels behind `activations`: a program loads whole rows (tokens) into registers; arithmetic is in FP32.
+"""The Triton kernels behind `activations`: each program loads whole rows (tokens) into registers; arithmetic is in
+FP32.
 
 Every tensor's last axis has stride 1; rows may have any stride.
 """
@@ -13,7 +14,7 @@ from .recipe import FP8_MAX
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # the kernels run in Python, on the CPU
 
-ROWS = 4  # tokens that share the load of their gate
+ROWS = 4  # tokens per program of `_gated_add`, which loads their gate once
 INVERSE_FP8_MAX = tl.constexpr(1 / FP8_MAX)
 SMALLEST_NORMAL = tl.constexpr(torch.finfo(torch.float32).tiny)
 
@@ -131,12 +132,12 @@ def _rms_rope(
 
 
 def _block(width: int) -> dict[str, int]:
-    """The block that holds a row, and its warps: 64 values a thread, the fastest on an H200."""
+    """The block that holds a row, and the number of warps: 64 values per thread, which was fastest on an H200."""
     block = triton.next_power_of_2(width)
     return {"BLOCK": block, "num_warps": min(max(block // 2048, 1), 8)}
 
 
-# Custom operators, so that torch.compile calls the kernels as they are; it cannot trace their helper functions.
+# Custom operators, because torch.compile cannot trace the kernels' helper functions.
 
 
 @torch.library.custom_op("worldstereo_fp8::quantise_", mutates_args=("values", "scale"))

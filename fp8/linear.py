@@ -1,8 +1,8 @@
 """The quantised Linear as a ComfyUI operation.
 
-The weight is core's QuantizedTensor (per-tensor float8_e4m3fn, or int8_tensorwise with or without rotation), so offload,
-dynamic VRAM, LoRA patching and saving are core's. Ours is the product: quantised weights times activations quantised
-with a dynamic scale for each token, or the weight upcast.
+The weight is core's QuantizedTensor (per-tensor float8_e4m3fn, or int8_tensorwise with or without rotation), so core
+does offloading, dynamic VRAM, LoRA patching and saving. This module adds the product: quantised weights times
+activations quantised with a dynamic scale per token, or the weight upcast.
 """
 
 import contextlib
@@ -31,8 +31,8 @@ COMPUTE = ("auto", "fp8", "bf16")
 
 @functools.cache
 def matmul_refusal(compute: str, dtype: torch.dtype, device: torch.device) -> str | None:
-    """Why `device` does not multiply matrices of `dtype` (FP8 or INT8), so that layers upcast their weights, or None if
-    it does.
+    """Why `device` cannot multiply matrices of `dtype` (FP8 or INT8), so that layers upcast their weights, or None if
+    it can.
 
     compute: "auto" and "fp8" ask for the product of quantised weights, "bf16" does not. Raises ValueError where "fp8"
     is not possible.
@@ -51,7 +51,7 @@ def _fp8_refusal(device: torch.device) -> str | None:
     if not supports_fp8_compute(device):
         name = get_torch_device_name(device)
         return f"{name} has no FP8 matmul (compute capability 8.9 or higher: GeForce RTX 40, Hopper and newer)"
-    if backend(device)[0] == "eager":  # which has only scales a token
+    if backend(device)[0] == "eager":  # it has only per-token scales
         return row_scales_refusal(device)
     return None
 
@@ -60,8 +60,8 @@ def operations(storage_dtype: torch.dtype, refusal: Callable[[torch.dtype, torch
     """ComfyUI operations whose Linear holds scaled-FP8 and INT8 weights.
 
     storage_dtype: of the tensors that are not quantised, and the dtype a quantised weight stands for.
-    refusal: why a device does not multiply FP8 or INT8 matrices, None if it does; see `matmul_refusal`. Layers whose
-    size the matrix units cannot take upcast all the same.
+    refusal: why a device cannot multiply FP8 or INT8 matrices, None if it can; see `matmul_refusal`. Layers whose size
+    the matrix units do not support upcast in any case.
     """
     core_operations = mixed_precision_ops({}, storage_dtype)
 
@@ -73,11 +73,11 @@ def operations(storage_dtype: torch.dtype, refusal: Callable[[torch.dtype, torch
         class Linear(core_operations.Linear):  # type: ignore[name-defined]
             """Linear over the last axis of any input; see `arithmetic` for the products."""
 
-            matmul: FP8Matmul | INT8Matmul | None = None  # how its weight multiplies where the device can
+            matmul: FP8Matmul | INT8Matmul | None = None  # None for a weight that is not quantised
 
             def _load_from_state_dict(self, state_dict, prefix, *args):
                 weight = state_dict[f"{prefix}weight"]
-                if f"{prefix}comfy_quant" not in state_dict:  # kept in the file's dtype; core would round it
+                if f"{prefix}comfy_quant" not in state_dict:  # core would cast the weight to another dtype
                     self.factory_kwargs["dtype"] = weight.dtype
                 super()._load_from_state_dict(state_dict, prefix, *args)
                 if isinstance(self.weight, QuantizedTensor):
@@ -86,11 +86,11 @@ def operations(storage_dtype: torch.dtype, refusal: Callable[[torch.dtype, torch
                     self.matmul = INT8Matmul(rotated) if weight.dtype == INT8 else FP8_MATMUL
 
             def set_weight(self, weight, inplace_update=False, **kwargs):
-                """Core's hook LoRAs ask for an update in place, which core's own layer of this kind does not offer."""
+                """Core's hook LoRAs pass `inplace_update`, which core's own quantised layer does not accept."""
                 return super().set_weight(weight, **kwargs)
 
             def upcast_reason(self, device: torch.device) -> str | None:
-                """Why this layer upcasts its weight on `device`, or None if it multiplies as it is stored."""
+                """Why this layer upcasts its weight on `device`, or None if the weight multiplies as it is stored."""
                 if not isinstance(self.weight, QuantizedTensor) or self.matmul is None:
                     return "not a quantised weight"
                 if self._full_precision_mm_config:
@@ -101,8 +101,8 @@ def operations(storage_dtype: torch.dtype, refusal: Callable[[torch.dtype, torch
                 return refusal or self.matmul.size_refusal(self.in_features, self.out_features)
 
             def is_wrapped(self) -> bool:
-                """Whether something stands in for `forward` (core's bypass LoRAs) or hooks onto it."""
-                # torch.compile takes a getattr with a default for that default.
+                """Whether `forward` is replaced (core's bypass LoRAs) or has hooks."""
+                # Not getattr with a default: torch.compile would always see the default.
                 own = isinstance(self.forward, types.MethodType) and self.forward.__func__ is type(self).forward
                 return not own or bool(self._forward_hooks or self._forward_pre_hooks)
 
@@ -112,9 +112,9 @@ def operations(storage_dtype: torch.dtype, refusal: Callable[[torch.dtype, torch
 
             @contextlib.contextmanager
             def fetched(self, device: torch.device, dtype: torch.dtype):
-                """The layer's product, a function of tensors (or of what its `arithmetic` gives), while the weight is
-                fetched (streamed, patched, dequantised) once: for inputs that come in several parts. One layer at a
-                time: core's offload streams reuse their buffers."""
+                """A context that fetches the weight once (streams, patches, dequantises it) and yields the layer's
+                product, a function of a tensor [..., K] or of tokens from its `arithmetic`: for inputs that come in
+                several parts. Only one layer at a time, because core's offload streams reuse their buffers."""
                 if self.is_wrapped():
                     yield lambda x: self(dequantised(x))
                 else:
@@ -125,7 +125,7 @@ def operations(storage_dtype: torch.dtype, refusal: Callable[[torch.dtype, torch
             def _fetched(self, device: torch.device, dtype: torch.dtype):
                 run_every_op()
                 quantised = self.upcast_reason(device) is None
-                # A weight with a LoRA comes back requantised where core streams it, else dequantised with it added.
+                # A weight with a LoRA comes back requantised if core streams it, else dequantised with the LoRA added.
                 weight, bias, stream = cast_bias_weight(
                     self,
                     dtype=self.weight.dtype if quantised else dtype,

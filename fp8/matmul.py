@@ -20,9 +20,9 @@ def scaled_linear(
 ) -> torch.Tensor:
     """x · (weight·scale)ᵀ + bias on FP8 matrix units.
 
-    x: [..., K], as a tensor or quantised already. weight: float8_e4m3fn [N, K], K and N multiples of 16. scale: float32
-    scalar. bias: [N] or None. Returns [..., N] in x's dtype; the product is rounded to BF16, the only output of the
-    row-scaled matmul.
+    x: [..., K], as a tensor or already quantised. weight: float8_e4m3fn [N, K], K and N multiples of 16. scale: float32
+    scalar. bias: [N] or None. Returns [..., N] in x's dtype, rounded to BF16, the only output dtype of the row-scaled
+    matmul.
     """
     if not isinstance(x, QuantisedTokens):
         x = quantise(x)
@@ -30,10 +30,8 @@ def scaled_linear(
     if x.values.numel() == 0:
         return x.values.new_empty(shape, dtype=x.dtype)
     scale = scale.reshape(1, 1)
-    if x.scale.numel() > 1:
-        scale = scale.expand(
-            1, len(weight)
-        ).contiguous()  # with a scale for each token, torch requires a contiguous scale for each output
+    if x.scale.numel() > 1:  # with a scale per token torch wants one per output channel too, contiguous
+        scale = scale.expand(1, len(weight)).contiguous()
     y = torch._scaled_mm(
         x.values,
         weight.t(),

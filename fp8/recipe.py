@@ -1,8 +1,8 @@
 """The scaled-FP8 format: which tensors become FP8, and how their values and scales are found.
 
-A weight is stored as float8_e4m3fn values and one BF16 scalar; weight = values · scale. Two recipes fill that format,
-`published` (the one the published WorldStereo files were made with) and `default`, which costs less accuracy. A third,
-`int8`, fills the format of `int8`.
+A weight is stored as float8_e4m3fn values and one BF16 scalar; weight = values · scale. Two recipes write that format:
+`published`, which the published WorldStereo files were made with, and `default`, which loses less accuracy. A third,
+`int8`, writes the format of `int8.py`.
 """
 
 import math
@@ -16,8 +16,8 @@ FP8_MAX = 448.0  # the largest value of float8_e4m3fn
 MARKER = "scaled_fp8"  # the name of the tensor that marks a scaled-FP8 file
 SCALE_SUFFIX = "scale_weight"  # `layer.weight` has its scale at `layer.scale_weight`
 
-# What follows the layer's name in the files of this and other tools: a weight's scale, a fixed scale of the activations,
-# and ComfyUI's description of the format.
+# What follows the layer's name in the files of this and other tools: a weight's scale, a static scale for the
+# activations, and ComfyUI's description of the format.
 SCALE_SUFFIXES = (f"weight.{SCALE_SUFFIX}", SCALE_SUFFIX, "weight_scale")
 INPUT_SCALE_SUFFIXES = ("scale_input", "input_scale")
 COMFY_QUANT = "comfy_quant"
@@ -49,7 +49,7 @@ CONVS = {
 
 
 def is_quantised(name: str, shape: tuple[int, ...], convs: str = "fp8") -> bool:
-    """Whether the recipe turns the tensor of this diffusers name and shape into FP8.
+    """Whether the recipe quantises the tensor of this diffusers name and shape to FP8.
 
     Args:
         convs: "fp8" takes weights of any rank ≥ 2, "bf16" leaves those of rank > 2 as they are.
@@ -60,7 +60,7 @@ def is_quantised(name: str, shape: tuple[int, ...], convs: str = "fp8") -> bool:
 
 
 def is_side_tensor(name: str) -> bool:
-    """Whether the tensor of this name describes how another is quantised and is not itself a weight."""
+    """Whether the tensor of this name is not a weight but says how another one is quantised."""
     return any(name == suffix or name.endswith("." + suffix) for suffix in SIDE_SUFFIXES)
 
 
@@ -85,16 +85,17 @@ def quantise_weight(weight: torch.Tensor, recipe: str = "default") -> tuple[torc
 
 
 def encode(values: torch.Tensor, divisor: torch.Tensor) -> torch.Tensor:
-    """Floating-point values over an FP32 scalar, rounded to the nearest float8_e4m3fn. [any shape] → the same shape.
+    """Floating-point values of any shape, divided by an FP32 scalar and rounded to the nearest float8_e4m3fn.
 
-    The divisor stays a tensor on the values' device: CUDA divides by a Python number through its reciprocal, which
-    gives other bytes than the CPU.
+    The divisor stays a tensor on the values' device: CUDA divides by a Python number by multiplying with its
+    reciprocal, which gives other bytes than the CPU.
     """
     return values.to(torch.float32, copy=True).div_(divisor).clamp_(-FP8_MAX, FP8_MAX).to(FP8)
 
 
 def dequantise(values: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The weight that FP8 values and their scale stand for: multiplied in FP32, then rounded to `dtype`."""
+    """The weight that FP8 values (of any shape) and their scale (a scalar) stand for, multiplied in FP32, in
+    `dtype`."""
     return (values.float() * scale.float()).to(dtype)
 
 
@@ -103,18 +104,19 @@ def find_scale(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The number to divide a weight by, and the scale to store.
 
-    `published` divides by amax / 448 in FP32 and stores that number rounded to BF16, so every value of the layer comes
-    back up to 0.4 % too large or too small.
+    `published` divides by amax / 448 in FP32 and stores that number rounded to BF16, so every value of the layer is
+    restored up to 0.4 % too large or too small.
 
-    `default` divides by the very BF16 number it stores, which is amax / 448 rounded up, so nothing clips. A coarser
-    grid can still lose to `published` by chance, or where the values sit on the grid of amax / 448 itself (a constant
-    weight). Where its maximum or its RMS error would be larger, the scale is the one `published` stores: dividing by
-    it gives each value the nearest multiple the file can hold, which `published` cannot better in any element. The
-    largest value is then at most 449.75 before rounding, and 448 is the nearest number to that.
+    `default` divides by the same BF16 number that it stores, amax / 448 rounded up, so nothing clips. Its coarser grid
+    can still be worse than `published` by chance, or where the values lie on the grid of amax / 448 itself (a constant
+    weight). Where its maximum or RMS error would be larger, it takes the scale that `published` stores: dividing by it
+    gives each value the nearest multiple that the file can hold, which `published` cannot improve on in any element.
+    The largest value is then at most 449.75 before rounding, and 448 is the nearest FP8 number to that.
 
     Args:
         amax: the weight's largest magnitude, FP32 scalar.
-        samples: (FP32 values, how often each occurs), together the whole weight; `default` may read them, once.
+        samples: pairs of FP32 values and how often each occurs, together the whole weight; `default` may read them
+        once.
         recipe: "published" or "default".
 
     Returns:
@@ -141,8 +143,8 @@ def find_scale(
 
 
 def _exact_sum(squares: torch.Tensor, counts: torch.Tensor | int) -> int:
-    """The weighted sum of FP64 numbers below 2^9 in units of 2^-52, as integers: a floating-point sum depends on the
-    order of summation, and with it the choice of scale and the file's bytes would depend on the machine."""
+    """The weighted sum of FP64 numbers below 2^9, as an integer in units of 2^-52. A floating-point sum depends on the
+    order of summation, so the choice of scale, and the file's bytes, would depend on the machine."""
     squares = squares * 2**26
     whole = squares.floor()
     rest = ((squares - whole) * 2**26).long()

@@ -1,4 +1,4 @@
-"""The error that quantisation makes in every weight, as numbers, as text and as one picture."""
+"""The quantisation error of every weight, as numbers, as text and as one picture."""
 
 import math
 import re
@@ -25,8 +25,8 @@ ROWS, COLUMNS = 100, 64  # kinds and layers drawn at most; WorldStereo has 30 an
 
 @dataclass
 class WeightError:
-    """The error of one weight as a file holds it, against its reference. `scale` is None for a weight that is not
-    quantised, and the largest of an INT8 weight's scales."""
+    """The error of a stored weight against its reference. `scale` is the largest of an INT8 weight's scales, and None
+    for a weight that is not quantised."""
 
     name: str
     count: int
@@ -35,10 +35,10 @@ class WeightError:
     error_squares: float = 0.0
     signal_squares: float = 0.0
     zeroed: int = 0  # values other than 0 that became 0
-    saturated: int = 0  # values so far beyond the largest number of FP8 that they lost more than a rounding
+    saturated: int = 0  # values that clipping changed by more than rounding would have; see `saturation`
 
     def add(self, values: torch.Tensor, stored: torch.Tensor, counts: torch.Tensor | int = 1, limit: float = math.inf):
-        """Adds reference values, FP32, the FP64 values stored for them, and how often each pair occurs.
+        """Adds reference values (FP32, any shape), the FP64 values stored for them, and how often each pair occurs.
 
         limit: the magnitude above which a value is saturated; see `saturation`.
         """
@@ -51,7 +51,7 @@ class WeightError:
         self.saturated += int(((values.abs_() > limit) * counts).sum())
 
     def merge(self, other: "WeightError"):
-        """Adds the errors of other weights, or of other parts of this one."""
+        """Adds the error of another weight, or of another part of this one."""
         self.max = max(self.max, other.max)
         self.error_squares += other.error_squares
         self.signal_squares += other.signal_squares
@@ -60,6 +60,7 @@ class WeightError:
 
     @property
     def rms(self) -> float:
+        """The RMS error, in the weight's own unit."""
         return math.sqrt(self.error_squares / self.count)
 
     @property
@@ -73,6 +74,7 @@ class WeightError:
         return -20 * math.log10(self.relative) if self.relative else None
 
     def as_dict(self) -> dict:
+        """For JSON."""
         return {
             "name": self.name,
             "elements": self.count,
@@ -87,8 +89,8 @@ class WeightError:
 
 
 def saturation(dtype: torch.dtype) -> float:
-    """The magnitude up to which an FP8 dtype's largest number is the nearest: half a spacing beyond it, 464 for
-    float8_e4m3fn."""
+    """The magnitude up to which clipping to an FP8 dtype's largest number is no worse than rounding: half a spacing
+    beyond it, 464 for float8_e4m3fn."""
     info = torch.finfo(dtype)
     return info.max + 2.0 ** math.floor(math.log2(info.max)) * info.eps / 2
 
@@ -97,8 +99,8 @@ def saturation(dtype: torch.dtype) -> float:
 class Report:
     """The errors of the weights of one file.
 
-    heading: what was done, in lines of (what, value). published: for the same weights, what the published recipe
-    loses; empty where that is not known. notes: further remarks, such as tensors that were not compared.
+    heading: what was done, as (label, value) lines. published: the published recipe's errors of the same weights; empty
+    where they are not known. notes: further remarks, such as tensors that were not compared.
     """
 
     heading: list[tuple[str, str]]
@@ -133,6 +135,7 @@ class Report:
         return result
 
     def as_text(self) -> str:
+        """Heading, a table by kind of weight, totals, and the worst weights, in lines."""
         width = max(len(what) for what, _ in self.heading)
         lines = [f"{what:<{width}}  {value}" for what, value in self.heading]
         if self.errors:
@@ -155,18 +158,18 @@ class Report:
         return "\n".join([*lines, *([""] if self.notes else []), *self.notes]) + "\n"
 
     def gain(self) -> str:
-        """How much smaller the errors are than the published recipe's."""
+        """How much smaller the errors are than the published recipe's, in one line."""
         pairs = list(zip(self.errors, self.published))
         gains = [1 - error.rms / published.rms if published.rms else 0.0 for error, published in pairs]
         whole = 1 - self.total(self.errors).rms / (self.total(self.published).rms or 1.0)
         larger = sum(error.rms > published.rms or error.max > published.max for error, published in pairs)
         return (
             f"Against the published recipe: RMS error smaller by {whole:.2%} over all, by {min(gains):.2%} to "
-            f"{max(gains):.2%} a weight; RMS or largest error larger in {larger} of {len(pairs)} weights."
+            f"{max(gains):.2%} per weight; RMS or largest error larger in {larger} of {len(pairs)} weights."
         )
 
     def errors_by_kind(self) -> list[tuple[str, WeightError]]:
-        """The weights of one kind, which is their name without the layer number, taken together."""
+        """The weights of each kind (their name without the layer number) taken together."""
         kinds: dict[str, list[WeightError]] = {}
         for error in self.errors:
             kinds.setdefault(kind_and_layer(error.name)[0], []).append(error)
@@ -174,6 +177,7 @@ class Report:
 
     @staticmethod
     def table(rows: list[tuple[str, WeightError]]) -> list[str]:
+        """The lines of a table of errors, each with its label."""
         rows = [(shown(name), error) for name, error in rows]
         width = max(len(name) for name, _ in rows)
         scale = "  scale" if any(error.scale is not None for _, error in rows) else ""
@@ -248,10 +252,11 @@ def kind_and_layer(name: str) -> tuple[str, int]:
 
 
 def compare(first: str | Path, second: str | Path, on_progress: OnProgress | None = None) -> Report:
-    """The errors of the second file's weights against the first's. Either may be BF16, FP16, FP32, scaled FP8, INT8 or a mix.
+    """The errors of the second file's weights against the first's. Each file may be BF16, FP16, FP32, scaled FP8, INT8
+    or a mix.
 
-    Raises ValueError where the files have no weight name in common, an FP8 weight's scale is not one number, or an INT8
-    weight's scales or description do not fit it.
+    Raises ValueError if the files have no weight name in common, an FP8 weight's scale is not one number, or an INT8
+    weight's scales or description do not fit it, and OSError.
     """
     a, b = open_files(first), open_files(second)
     a_weights, b_weights = (
@@ -260,8 +265,8 @@ def compare(first: str | Path, second: str | Path, on_progress: OnProgress | Non
     common = [name for name in b_weights if name in a_weights]
     if not common:
         raise ValueError(
-            f"{shown(a.path.name)} and {shown(b.path.name)} have no tensor name in common. One of them may have diffusers "
-            "names and the other native Wan names: compare files of the same names."
+            f"{shown(a.path.name)} and {shown(b.path.name)} have no tensor name in common. One of them may have "
+            "diffusers names and the other native Wan names: compare files of the same names."
         )
     notes = []
     for files, here, there in ((a, a_weights, b_weights), (b, b_weights, a_weights)):
@@ -310,7 +315,7 @@ def compare(first: str | Path, second: str | Path, on_progress: OnProgress | Non
 
 
 def _restored(values: torch.Tensor, scale: torch.Tensor | None, group: int, begin: int) -> torch.Tensor:
-    """Rows of a weight from row `begin` on, as the numbers they stand for, float64."""
+    """Rows of a weight [rows, K], starting at row `begin`, dequantised to float64."""
     if scale is None:
         return values.double()
     rows = values.double() * (scale[begin : begin + len(values)] if len(scale) > 1 else scale)
@@ -318,7 +323,7 @@ def _restored(values: torch.Tensor, scale: torch.Tensor | None, group: int, begi
 
 
 def _group(files: TensorFiles, tensor: Tensor) -> int:
-    """The channels that an INT8 weight is rotated in; 0 for any other."""
+    """How many channels of an INT8 weight are rotated together; 0 for any other weight."""
     described = files.tensors.get(tensor.name.removesuffix("weight") + COMFY_QUANT)
     if tensor.dtype != "I8" or described is None:
         return 0
@@ -330,7 +335,7 @@ def _group(files: TensorFiles, tensor: Tensor) -> int:
 
 
 def _scale(files: TensorFiles, tensor: Tensor) -> torch.Tensor | None:
-    """The scales of an FP8 or INT8 weight, float64 [1 or N, 1], 1 where the file has none; None for any other."""
+    """The scales of an FP8 or INT8 weight, float64 [1 or N, 1], 1 if the file has none; None for any other weight."""
     if not tensor.dtype.startswith("F8") and tensor.dtype != "I8":
         return None
     names = [tensor.name.removesuffix("weight") + suffix for suffix in SCALE_SUFFIXES]
@@ -339,7 +344,7 @@ def _scale(files: TensorFiles, tensor: Tensor) -> torch.Tensor | None:
         return torch.ones(1, 1, dtype=torch.float64)
     if found[0].count != 1 and (tensor.dtype != "I8" or found[0].count != tensor.shape[0]):
         raise ValueError(
-            f"{shown(files.path.name)}: {shown(found[0].name)} has the shape {list(found[0].shape)}. Only one scale for the "
-            "whole weight, or for INT8 one for each row, can be compared."
+            f"{shown(files.path.name)}: {shown(found[0].name)} has the shape {list(found[0].shape)}. Only one scale "
+            "for the whole weight, or for INT8 one for each row, can be compared."
         )
     return torch.cat(list(files.slices(found[0]))).double().reshape(-1, 1)

@@ -7,7 +7,7 @@ inverse. Source: ConvRot (arXiv 2512.03673), in the form that comfy-kitchen's `i
 
 import torch
 
-GROUP = 256  # channels, as the community's files and comfy-kitchen's kernels have it
+GROUP = 256  # channels, as in the community's files and comfy-kitchen's kernels
 
 
 def group_refusal(group: int, width: int) -> str | None:
@@ -18,9 +18,10 @@ def group_refusal(group: int, width: int) -> str | None:
 
 
 def rotate(x: torch.Tensor, group: int = GROUP) -> torch.Tensor:
-    """x [..., K] with each group of channels rotated, in x's dtype; K a multiple of `group`. Twice gives x again.
+    """x [..., K] with each group of channels rotated, in x's dtype; K is a multiple of `group`. Applied twice it gives
+    x.
 
-    Additions in one order whatever the device, so that the CPU and CUDA give the same bits.
+    The order of additions does not depend on the device, so the CPU and CUDA give the same bits.
     """
     y, step = x.unflatten(-1, (-1, group)), group
     while step > 1:

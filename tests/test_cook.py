@@ -138,7 +138,7 @@ def test_same_bytes_however_the_source_is_cut(sources, tmp_path, monkeypatch, fi
     """Shards, slices and second readings change nothing but the order of the source's tensors."""
     cook(sources / file, tmp_path / "whole.safetensors")
     monkeypatch.setattr(reading, "SLICE", 1024)
-    monkeypatch.setattr(reading, "HELD", 2)
+    monkeypatch.setattr(reading, "MOST_KEPT", 2)
     monkeypatch.setattr(reading, "BUFFERS", 8)
     cook(sources / file, tmp_path / "sliced.safetensors")
     assert (tmp_path / "whole.safetensors").read_bytes() == (tmp_path / "sliced.safetensors").read_bytes()
@@ -281,7 +281,7 @@ def put(name: str, value: float):
         (lambda t: t.update({LINEAR: t[LINEAR].to(torch.float8_e4m3fn)}), "is FP8 already"),
         (lambda t: t.update({"blocks.0.attn1.to_q.scale_weight": torch.ones(())}), "is FP8 already"),
         (lambda t: t.clear(), "holds no tensors"),
-        (lambda t: t.update({LINEAR: torch.zeros(0, 4, dtype=torch.bfloat16)}), "no element"),
+        (lambda t: t.update({LINEAR: torch.zeros(0, 4, dtype=torch.bfloat16)}), "is empty"),
         (lambda t: t.update({LINEAR: torch.zeros(4, 4, dtype=torch.int32)}), "is I32"),
         (
             lambda t: (t.clear(), t.update({"blocks.0.attn1.to_q.lora_A.weight": torch.ones(4, 4)})),
@@ -768,7 +768,7 @@ def test_report(sources, tmp_path):
     rms = [(w["rms_error"], w["published"]["rms_error"]) for w in data["weights"]]
     whole = 1 - data["total"]["rms_error"] / data["published_total"]["rms_error"]
     gains = [1 - ours / theirs for ours, theirs in rms]
-    assert f"smaller by {whole:.2%} over all, by {min(gains):.2%} to {max(gains):.2%} a weight" in text and whole > 0
+    assert f"smaller by {whole:.2%} over all, by {min(gains):.2%} to {max(gains):.2%} per weight" in text and whole > 0
     assert len(data["worst"]) == 10 and all(name in text for name in data["worst"])
     relative = {w["name"]: w["relative_rms_error"] for w in data["weights"]}
     assert data["worst"] == sorted(relative, key=lambda name: -relative[name])[:10]

@@ -306,7 +306,7 @@ def quant_of(**entries):
     [
         ("comfy_quant", quant_of(format="nvfp4"), f"{LAYER}.comfy_quant says the format is nvfp4"),
         ("comfy_quant", quant_of(format="convrot_w4a4"), "says the format is convrot_w4a4"),
-        ("comfy_quant", quant_of(format="float8_e4m3fn"), "weight is I8, but|is I8; a matrix is INT8"),
+        ("comfy_quant", quant_of(format="float8_e4m3fn"), "weight is I8, but|is I8. Only matrices can be INT8"),
         ("comfy_quant", quant_of(form=1), "is not a description of a quantised layer"),
         ("comfy_quant", torch.tensor(list(b"{]"), dtype=torch.uint8), "comfy_quant is not JSON"),
         (
@@ -315,11 +315,11 @@ def quant_of(**entries):
             "groups of 8: that is a group of 8 channels, which is not a power of 4",
         ),
         ("comfy_quant", quant_of(format="int8_tensorwise", convrot=True), "64 channels, not a multiple of 256"),
-        ("comfy_quant", None, f"{LAYER}.weight is I8; a matrix is INT8 with"),
-        ("weight_scale", None, f"{LAYER}.weight is I8; a matrix is INT8 with"),
+        ("comfy_quant", None, f"{LAYER}.weight is I8. Only matrices can be INT8, and they need"),
+        ("weight_scale", None, f"{LAYER}.weight is I8. Only matrices can be INT8, and they need"),
         ("weight_scale", torch.ones(63, 1), r"weight_scale is F32 \[63, 1\]; an INT8 weight has one scale, or one for"),
-        ("weight_scale", torch.zeros(64, 1), "weight_scale is 0.0; a scale is a positive number"),
-        ("weight_scale", torch.full((64, 1), torch.nan), "weight_scale is nan; a scale is a positive number"),
+        ("weight_scale", torch.zeros(64, 1), "weight_scale is 0.0; a scale must be a positive number"),
+        ("weight_scale", torch.full((64, 1), torch.nan), "weight_scale is nan; a scale must be a positive number"),
     ],
 )
 def test_files_that_are_refused(tmp_path, name, value, message):
