@@ -34,13 +34,13 @@ from .patcher import make_patcher, resident_bytes
 lora.register()
 
 LINE = 250  # characters of a tensor's name and shapes in a message
-# Without these the sizes cannot be read: the file is not a whole model.
+# The tensors that sizes are read from: a file without them is not a complete model.
 ANCHORS = tuple(name for name in RANKS if not name.startswith(("controlnet.", "camera_embedding.")))
 CONTROL_ANCHORS = tuple(name for name in RANKS if name.startswith("controlnet."))
 
 
 def _overlay(checkpoint: Checkpoint, base: Checkpoint | None) -> dict[str, Checkpoint]:
-    """Which file each tensor comes from: the checkpoint, and the base for what it lacks."""
+    """The file that each tensor comes from: the checkpoint or, for what it lacks, the base."""
     missing = [name for name in CONTROL_ANCHORS if name not in checkpoint.weights]
     if missing:
         raise ValueError(
@@ -51,7 +51,8 @@ def _overlay(checkpoint: Checkpoint, base: Checkpoint | None) -> dict[str, Check
     if base is not None:
         if any(name.startswith("controlnet.") for name in base.weights):
             raise ValueError(
-                f"base_model {base.name} is a WorldStereo checkpoint. The base is a plain Wan2.1-I2V-14B-480P model."
+                f"base_model {base.name} is a WorldStereo checkpoint. The base must be a plain Wan2.1-I2V-14B-480P "
+                "model."
             )
         source = dict.fromkeys(base.weights, base) | source
     missing = [name for name in ANCHORS if name not in source]
@@ -64,7 +65,7 @@ def _overlay_error(checkpoint: Checkpoint, base: Checkpoint | None, missing: lis
     if base is not None:
         return ValueError(
             f"base_model {base.name} lacks {first_few(missing)}, and so does {checkpoint.name}. "
-            "The base is a whole Wan2.1-I2V-14B-480P model."
+            "The base must be a complete Wan2.1-I2V-14B-480P model."
         )
     return ValueError(
         f"{checkpoint.name} is an overlay: it lacks backbone tensors ({first_few(missing)}). Choose the "
@@ -79,14 +80,15 @@ def _account(
     shapes: dict,
     config: WorldStereoConfig,
 ):
-    """Every expected tensor is there in its shape, and no other. Raises ValueError otherwise."""
+    """Raises ValueError unless every expected tensor is there, in its shape, and no other."""
     expected = native_shapes(config)
     missing = [name for name in expected if name not in shapes]
     if missing and backbone_shapes(config).keys() >= set(missing):
         raise _overlay_error(checkpoint, base, missing)
     if missing:
         raise ValueError(
-            f"{checkpoint.name} lacks {len(missing)} tensors: {first_few(missing)}. The file is not whole."
+            f"{checkpoint.name} lacks {len(missing)} tensors: {first_few(missing)}. The file is incomplete; download "
+            "or make it again."
         )
     unexpected = [
         f"{source[name].weights[name].name} (in {source[name].name})" for name in shapes if name not in expected
@@ -103,7 +105,8 @@ def _account(
     ]
     if wrong:
         raise ValueError(
-            f"{checkpoint.name}: wrong shapes: {first_few(wrong, length=LINE)}. The file is damaged, or of another model."
+            f"{checkpoint.name}: wrong shapes: {first_few(wrong, length=LINE)}. The file is damaged, or of another "
+            "model."
         )
 
 
@@ -117,24 +120,24 @@ def load_worldstereo(
 ) -> ModelPatcher:
     """Loads a WorldStereo checkpoint as an ordinary ComfyUI model.
 
-    path: a .safetensors file in any of these forms, told apart by content: scaled FP8 (`scale_weight`), BF16 (or FP16,
-    FP32), either with diffusers or native Wan names, or ComfyUI's own FP8 and INT8 (`weight_scale`, `comfy_quant`).
-    compute: "auto" multiplies in FP8 or INT8, as the layer is stored, where the device and the layer's size allow it and
-    upcasts the weight elsewhere; "fp8" insists on a device that can; "bf16" always upcasts.
+    path: a .safetensors file in any of these forms, recognised by content: scaled FP8 (`scale_weight`), BF16, FP16 or
+    FP32, each with diffusers or native Wan names, or ComfyUI's own FP8 and INT8 (`weight_scale`, `comfy_quant`).
+    compute: "auto" multiplies in FP8 or INT8, as the layer is stored, where the device and the layer's size allow it,
+    and elsewhere upcasts the weight; "fp8" requires a device that can; "bf16" always upcasts.
     dtype: of the activations; None lets ComfyUI choose for the device.
     base: the Wan2.1-I2V-14B-480P model, for a file that holds only a part of the backbone.
-    prompt_cache: keep what depends on the prompt or the timestep alone (see `worldstereo.prompt_cache`).
-    disable_dynamic: without core's dynamic VRAM; core asks for it where a node cannot work with that.
+    prompt_cache: keep what depends only on the prompt or the timestep (see `worldstereo.prompt_cache`).
+    disable_dynamic: do not use core's dynamic VRAM; core passes it for nodes that cannot work with it.
 
     Returns the ModelPatcher. The weights are memory-mapped. Raises ValueError, naming file and tensor, for a file that
-    is not a whole WorldStereo checkpoint, and where compute is "fp8" on a device without such a matmul.
+    is not a complete WorldStereo checkpoint, and if compute is "fp8" on a device without such a matmul; and OSError.
     """
     device = get_torch_device()
     checkpoint = Checkpoint(path)
     backbone = None if base is None else Checkpoint(base)
     dtypes = {dtype for file in (checkpoint, backbone) if file is not None for dtype in file.quantised_dtypes()}
     for dtype_of_file in dtypes or {FP8}:
-        matmul_refusal(compute, dtype_of_file, device)  # raises for a compute that is not possible
+        matmul_refusal(compute, dtype_of_file, device)  # raises if `compute` is not possible
     source = _overlay(checkpoint, backbone)
     shapes = {name: file.weights[name].shape for name, file in source.items()}
     found = find_config(checkpoint.path, checkpoint.config, shapes)
@@ -173,7 +176,8 @@ def load_worldstereo(
 
 
 def _memory(model, config: WorldStereoConfig, device) -> str:
-    """One line: the VRAM a step takes at the model's first size, and what happens if there is less."""
+    """One line: the VRAM that a step takes at the first size of the model's table, and what happens if there is
+    less."""
     height, width = config.scale_map[0]
     latent = (1, LATENT_CHANNELS, config.nframe, height // SPATIAL_DOWNSCALE, width // SPATIAL_DOWNSCALE)
     references = {"reference_latent": [(1, LATENT_CHANNELS, REFERENCES, *latent[3:])]} if config.has_memory else {}
@@ -187,7 +191,7 @@ def _memory(model, config: WorldStereoConfig, device) -> str:
     if need > free:
         line += (
             f" About {(need - free) / 1e9:.1f} GB of weights will be streamed from RAM during every step. "
-            "That costs no time as long as the bus is done before the step is; fewer references need less."
+            "That costs no time as long as they are copied before the step ends; fewer references need less VRAM."
         )
     return line
 
@@ -206,7 +210,7 @@ def _summary(name: str, model, config: WorldStereoConfig, compute: str, dtype, d
 
 
 def _multiplied(label: str, layers: list, device) -> str:
-    """How the layers of one format multiply, and why."""
+    """How the layers of one format multiply, and why; empty without layers."""
     if not layers:
         return ""
     upcast = [reason for reason in (layer.upcast_reason(device) for layer in layers) if reason]

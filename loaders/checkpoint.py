@@ -1,4 +1,4 @@
-"""A checkpoint file read by its header: which tensors it holds under their native names, before any weight is read."""
+"""A checkpoint file, known by its header: its tensors under their native names, before any weight is read."""
 
 import json
 import os
@@ -18,10 +18,10 @@ from ..fp8.recipe import COMFY_QUANT, FP8, INPUT_SCALE_SUFFIXES, MARKER, SCALE_S
 from ..worldstereo.config import CONFIG_TENSOR
 
 FLOATS = ("F32", "F16", "BF16")
-FORMATS = {"F8_E4M3": "float8_e4m3fn", "I8": int8.FORMAT}  # ComfyUI's names of what is loaded here, by dtype
+FORMATS = {"F8_E4M3": "float8_e4m3fn", "I8": int8.FORMAT}  # ComfyUI's name of each format that is loaded, by dtype
 COMFY_QUANT_LIMIT = 4096  # bytes of a layer's description; the longest known have 100
 
-# How other model files are told apart, by a part of one of their tensors' names.
+# Other model files, recognised by a part of one of their tensors' names.
 KINDS = (
     ("lora_", "a LoRA: load WorldStereo first and add this file with a LoRA loader node"),
     ("lokr_", "a LoKr adapter: load WorldStereo first and add this file with a LoRA loader node"),
@@ -57,7 +57,7 @@ def describe(names: Iterable[str]) -> str:
 
 
 def native_name(name: str) -> str | None:
-    """The native name of a tensor named either way, None for a name that no WorldStereo file has."""
+    """The native name of a tensor with a native or diffusers name; None for a name that no WorldStereo file has."""
     name = remap.without_prefix(name)
     if remap.is_native(name):
         return name
@@ -70,12 +70,12 @@ def native_name(name: str) -> str | None:
 class Checkpoint:
     """The tensors of one file by native name.
 
-    weights: weights, biases and parameters. scales: layer name to the entry of its weight's scale. quant: layer name
-    to the entry of its `comfy_quant` marker, and formats to what it says. config: the text of the configuration in the
-    file, or None.
+    weights: weights, biases and parameters. scales: the entry of each layer's scale, by layer name. quant: the entry of
+    each layer's `comfy_quant`, and formats: its content. config: the text of the configuration in the file, or None.
 
-    A file with ComfyUI's prefix may be a checkpoint with a VAE and text encoders: what has no prefix is not read.
-    Raises ValueError for two names of one tensor, two scales of one layer, and tensors that are no WorldStereo's.
+    A file with ComfyUI's prefix may be a checkpoint with a VAE and text encoders: tensors without the prefix are
+    ignored. Raises ValueError for a tensor under two names, two scales of one layer, and tensors that do not belong to
+    WorldStereo.
     """
 
     def __init__(self, path: str | os.PathLike):
@@ -119,19 +119,19 @@ class Checkpoint:
         self._check_dtypes()
 
     def _read_formats(self):
-        """What the `comfy_quant` of each layer says. Raises ValueError for a format that is not loaded here."""
+        """Reads each layer's `comfy_quant`. Raises ValueError for a format that cannot be loaded."""
         for layer, entry in self.quant.items():
             where = f"{self.name}: {entry.name}"
             quant = int8.read_description(self._text(entry, COMFY_QUANT_LIMIT).encode(), where)
             if quant["format"] not in FORMATS.values():
                 raise ValueError(
                     f"{where} says the format is {shown(quant['format'])}; only {' and '.join(FORMATS.values())} "
-                    "are loaded here."
+                    "can be loaded."
                 )
             self.formats[layer] = quant
 
     def quantised_dtypes(self) -> list[torch.dtype]:
-        """The dtypes of the matrices that are quantised."""
+        """The dtypes of the quantised matrices."""
         found = {entry.dtype for entry in self.weights.values() if len(entry.shape) == 2}
         return [DTYPES[dtype] for dtype in FORMATS if dtype in found]
 
@@ -140,8 +140,8 @@ class Checkpoint:
         described = self.formats.get(layer, {}).get("format") == int8.FORMAT
         if len(entry.shape) != 2 or not described or scale is None:
             raise ValueError(
-                f"{where} is I8; a matrix is INT8 with {layer}.{int8.SCALE_SUFFIX} and {layer}.{COMFY_QUANT}, format "
-                f"{int8.FORMAT}. Make the file again."
+                f"{where} is I8. Only matrices can be INT8, and they need {layer}.{int8.SCALE_SUFFIX} and "
+                f"{layer}.{COMFY_QUANT} with the format {int8.FORMAT}. Make the file again."
             )
         if scale.count not in (1, entry.shape[0]) or scale.dtype not in FLOATS:
             raise ValueError(
@@ -151,10 +151,10 @@ class Checkpoint:
         int8.check_group(int8.group_of(self.formats[layer]), entry.shape[1], f"{self.name}: {self.quant[layer].name}")
 
     def _text(self, entry: Tensor, limit: int) -> str:
-        """The text that a tensor of bytes holds."""
+        """The text in a tensor of bytes. Raises ValueError for another dtype or shape, or more than `limit` bytes."""
         if entry.dtype != "U8" or len(entry.shape) != 1 or entry.nbytes > limit:
             raise ValueError(
-                f"{self.name}: {entry.name} is {shown(entry.dtype)} {list(entry.shape)}; it is a text of at most "
+                f"{self.name}: {entry.name} is {shown(entry.dtype)} {list(entry.shape)}; it must be a text of at most "
                 f"{limit} bytes (U8). The file is damaged; make it again."
             )
         with open_regular(self.path) as file:
@@ -165,7 +165,7 @@ class Checkpoint:
         for native, entry in self.weights.items():
             if not entry.count:
                 raise ValueError(
-                    f"{self.name}: {entry.name} has the shape {list(entry.shape)}, no element at all. The file is "
+                    f"{self.name}: {entry.name} has the shape {list(entry.shape)} and is empty. The file is "
                     "damaged; download or make it again."
                 )
             layer = native.removesuffix(".weight")
@@ -175,8 +175,8 @@ class Checkpoint:
             quantised = entry.dtype == "F8_E4M3"
             if entry.dtype not in FLOATS and not (quantised and native.endswith(".weight") and len(entry.shape) > 1):
                 raise ValueError(
-                    f"{self.name}: {entry.name} is {shown(entry.dtype)}; weights are BF16, FP16, FP32, or "
-                    "float8_e4m3fn or int8 with a scale, and the other tensors are never quantised."
+                    f"{self.name}: {entry.name} is {shown(entry.dtype)}. Weights can be BF16, FP16, FP32, or "
+                    "float8_e4m3fn or int8 with a scale; all other tensors BF16, FP16 or FP32. Make the file again."
                 )
             if quantised and layer not in self.scales:
                 raise ValueError(
@@ -188,10 +188,10 @@ class Checkpoint:
                 weight = self.weights.get(f"{layer}.weight")
                 if weight is None:
                     raise ValueError(
-                        f"{self.name}: {entry.name} is of a weight that is missing. The file is not whole; "
+                        f"{self.name}: {entry.name} belongs to a weight that is missing. The file is incomplete; "
                         "download or make it again."
                     )
-                # A convolution left in BF16 may carry the scale it would have had; a matrix may not.
+                # A convolution left in BF16 may still come with the scale it would have had; a matrix may not.
                 if weight.dtype not in FORMATS and len(weight.shape) < 3:
                     raise ValueError(
                         f"{self.name}: {entry.name} scales {weight.name}, which is {shown(weight.dtype)}, "
@@ -207,20 +207,20 @@ class Checkpoint:
                 self.weights[f"{layer}.weight"].dtype != "I8" and entry.shape not in ((), (1,))
             ) or entry.dtype not in FLOATS:
                 raise ValueError(
-                    f"{self.name}: {entry.name} is {shown(entry.dtype)} {list(entry.shape)}; a scale is one "
-                    "number for the whole weight."
+                    f"{self.name}: {entry.name} is {shown(entry.dtype)} {list(entry.shape)}; an FP8 weight has one "
+                    "scale, a BF16, FP16 or FP32 number. Make the file again."
                 )
 
     def storage_dtype(self) -> torch.dtype:
-        """The dtype of most of the tensors that are not quantised."""
+        """The most frequent dtype of the tensors that are not quantised."""
         dtypes = [entry.dtype for entry in self.weights.values() if entry.dtype in FLOATS]
         return DTYPES[max(FLOATS, key=dtypes.count)]
 
     def state_dict(self, keep) -> dict[str, torch.Tensor]:
         """The tensors whose native names are in `keep`, memory-mapped, as core's quantised operations load them:
-        `layer.weight`, `layer.weight_scale` (FP32), `layer.comfy_quant`. FP8 convolutions come dequantised to FP32.
+        `layer.weight`, `layer.weight_scale` (FP32), `layer.comfy_quant`. FP8 convolutions are dequantised to FP32.
 
-        Raises ValueError for a scale that is not a positive number.
+        Raises ValueError if core cannot read the file, and for a scale that is not a positive number.
         """
         try:
             tensors = load_torch_file(str(self.path))
@@ -240,7 +240,7 @@ class Checkpoint:
             wrong = ~(torch.isfinite(scale) & (scale > 0))
             if wrong.any():
                 raise ValueError(
-                    f"{self.name}: {self.scales[layer].name} is {scale[wrong][0].item()}; a scale is a positive "
+                    f"{self.name}: {self.scales[layer].name} is {scale[wrong][0].item()}; a scale must be a positive "
                     "number. The file is damaged; download or make it again."
                 )
             if tensor.ndim > 2:

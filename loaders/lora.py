@@ -1,7 +1,7 @@
-"""LoRA files for Wan that were trained with diffusers, on ComfyUI's own LoRA loaders.
+"""LoRA files for Wan that were trained with diffusers, loaded by ComfyUI's own LoRA loaders.
 
-Core lists a model's LoRA keys in `comfy.lora.model_lora_keys_unet`, by native names for Wan. It has no hook for a
-model's other names, so the function is wrapped; for every model but WorldStereo it answers as before.
+Core lists a model's LoRA keys in `comfy.lora.model_lora_keys_unet`, for Wan only by native names. It has no hook for
+other names, so that function is wrapped; for every model but WorldStereo it returns what it did before.
 """
 
 import functools
@@ -13,9 +13,9 @@ from ..worldstereo.shapes import native_shapes
 
 
 def diffusers_keys(native_keys: Iterable[str]) -> dict[str, str]:
-    """What a LoRA may call each weight by its diffusers name, to the model's own name of it.
+    """The names a LoRA may have for each weight, made from its diffusers name, and the model's own name for it.
 
-    native_keys: the model's weights, `diffusion_model.….weight`.
+    native_keys: the names of the model's weights, `diffusion_model.….weight`.
     """
     keys = {}
     for key in native_keys:

@@ -1,7 +1,7 @@
 """ComfyUI's ModelPatcher, extended to keep weights out of VRAM that the prompt cache makes unnecessary."""
 
 # mypy: disable-error-code="attr-defined, misc"
-# The classes below extend what they are mixed into, core's patchers.
+# mypy does not see that the mixins below are used with core's patchers.
 
 from collections.abc import Iterable
 
@@ -25,28 +25,28 @@ from ..worldstereo.preview import show_keyframes
 from ..worldstereo.prompt_cache import LAYERS as CACHED_LAYERS
 
 CACHED = tuple(f".{name}" for name in CACHED_LAYERS)
-ROOM_TO_STREAM = 256 * 2**20  # bytes that core sets aside, of what it loads, for the layers it streams
+ROOM_TO_STREAM = 256 * 2**20  # bytes of its budget that core reserves for the layers it streams
 
 
 class CachedLayersLast:
-    """Where not all weights fit, those that are used only once per prompt or timestep are the first to stay in RAM:
-    core streams them when they are needed."""
+    """If not all weights fit, those used only once per prompt or timestep are the first to stay in RAM. Core streams
+    them when they are needed."""
 
     def _load_list(self, for_dynamic=False, default_device=None):
         entries = super()._load_list(for_dynamic, default_device)
         cached = cached_layers(self.model, self.object_patches)
-        # Core's keys: with dynamic VRAM ascending, the first item False for small modules; else descending by size.
+        # Core sorts by the first item: with dynamic VRAM ascending, False for small modules; else descending, by size.
         last = 2 if for_dynamic else -1
         return [(last, *entry[1:]) if entry[-3].endswith(cached) else entry for entry in entries]
 
 
 class ListedWeight(QuantizedTensor):
-    """A quantised weight whose `half()` and `float()` are plain tensors, as core's LoRA extraction expects: it writes
-    `half()` of a weight to the file."""
+    """A quantised weight whose `half()` and `float()` are plain tensors: core's LoRA extraction writes `half()` of a
+    weight to the file."""
 
     @classmethod
     def of(cls, weight):
-        """weight itself where it is not quantised."""
+        """The quantised weight as a ListedWeight; any other weight as it is."""
         if not isinstance(weight, QuantizedTensor):
             return weight
         return cls(weight._qdata, weight._layout_cls, weight._params)
@@ -62,8 +62,8 @@ class QuantisedWeights:
     """Gives weights in the form that core's merges, LoRA extraction and hook LoRAs need."""
 
     def model_state_dict(self, filter_prefix=None):
-        """Core's, with each quantised weight as one tensor: core would look for its scale and format as attributes of
-        the layer."""
+        """Core's state dict, but with each quantised weight as one tensor. Core splits it into values, scale and format
+        and would then look for the last two as attributes of the layer."""
         weights = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
         return {key: ListedWeight.of(weights[key]) for key in super().model_state_dict(filter_prefix) if key in weights}
 
@@ -72,11 +72,11 @@ class QuantisedWeights:
 
 
 class HooksReplaceWeights:
-    """Hook LoRAs replace a Linear's weight and keep the original for later. Core copies values back and forth instead,
-    which would not restore a quantised weight's scale."""
+    """Hook LoRAs replace a Linear's weight as a whole and put the original back afterwards. Core copies values back and
+    forth instead, which would not restore a quantised weight's scale."""
 
     def _set_aside(self, key: str) -> bool:
-        """Keeps the weight of `key`, if it is a Linear's, until the hooks are off. Returns whether it is."""
+        """Keeps the weight of `key` until the hooks are off, if it is a Linear's. Returns whether it is."""
         weight, set_function, _ = get_key_weight(self.model, key)
         if set_function is not None:
             self.hook_backup.setdefault(key, (weight, weight.device))
@@ -107,29 +107,28 @@ class HooksReplaceWeights:
 
 
 class WorldStereoPatcher(HooksReplaceWeights, QuantisedWeights, CachedLayersLast, ModelPatcher):
-    """Core's patcher that loads what an estimate says fits."""
+    """Core's patcher without dynamic VRAM, which loads as much as an estimate says will fit."""
 
     def load(self, device_to=None, lowvram_model_memory=0, force_patch_weights=False, full_load=False):
-        """Where not all weights fit, loads only those that every step uses: the weights behind the prompt cache would
-        occupy VRAM for nothing."""
+        """If not all weights fit, loads only those that every step uses: the weights that the prompt cache stands in
+        for would take up VRAM for nothing."""
         enough = resident_bytes(self.model, self.object_patches) + ROOM_TO_STREAM
         super().load(device_to, min(lowvram_model_memory, enough), force_patch_weights, full_load)
 
 
 class WorldStereoPatcherDynamic(QuantisedWeights, CachedLayersLast, ModelPatcherDynamic):
-    """Core's patcher with dynamic VRAM: weights come to the GPU as they are used, and are evicted for other needs."""
+    """Core's patcher with dynamic VRAM: weights go to the GPU when they are used, and are evicted when VRAM is
+    needed."""
 
     def clone(self, disable_dynamic=False, **kwargs):
         clone = super().clone(disable_dynamic, **kwargs)
-        if disable_dynamic:
-            clone.__class__ = (
-                WorldStereoPatcher  # core makes it a plain ModelPatcher, which does not know the prompt cache
-            )
+        if disable_dynamic:  # core makes it a plain ModelPatcher
+            clone.__class__ = WorldStereoPatcher
         return clone
 
 
 def cached_layers(model: WorldStereo, patched: Iterable[str] = ()) -> tuple[str, ...]:
-    """The ends of the names of layers that no step uses once the prompt cache is filled. patched: names of object
+    """Name endings of the layers that no step uses once the prompt cache is filled. patched: names of object
     patches."""
     if not model.use_prompt_cache:
         return ()
@@ -139,7 +138,7 @@ def cached_layers(model: WorldStereo, patched: Iterable[str] = ()) -> tuple[str,
 
 
 def resident_bytes(model: WorldStereo, patched: Iterable[str] = ()) -> int:
-    """Bytes of the weights that every step uses. patched: names of object patches."""
+    """The size in bytes of the weights that every step uses. patched: names of object patches."""
     cached = cached_layers(model, patched)
     return sum(p.nbytes for name, p in model.named_parameters() if not name.rsplit(".", 1)[0].endswith(cached))
 
@@ -147,7 +146,7 @@ def resident_bytes(model: WorldStereo, patched: Iterable[str] = ()) -> int:
 def make_patcher(
     model: WorldStereo, load_device: torch.device, offload_device: torch.device, disable_dynamic: bool
 ) -> ModelPatcher:
-    """A patcher of the kind ComfyUI runs with: dynamic VRAM where that is on, unless `disable_dynamic`."""
+    """A patcher of the kind ComfyUI runs with: with dynamic VRAM if that is on, unless `disable_dynamic`."""
     dynamic = issubclass(CoreModelPatcher, ModelPatcherDynamic)
     patcher_class = WorldStereoPatcherDynamic if dynamic and not disable_dynamic else WorldStereoPatcher
     patcher = patcher_class(model, load_device=load_device, offload_device=offload_device)
@@ -163,7 +162,7 @@ def make_patcher(
 def _start_run(patcher):
     patcher.model.diffusion_model.prompt_cache.start_run()
     for remark in object_patches.remarks(patcher.model.diffusion_model):
-        patcher.model.say_once(remark)
+        patcher.model.warn_once(remark)
 
 
 def _forget_cache(patcher, unpatch_all: bool):

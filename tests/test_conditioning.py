@@ -106,7 +106,7 @@ def test_what_may_be_no_intention_is_remarked():
     colours = torch.rand(5, 32, 48)
     colours[0] = 0
     found = remarks(CONFIG, **fitting | {"mask": colours})
-    assert len(found) == 1 and "render_mask is no hole mask: 6" in found[0]
+    assert len(found) == 1 and "render_mask is not a hole mask: 6" in found[0]
 
 
 def test_frame_0_has_no_holes_whatever_comes_in(vae):
@@ -183,11 +183,11 @@ def test_references(vae):
         ),
         (
             {"references": References.of(torch.rand(1, 20, 20, 3), path(1), "5")},
-            "reference_index 5 is no keyframe.*1 to 4",
+            "reference_index 5 is not a keyframe.*1 to 4",
         ),
         (
             {"references": References.of(torch.rand(2, 20, 20, 3), path(2), "1, 0")},
-            "reference_index 0 is no keyframe.*keyframe 0 is the picture itself",
+            "reference_index 0 is not a keyframe.*keyframe 0 is the picture itself",
         ),
         ({"references": References(torch.rand(5, 20, 20, 3), path(5), (0, 1, 2, 3, 3))}, "5 views for 5 keyframes"),
     ],

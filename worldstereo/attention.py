@@ -1,4 +1,5 @@
-"""cuDNN's attention where it is the fastest: 63 ms per layer at 41 760 tokens on an H200; FlashAttention 2 takes 100."""
+"""cuDNN's attention on GPUs where it is the fastest: on an H200 it takes 61 ms per layer at 41 760 tokens,
+FlashAttention 2 101 ms (benchmarks/RESULTS.md)."""
 
 import threading
 from collections.abc import Callable
@@ -11,13 +12,12 @@ from ..core import attention_pytorch
 MIN_CAPABILITY = (9, 0)
 PRIORITY = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
-_flags = (
-    threading.Lock()
-)  # which kernels PyTorch may use is a setting of the process, and MultiGPU runs a thread for each GPU
+# Which kernels PyTorch may use is a setting of the whole process, and MultiGPU runs one thread per GPU.
+_flags = threading.Lock()
 
 
 def cudnn_is_faster(device: torch.device) -> bool:
-    """Whether cuDNN's attention is worth asking for: on Hopper and newer."""
+    """Whether cuDNN's attention is the fastest on this device: on Hopper and newer."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= MIN_CAPABILITY
 
 
@@ -30,9 +30,10 @@ def prefer_cudnn(
     *args,
     **kwargs,
 ) -> torch.Tensor:
-    """ComfyUI's attention override (`optimized_attention_override`): q, k, v [B, L, heads·d] to [B, L, heads·d].
+    """An attention override for ComfyUI (`optimized_attention_override`): q [B, L, heads·d] and k, v [B, S, heads·d] to
+    [B, L, heads·d].
 
-    Only PyTorch's own attention is replaced, so the attention a user chose (sage, flash, xformers) stays.
+    It replaces only PyTorch's own attention, so one that the user chose (sage, flash, xformers) stays.
     """
     plain = function is attention_pytorch.__wrapped__ and not args and kwargs.get("mask") is None
     if not plain or any(
@@ -55,5 +56,5 @@ def _(q, k, v, heads):
 
 
 def wants_whole_tensors(transformer_options: dict) -> bool:
-    """Whether another pack's attention override is set. It may need as many queries as keys, so queries are not split."""
+    """Whether another attention override is set. It may need as many queries as keys, so queries must not be split."""
     return transformer_options.get("optimized_attention_override", prefer_cudnn) is not prefer_cudnn

@@ -27,12 +27,12 @@ from .object_patches import forward_is_replaced
 from .prompt_cache import KeysValues
 
 ROPE_THETA = 10000.0
-CHUNK = 16384  # tokens that wide intermediates are made for at once
-UPCAST_QUERIES = CHUNK // 2  # queries at once where normed tokens and weights are not quantised and take twice the room
+CHUNK = 16384  # tokens at a time where the intermediate results are wide
+UPCAST_QUERIES = CHUNK // 2  # queries at a time where normed tokens and weights, not quantised, take twice the memory
 
 
 def rope_embedder(head_dim: int) -> EmbedND:
-    """Wan's split of a head's channels over time, height and width."""
+    """The rotary embedding with Wan's split of a head's channels over time, height and width."""
     side = 2 * (head_dim // 6)
     return EmbedND(dim=head_dim, theta=ROPE_THETA, axes_dim=[head_dim - 2 * side, side, side])
 
@@ -43,7 +43,7 @@ def to_tokens(x: torch.Tensor) -> torch.Tensor:
 
 
 def spans(length: int, chunk: int, first: int = 0) -> list[slice]:
-    """The tokens from `first` to `length` in parts of at most `chunk`, about equal, in whole tiles of 128."""
+    """The tokens from `first` to `length` in about equal parts of at most `chunk`, in multiples of 128."""
     count = max(math.ceil((length - first) / chunk), 1)
     step = math.ceil((length - first) / count / 128) * 128
     return [slice(start, min(start + step, length)) for start in range(first, length, step)]
@@ -57,7 +57,8 @@ def part_of(x: Tokens, span: slice) -> Tokens:
 
 
 def norm_weights(norm: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """A norm's weight and bias on x's device, copied, as the next layer overwrites core's offload buffers."""
+    """A norm's weight and bias [C] in x's dtype on its device. They are copies, because the next layer overwrites
+    core's offload buffers."""
     weight, bias, stream = cast_bias_weight(norm, x, offloadable=True)
     copies = weight.clone(), None if bias is None else bias.clone()
     uncast_bias_weight(norm, weight, bias, stream)
@@ -65,13 +66,14 @@ def norm_weights(norm: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.
 
 
 def normed(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, eps: float, layer: nn.Module) -> Tokens:
-    """LayerNorm(x)·(1 + scale) + shift as `layer` takes it. shift, scale: [1, 1, C]."""
+    """LayerNorm(x)·(1 + scale) + shift in the form that `layer` multiplies. x: [B, L, C]; shift, scale: [B or 1, 1,
+    C]."""
     return layer.arithmetic(x.device).layer_norm(x, shift, scale, eps)
 
 
 def as_input(x: torch.Tensor, layer: nn.Module, done: Tokens | None = None) -> Tokens:
-    """x as `layer` takes it, kept until the layer runs: quantised it is half as large. done: tokens of x's size that
-    are no longer needed; the result is written over them where they have the form that `layer` takes."""
+    """x [..., C] in the form that `layer` multiplies, to keep until the layer runs: quantised it is half as large.
+    done: tokens of x's size that are no longer needed; their memory is reused if they have the form of the result."""
     return layer.arithmetic(x.device).take(x, done)
 
 
@@ -79,17 +81,18 @@ class SelfAttention(WanSelfAttention):
     """Wan's self-attention, added to the residual stream in spans of queries."""
 
     def normed(self, x, shift, scale, eps: float) -> Tokens:
-        """LayerNorm(x)·(1 + scale) + shift, as `add_to` takes it. x: [B,L,C]; shift, scale: [B,1,C]."""
+        """LayerNorm(x)·(1 + scale) + shift in the form that `add_to` needs. x: [B,L,C]; shift, scale: [B,1,C]."""
         if forward_is_replaced(self):
             return layer_norm_modulate(x, shift, scale, eps)
         return normed(x, shift, scale, eps, self.q)
 
     def add_to(self, x, h: Tokens, gate, freqs, transformer_options, first: int = 0):
-        """x += gate · attention(h), in place, for the tokens from `first` on; all are attended to. x: [1,L,C], h: its
-        normed tokens, gate: [1,1,C], freqs: [1,L,1,d/2,2,2].
+        """x += gate · attention(h), in place, for the tokens from `first` on, which attend to all tokens. x: [1,L,C],
+        h:
+        its normed tokens, gate: [1,1,C], freqs: [1,L,1,d/2,2,2].
 
-        Patches that need whole tensors (an `attn1_patch`, a replaced `forward`, another pack's attention override) get
-        them: x may then have a batch and is not split.
+        Patches that need whole tensors (an `attn1_patch`, a replaced `forward`, another attention override) get them: x
+        may then have a batch and is not split.
         """
         if forward_is_replaced(self):
             gated_add_(x, self(h, freqs, transformer_options=transformer_options), gate)
@@ -128,11 +131,11 @@ class SelfAttention(WanSelfAttention):
 
 
 class CrossAttention(WanI2VCrossAttention):
-    """Wan's cross-attention over text and picture, or over the text alone where no picture features are given. Keys
-    and values are computed apart from the queries, as they depend on the prompt alone (see `prompt_cache`)."""
+    """Wan's cross-attention over text and picture, or over the text alone where no picture features are given. Keys and
+    values are computed separately, because they depend only on text and picture (see `prompt_cache`)."""
 
     def keys_values(self, text, image) -> KeysValues:
-        """text: [B,T,C]; image: [B,I,C] or None, both embedded."""
+        """Keys and values of text [B,T,C] and image [B,I,C] (or None), both embedded."""
         k_img = None if image is None else self.norm_k_img(self.k_img(image))
         v_img = None if image is None else self.v_img(image)
         return KeysValues(self.norm_k(self.k(text)), self.v(text), k_img, v_img)
@@ -178,7 +181,7 @@ def add_feed_forward(
     with first.fetched(x.device, x.dtype) as product:
         for span in parts:
             h = product(normed(x[:, span], shift, scale, eps, first))
-            hidden.append(second.arithmetic(h.device).gelu(h))  # all spans exist at once
+            hidden.append(second.arithmetic(h.device).gelu(h))
             del h
     with second.fetched(x.device, x.dtype) as product:
         for span, h in zip(parts, hidden):
@@ -186,7 +189,7 @@ def add_feed_forward(
 
 
 class Block(WanAttentionBlock):
-    """A backbone block over reference and target tokens; only the targets look at text and picture."""
+    """A backbone block over reference and target tokens; only the targets attend to text and picture."""
 
     def __init__(
         self,
@@ -230,15 +233,15 @@ class Block(WanAttentionBlock):
 
         context: [B, I+T, C], picture and text embedded, and image_len I (None without a picture): for a replaced
         `cross_attn.forward`, which computes keys and values itself.
-        targets_only: the references are attended to, and are left as they are: nothing reads them afterwards.
+        targets_only: the references are attended to but not updated, because nothing reads them afterwards.
 
-        A patch may keep what it has seen or returned, so that is copied before it is overwritten, here and in the
-        model's forward.
+        A patch may keep a reference to tensors it was given or has returned, so these are copied before they are
+        overwritten, here and in the model's forward.
         """
         patches = transformer_options.get("patches", {})
         modulation = cast_to(self.modulation, dtype=x.dtype, device=x.device).unsqueeze(0) + e
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = modulation.unbind(2)
-        # One sample at a time, so that a batch (CFG) needs no more memory than one; patches want the batch whole.
+        # One sample at a time, so that a batch (CFG) needs no more memory than one; patches get the whole batch.
         whole, each = [slice(0, len(x))], [slice(b, b + 1) for b in range(len(x))]
         first = ref_len if targets_only else 0
         for sample in whole if patches.get("attn1_patch") or forward_is_replaced(self.self_attn) else each:

@@ -1,4 +1,5 @@
-"""WorldStereo as a ComfyUI model: conditions, memory estimate and model configuration, as ComfyUI's samplers see them."""
+"""WorldStereo as a ComfyUI model: conditions, memory estimate and model configuration, as ComfyUI's samplers see
+them."""
 
 import json
 import logging
@@ -28,23 +29,23 @@ from .preview import KeyframeLatents
 from .prompt_cache import COMING_TIMESTEPS, WEIGHTS, WHOLE_TIMESTEPS
 
 TEXT_TOKENS, IMAGE_TOKENS = 512, 257
-WORKSPACE = 150 * 2**20  # bytes, of cuBLAS, cuDNN and what is too small to count
+WORKSPACE = 150 * 2**20  # bytes, of cuBLAS, cuDNN and everything too small to count
 CONDITION_LATENTS = ("render_latent", "reference_latent")
 OF_REFERENCES = ("reference_latent", "ref_index", "camera_qt_ref")
 CONDITIONS = (*OF_REFERENCES, "render_latent", "render_mask", "camera_embedding", "camera_qt")
 
 
 class OnDevice(CONDRegular):
-    """A condition that is moved to the GPU once per run (core would copy it at every step), and that is not copied when
-    it is alone in its batch."""
+    """A condition that is moved to the GPU once per run, where core would copy it at every step."""
 
     def concat(self, others):
+        """Core's batch of conditions, but without a copy where there is only this one."""
         return super().concat(others) if others else self.cond
 
 
 class OfReferences(OnDevice):
-    """A condition of the reference views. chosen_for: the keyframe each was chosen for, by which context windows select
-    their references."""
+    """A condition of the reference views. chosen_for: the keyframe that each was chosen for, from which a context
+    window selects its references."""
 
     def __init__(self, cond, chosen_for: list[int]):
         super().__init__(cond)
@@ -55,11 +56,11 @@ class OfReferences(OnDevice):
 
 
 class WorldStereo(WAN21):
-    """The model with its sampling: what ComfyUI's samplers see.
+    """The model with its sampling, as ComfyUI's samplers use it.
 
-    Beyond core's I2V conditioning it reads from the conditioning, each with a batch axis of 1: `render_latent`
-    [1,16,F,h,w] and `reference_latent` [1,16,R,h,w] (of the VAE, not normalised), `render_mask`, `camera_embedding`,
-    `ref_index`, `camera_qt`, `camera_qt_ref` as the diffusion model takes them.
+    Beside core's I2V conditions it reads these, each with a batch axis of 1: `render_latent` [1,16,F,h,w] and
+    `reference_latent` [1,16,R,h,w], as the VAE returns them (not normalised), and `render_mask`, `camera_embedding`,
+    `ref_index`, `camera_qt` and `camera_qt_ref` in the shapes of `WorldStereoModel._forward`.
     """
 
     def __init__(self, model_config, device=None):
@@ -70,14 +71,14 @@ class WorldStereo(WAN21):
         self._said: set[str] = set()
         self.memory_usage_factor_conds = ("reference_latent",)
 
-    def say_once(self, remark: str):
-        """Logs a warning, once for this model."""
+    def warn_once(self, remark: str):
+        """Logs a warning, once per model."""
         if remark not in self._said:
             self._said.add(remark)
             logging.warning(remark)
 
-    # Core's signature. Beyond core's, it passes to the diffusion model which weights it runs with, and that variants
-    # that were not distilled are sampled at whole timesteps, as by diffusers' UniPC.
+    # Core's signature. In addition it tells the diffusion model which weights it runs with, and to round the timesteps
+    # of variants that were not distilled down to whole numbers, as diffusers' UniPC does.
     def _apply_model(self, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options={}, **kwargs):
         transformer_options = transformer_options | {WHOLE_TIMESTEPS: not self.diffusion_model.config.is_dmd}
         if self.use_prompt_cache and self.current_patcher is not None and not _changes_the_model(self.current_patcher):
@@ -90,13 +91,11 @@ class WorldStereo(WAN21):
         return super()._apply_model(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
 
     def extra_conds(self, **kwargs):
-        """Core's I2V conditions and WorldStereo's, for the diffusion model. Raises ValueError where the latent to sample
-        is not of the size that the conditioning was made for."""
+        """Core's I2V conditions and WorldStereo's, for the diffusion model. Raises ValueError if the latent to sample
+        does not have the size that the conditioning was made for."""
         out = super().extra_conds(**kwargs)
-        if (
-            out.pop("reference_latent", None) is not None
-        ):  # from core's ReferenceLatent node; not WorldStereo's references
-            self.say_once(
+        if out.pop("reference_latent", None) is not None:  # of core's node ReferenceLatent, not WorldStereo's own
+            self.warn_once(
                 "ReferenceLatent has no effect on WorldStereo: reference views are inputs of WorldStereo Conditioning."
             )
         noise = kwargs["noise"]
@@ -106,7 +105,7 @@ class WorldStereo(WAN21):
                 raise ValueError(
                     f"The latent to sample is {tuple(noise.shape[2:])} (frames, height, width), but the "
                     f"conditioning was made for {tuple(latent.shape[2:])}: use the latent that "
-                    "WorldStereo Conditioning returns"
+                    "WorldStereo Conditioning returns."
                 )
         values = {name: self._on_device(name, kwargs[name], kwargs["device"]) for name in CONDITIONS if name in kwargs}
         chosen_for = [int(index) + 1 for index in kwargs.get("ref_index", torch.empty(0)).flatten()]
@@ -116,7 +115,7 @@ class WorldStereo(WAN21):
         }
 
     def _on_device(self, name: str, value: torch.Tensor, device: torch.device) -> torch.Tensor:
-        """The condition as the diffusion model takes it; what positive and negative share is kept only once."""
+        """The condition in the form the diffusion model needs. What positive and negative share is kept only once."""
         of_value = self._moved.setdefault(value, {})
         moved = of_value[name]() if name in of_value else None
         if moved is None or moved.device != device:
@@ -128,8 +127,8 @@ class WorldStereo(WAN21):
             of_value[name] = weakref.ref(moved)
         return moved
 
-    # Core's signature.
     def resize_cond_for_context_window(self, cond_key, cond_value, window, x_in, device, retain_index_list=[]):
+        """The part of a condition that belongs to a context window (core's method)."""
         if cond_key not in CONDITIONS:
             return super().resize_cond_for_context_window(
                 cond_key, cond_value, window, x_in, device, retain_index_list=retain_index_list
@@ -152,17 +151,18 @@ class WorldStereo(WAN21):
         return cond_value._copy_with(value)
 
     def extra_conds_shapes(self, **kwargs):
+        """The shapes that `memory_required` needs (core's method): of the references."""
         if "reference_latent" not in kwargs:
             return {}
         return {"reference_latent": list(kwargs["reference_latent"].shape)}
 
     def memory_required(self, input_shape, cond_shapes={}):
-        """Bytes a step needs beside the weights at its peak, which is in self-attention.
+        """Bytes that a step needs beside the weights at its peak, which is in self-attention.
 
         For each sample: every token's residual, its control tokens, its render's pixels, and its prompt's keys and
-        values. For one sample at a time: all keys and values, the normed tokens (whose memory the attention's result
-        reuses; half as much where they are quantised), a span's queries and result, an upcast weight. The README has
-        the measurements.
+        values. For one sample at a time: all keys and values, the normed tokens (the attention's result reuses their
+        memory; half as much where they are quantised), the queries and result of one span, and an upcast weight.
+        benchmarks/RESULTS.md has the measured peaks.
         """
         if not (xformers_enabled() or pytorch_attention_flash_attention()):
             return super().memory_required(input_shape, cond_shapes)
@@ -183,8 +183,8 @@ class WorldStereo(WAN21):
 
 
 def _changes_the_model(patcher) -> bool:
-    """Whether the weights' uuid does not identify the model that runs, so that the prompt cache could be wrong: hooks,
-    injections (bypass LoRAs), patched modules."""
+    """Whether the model is changed in a way that the uuid of its weight patches does not show, so that the prompt cache
+    could be wrong: hooks, injections (bypass LoRAs), replaced modules."""
     patched = any(
         name.startswith("diffusion_model") and not object_patches.KEEP_CACHE.fullmatch(name)
         for name in patcher.object_patches
@@ -200,7 +200,7 @@ def config_of(patcher: ModelPatcher) -> WorldStereoConfig:
 
 
 class WorldStereoModelConfig(WAN21_I2V):
-    """ComfyUI's model configuration: which class, which noise schedule, how much memory."""
+    """ComfyUI's model configuration: the model's class, latent format, noise schedule and memory estimate."""
 
     latent_format = KeyframeLatents
     supported_inference_dtypes = [torch.bfloat16, torch.float16, torch.float32]
@@ -211,10 +211,12 @@ class WorldStereoModelConfig(WAN21_I2V):
         self.memory_usage_factor = config.dim / 2222  # as core estimates Wan 2.1
 
     def get_model(self, state_dict, prefix="", device=None):
+        """The model, without its weights (core's method)."""
         return WorldStereo(self, device=device)
 
     def process_unet_state_dict_for_saving(self, state_dict):
-        """Core's names, and the configuration as a tensor: ModelSave and CheckpointSave let a model add no metadata."""
+        """Core's names, and the configuration as a tensor, because a model cannot add metadata to the files that
+        ModelSave and CheckpointSave write."""
         text = json.dumps(config_content(self.unet_config["config"])).encode()
         config = {CONFIG_TENSOR: torch.tensor(list(text), dtype=torch.uint8)}
         return super().process_unet_state_dict_for_saving(state_dict | config)

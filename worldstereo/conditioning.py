@@ -1,5 +1,5 @@
-"""Picture, render and cameras to what the diffusion model is conditioned on, as WorldStereo's pipeline does it:
-sizes, thinning, condition latent, camera embedding, references."""
+"""From picture, render and cameras to the model's conditions, as in WorldStereo's pipeline: sizes, thinning, condition
+latent, camera embedding, references."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -16,14 +16,14 @@ from .config import LATENT_CHANNELS, SPATIAL_DOWNSCALE, WorldStereoConfig
 GREY = 0.5  # 0 in the VAE's −1..1
 TEMPORAL_DOWNSCALE = 4  # of the Wan VAE on a video
 MASK_THRESHOLD = 0.5
-NO_MASK = 0.05  # share of a mask that may be neither black nor white: a video's rims are far less
-FIRST_HOLES = 0.01  # share of frame 0 that may be holes
+NO_MASK = 0.05  # the share of a mask that may be neither black nor white; in compressed video far less is
+FIRST_HOLES = 0.01  # the share of frame 0 that may be holes
 
 
 @dataclass(frozen=True)
 class References:
-    """Reference views. images: [R,H,W,3] in 0..1. cameras: R of them. indices: of the keyframe that each was matched
-    with, less 1 (WorldStereo's ref_index, 0 to F−2): keyframe 0 is the picture itself and is matched with none."""
+    """Reference views. images: [R,H,W,3] in 0..1. cameras: R of them. indices: WorldStereo's ref_index (0 to F−2), one
+    less than the keyframe each view was matched with; keyframe 0 is the picture itself and is not matched."""
 
     images: torch.Tensor
     cameras: Cameras
@@ -33,10 +33,10 @@ class References:
     def of(
         cls, images: torch.Tensor | None, cameras: Cameras | None, index: str, chosen: "References | None" = None
     ) -> "References | None":
-        """References as the node takes them: the three parts, index being keyframe numbers from 1, separated by
-        commas, or those a scene has chosen; None without any.
+        """References from the node's inputs: images [R,H,W,C] in 0..1, R cameras, and keyframe numbers from 1 separated
+        by commas; or those chosen from a scene; or None without any.
 
-        Raises ValueError where both or only some of the three are given, and for an index that is no whole number.
+        Raises ValueError if both kinds or only some of the three are given, and for numbers that are not whole.
         """
         given = {
             "reference_images": images is not None,
@@ -66,7 +66,7 @@ def keyframe_size(config: WorldStereoConfig, height: int, width: int) -> tuple[i
 
 
 def check_vae(vae: Any) -> None:
-    """Raises ValueError for any VAE but Wan 2.1's and its tiny versions: others may accept the same shapes."""
+    """Raises ValueError for any VAE but Wan 2.1's and its tiny versions; others may accept the same shapes."""
     if getattr(vae.first_stage_model, "latent_format", None) is HunyuanVideo:
         raise ValueError(
             "vae is a tiny VAE in FP16, which ComfyUI takes for HunyuanVideo's. WorldStereo needs the Wan 2.1 "
@@ -80,7 +80,8 @@ def check_vae(vae: Any) -> None:
 
 
 def encode_keyframes(vae: Any, pictures: torch.Tensor, progress: ProgressBar | None = None) -> torch.Tensor:
-    """[N,H,W,3] in 0..1, each encoded on its own by the Wan VAE, to [1,16,N,h,w]. Raises ValueError for another VAE."""
+    """Pictures [N,H,W,3] in 0..1, each encoded on its own by the Wan VAE, as a latent [1,16,N,h,w]. Raises ValueError
+    for another VAE."""
     check_vae(vae)
     progress = progress or ProgressBar(len(pictures))
     latents = []
@@ -92,7 +93,7 @@ def encode_keyframes(vae: Any, pictures: torch.Tensor, progress: ProgressBar | N
 
 
 def decode_keyframes(vae: Any, latent: torch.Tensor) -> torch.Tensor:
-    """[B,16,F,h,w], each frame decoded on its own by the Wan VAE, to [B·F,H,W,3] in 0..1.
+    """A latent [B,16,F,h,w], each frame decoded on its own by the Wan VAE, as pictures [B·F,H,W,3] in 0..1.
 
     Raises ValueError for a latent that is not a Wan video's, and for another VAE.
     """
@@ -116,7 +117,7 @@ def decode_keyframes(vae: Any, latent: torch.Tensor) -> torch.Tensor:
 
 
 def _condition_latent(config: WorldStereoConfig, vae, image: torch.Tensor, frames: int) -> torch.Tensor:
-    """The latent the backbone sees beside the noise, [1,16,F,h,w]: the picture, then nothing."""
+    """The latent that the backbone sees beside the noise, [1,16,F,h,w]: the picture, then grey."""
     grey = torch.full_like(image, GREY)
     if config.latent_cond_mode == "full_vae":
         return vae.encode(torch.cat([image, grey.expand(TEMPORAL_DOWNSCALE * (frames - 1), -1, -1, -1)]))
@@ -126,9 +127,9 @@ def _condition_latent(config: WorldStereoConfig, vae, image: torch.Tensor, frame
 
 
 def _frames(config: WorldStereoConfig, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which of `count` given frames become keyframes, and which are seen as render mask and camera embedding.
+    """Which of `count` given frames become keyframes, and which are used for render mask and camera embedding.
 
-    A mask kernel over d frames sees d·(F−1) + 1 of them for F keyframes. Where fewer were given, each keyframe is
+    A mask kernel over d frames needs d·(F−1) + 1 of them for F keyframes. If fewer were given, each keyframe is
     repeated d times.
     """
     keyframes = thin(count, config.nframe)
@@ -175,8 +176,8 @@ def _check(config: WorldStereoConfig, vae, image, render, mask, cameras, referen
     outside = [i + 1 for i in references.indices if not 0 <= i < frames - 1]
     if outside:
         raise ValueError(
-            f"reference_index {outside[0]} is no keyframe that a reference can be matched with: they are numbered 1 to "
-            f"{frames - 1}, and keyframe 0 is the picture itself."
+            f"reference_index {outside[0]} is not a keyframe that a reference can be matched with: those are 1 to "
+            f"{frames - 1}; keyframe 0 is the picture itself."
         )
 
 
@@ -188,7 +189,8 @@ def remarks(
     cameras: Cameras,
     references: References | None = None,
 ) -> list[str]:
-    """Remarks on inputs that may be mistakes: shapes that `condition` stretches, a mask that is not a hole mask."""
+    """Remarks on inputs that may be mistakes: shapes that `condition` stretches, a mask that is not a hole mask. The
+    arguments are those of `condition`."""
     height, width = keyframe_size(config, *image.shape[1:3])
     sizes = {"image": image.shape[1:3], "render_video": render.shape[1:3], "render_mask": mask.shape[1:3]}
     sizes["cameras' picture"] = cameras.height, cameras.width
@@ -201,14 +203,14 @@ def remarks(
         grey += ((frame > 0.1) & (frame < 0.9)).float().mean().item() / len(mask)
     if grey > NO_MASK:
         lines.append(
-            f"render_mask is no hole mask: {grey:.0%} of it is neither black nor white. Give white where the render "
-            "has no point, black elsewhere"
+            f"render_mask is not a hole mask: {grey:.0%} of it is neither black nor white. It must be white where the "
+            "render has no point, black elsewhere"
         )
     first = (mask[0] >= MASK_THRESHOLD).float().mean().item()
     if first > FIRST_HOLES:
         lines.append(
-            f"render_mask has holes in {first:.0%} of frame 0, which is the picture itself and has none: is it "
-            "another path's, or white where points are?"
+            f"render_mask has holes in {first:.0%} of frame 0, which is the picture itself and has none: does it "
+            "belong to another path, or is it white where there are points?"
         )
     return lines
 
@@ -222,20 +224,20 @@ def condition(
     cameras: Cameras,
     references: References | None = None,
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """What to put into the conditioning, and the empty latent to sample.
+    """The conditions, and the empty latent to sample.
 
     image: [1,H,W,3] in 0..1. render: [N,Hr,Wr,3] in 0..1. mask: [N,Hm,Wm], 1 where nothing was rendered. cameras: N.
     More frames than the model takes are thinned. Frame 0 is the picture, whatever render and mask hold there. Without
-    references, a memory variant is given the picture as its only one, with ref_index 0.
+    references, a memory variant gets the picture as its only one, with ref_index 0.
 
-    Returns the values by the names `WorldStereo.extra_conds` reads, and zeros [1,16,F,h,w].
+    Returns the conditions by the names that `WorldStereo.extra_conds` reads, and zeros [1,16,F,h,w].
     Raises ValueError, naming the input, before anything is encoded.
     """
     _check(config, vae, image, render, mask, cameras, references)
     keyframes, dense = _frames(config, len(render))
     height, width = keyframe_size(config, *image.shape[1:3])
     image = resize_pictures(image, height, width)
-    # Frame by frame: 21 of 4K are 2 GB, and a copy of those that stay would be as large.
+    # Frame by frame: 21 frames in 4K are 2 GB, and a copy of those that are kept would be as large.
     small = (resize_pictures(render[frame, None], height, width, antialias=False) for frame in keyframes[1:].tolist())
     render = torch.cat([image, *small])
     mask = torch.cat([F.interpolate(mask[frame, None, None].float(), (height, width)) for frame in dense.tolist()])
@@ -265,9 +267,8 @@ def condition(
             "ref_index": torch.tensor([indices]),
         }
 
-    first = (
-        TEMPORAL_DOWNSCALE * (frames - 1) + 1 if config.latent_cond_mode == "full_vae" else min(frames, 2)
-    )  # pictures
+    full = config.latent_cond_mode == "full_vae"
+    first = TEMPORAL_DOWNSCALE * (frames - 1) + 1 if full else min(frames, 2)  # pictures of the condition latent
     progress = ProgressBar(first + frames + (0 if reference_images is None else len(reference_images)))
     values["concat_latent_image"] = _condition_latent(config, vae, image, frames)
     progress.update(first)

@@ -1,4 +1,5 @@
-"""What a WorldStereo checkpoint is: sizes from its tensors' shapes, the rest from its config.json or the defaults."""
+"""The configuration of a WorldStereo checkpoint: sizes from its tensors' shapes, the rest from its config.json or the
+defaults."""
 
 import codecs
 import logging
@@ -20,7 +21,7 @@ CAMERA, MEMORY, MEMORY_DMD = MODEL_TYPES = ("worldstereo-camera", "worldstereo-m
 
 REPOSITORY = "https://huggingface.co/hanshanxue/WorldStereo"  # of the published checkpoints and their config.json
 
-# What is assumed where there is no config.json. Height, width; those below 640x576 by symmetry with the ones above.
+# Assumed where there is no config.json, as height, width. Those after (640, 576) follow from the others by symmetry.
 SCALE_MAP = (
     (480, 832), (480, 768), (512, 784), (512, 720), (576, 704), (576, 640), (640, 640), (640, 576), (704, 576),
     (720, 512), (784, 512), (768, 480), (832, 480),
@@ -113,12 +114,12 @@ class ConfigMismatch(ValueError):
 
 
 class WrongShapes(ValueError):
-    """Tensors whose shapes fit no WorldStereo model, whatever the configuration."""
+    """Tensors whose shapes do not fit any WorldStereo model, whatever the configuration."""
 
 
 @dataclass(frozen=True)
 class FoundConfig:
-    """The configuration that belongs to a model file: as text (None where there is none), as JSON, as it was read."""
+    """The configuration of a model file: its text (None without one), its JSON, and what was read from that."""
 
     text: str | None
     content: dict
@@ -126,14 +127,16 @@ class FoundConfig:
 
 
 def find_config(path: Path, own: str | None, shapes: dict, given: Path | None = None) -> FoundConfig:
-    """Which configuration belongs to a model file: the given one, else the config.json beside it, else the file's own.
+    """The configuration of a model file: the given one, else the config.json beside the file, else the file's own, else
+    the defaults.
 
     own: the text in the file itself. shapes: as for `read_config`.
 
-    A config.json beside the file may belong to another model in the same folder: where it is not WorldStereo's or does
-    not fit the tensors it is ignored, with a warning in the log. A config.json that contradicts the file's own text is
-    used, also with a warning. Raises ValueError for one that is not a JSON object, where the given one, the file's own
-    or, without any, the defaults do not fit the tensors, and for tensors that no configuration fits.
+    A config.json beside the file may belong to another model in the same folder: if it is not WorldStereo's or does not
+    fit the tensors it is ignored, and the log says so. A config.json that contradicts the file's own text is used, with
+    a warning in the log. Raises ValueError for a configuration that is not a JSON object, for one that does not fit the
+    tensors (the given one, the file's own or, without any, the defaults), and for tensors that no configuration fits;
+    and OSError.
     """
     try:
         found = _belonging(path, own, shapes, given)
@@ -150,10 +153,10 @@ def find_config(path: Path, own: str | None, shapes: dict, given: Path | None = 
 
 
 def config_to_embed(files: TensorFiles, given: Path | None = None) -> str | None:
-    """The text of the configuration that belongs to a source with diffusers names, None where there is none.
+    """The text of the configuration of a source with diffusers names; None without one.
 
-    given: a config.json to take in any case. Raises ValueError as `find_config` does, but not for defaults that do not
-    fit: a config.json may still be put beside the result.
+    given: a config.json to use in any case. Raises ValueError as `find_config` does, but not if the defaults do not
+    fit: a config.json can still be put beside the result.
     """
     shapes = {remap.to_native(n): tensor.shape for n, tensor in files.tensors.items() if not is_side_tensor(n)}
     try:
@@ -180,7 +183,7 @@ def _belonging(path: Path, own: str | None, shapes: dict, given: Path | None) ->
             try:
                 found = FoundConfig(text, content := _parsed(text, where), read_config(shapes, content))
             except ConfigMismatch as e:
-                logging.warning(f"{where} is not of {shown(path.name)} and is not used: {e}")
+                logging.warning(f"{where} does not belong to {shown(path.name)} and is not used: {e}")
             else:
                 _compare_types(path, where, found, own)
                 return found
@@ -228,7 +231,7 @@ def _is_number(value, low: float, high: float) -> bool:
 
 
 def _setting(config: dict, key: str, default, valid, wanted: str):
-    """The value of a key, or the default; either must be valid."""
+    """The value of a key, or the default. Raises ConfigMismatch for a value that is not valid."""
     value = config.get(key)
     if value is None:
         value = default
@@ -246,7 +249,8 @@ def _number(config: dict, key: str, default: float, low: float, high: float) -> 
 
 
 def _heads(config: dict, key: str, default: int, dim: int) -> int:
-    """RoPE turns pairs of channels along three axes: a head has an even number of them, and 6 at least."""
+    """A head count. RoPE rotates pairs of channels along three axes, so a head has an even number of channels, at least
+    6."""
     valid = lambda v: _is_int(v, 1, dim) and dim % v == 0 and dim // v % 2 == 0 and dim // v >= 6
     return _setting(config, key, default, valid, f"a divisor of {dim} that leaves heads of an even size of at least 6")
 
@@ -266,21 +270,21 @@ def _is_scale_map(value) -> bool:
 
 
 def _is_text(value) -> bool:
-    """Whether the value is a text without lone surrogates, which can be written and logged."""
+    """Whether the value is a text that can be written and logged: without lone surrogates, and not too long."""
     return isinstance(value, str) and len(value) <= MAX_PROMPT and not any("\ud800" <= c <= "\udfff" for c in value)
 
 
 def read_config(shapes: dict[str, tuple[int, ...]], config: dict) -> WorldStereoConfig:
     """The configuration of a checkpoint.
 
-    shapes: the tensors' shapes by their native names (of a whole model: backbone and control branch).
-    config: the content of config.json, {} where there is none (then the documented defaults hold).
-    What the shapes lack, as an overlay's do, is taken for the published model's.
+    shapes: the tensors' shapes by their native names, of backbone and control branch. Sizes whose tensors are missing,
+    as in an overlay, are assumed to be the published model's.
+    config: the content of config.json; {} without one, which gives the defaults.
 
     Sizes come from the shapes; the head counts, `update_ref`, the conditioning and the sampling settings from
     `config`. Without a `model_type`, a checkpoint with a camera MLP is taken for worldstereo-memory-dmd and one
-    without for worldstereo-camera. Raises ConfigMismatch where the two contradict each other or a setting is out
-    of range, and WrongShapes for shapes that no configuration fits.
+    without for worldstereo-camera. Raises ConfigMismatch if the two contradict each other or a setting is out of range,
+    and WrongShapes for shapes that no configuration fits.
     """
 
     def size(name: str, axis: int, default: int) -> int:
@@ -339,10 +343,10 @@ def read_config(shapes: dict[str, tuple[int, ...]], config: dict) -> WorldStereo
     start = _number(config, "dmd_start_steps", default.dmd_start_steps, 1, TIMESTEPS)
     end = _number(config, "dmd_end_steps", default.dmd_end_steps, 1, TIMESTEPS)
     steps = _integer(config, "dmd_steps", default.dmd_steps, 1, MAX_STEPS)
-    if end - start < steps - 1:  # steps of a timestep or more, so that sigmas fall
+    if end - start < steps - 1:  # steps are at least one timestep apart, so that the sigmas decrease
         raise ConfigMismatch(
-            f"config: dmd_steps is {steps} from dmd_start_steps {start:g} to dmd_end_steps {end:g}; the end lies at "
-            "least as many timesteps after the start as there are steps between them"
+            f"config: dmd_steps is {steps} from dmd_start_steps {start:g} to dmd_end_steps {end:g}; the steps must be "
+            "at least one timestep apart"
         )
     sizes_wanted = (
         f"at most {MAX_SIZES} of [height, width] in multiples of 16, of at most {MAX_PIXELS} pixels each (1024×1024)"
@@ -382,7 +386,7 @@ def read_config(shapes: dict[str, tuple[int, ...]], config: dict) -> WorldStereo
 
 
 def config_content(config: WorldStereoConfig) -> dict:
-    """What `read_config` reads as this configuration beside the same shapes: the content of a config.json."""
+    """The content of a config.json from which `read_config` reads this configuration, given the same shapes."""
     settings = (
         "model_type", "eps", "nframe", "scale_map", "latent_cond_mode", "negative_prompt",
         "gen_shift", "dmd_steps", "dmd_start_steps", "dmd_end_steps",
@@ -394,9 +398,9 @@ def config_content(config: WorldStereoConfig) -> dict:
 
 
 def assumptions(name: str, content: dict, config: WorldStereoConfig) -> str:
-    """One line listing the settings that a file's configuration lacks, with the defaults assumed; empty if it has all.
+    """One line that lists the settings a file's configuration lacks, with the defaults assumed; empty if it lacks none.
 
-    name: the file's. content: what `config` was read from, {} where there was no config.json.
+    name: the file's name. content: what `config` was read from, {} without a config.json.
     """
     control = content.get("controlnet_cfg") or {}
     low, high = config.scale_map[0], config.scale_map[-1]

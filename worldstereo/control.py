@@ -20,8 +20,9 @@ class AdaptiveNorm(nn.Module):
         self.norm = ops.LayerNorm(dim, eps=NORM_EPS, **factory)
 
     def forward(self, temb):
-        """temb: [S,1,C], SiLU applied. Returns shift, scale (FP32) and gate, [S,1,D] each, for a LayerNorm without
-        weights of its own: (LN·w + b)·(1 + scale) + shift = LN·(1 + [w·(1 + scale) − 1]) + [b·(1 + scale) + shift]."""
+        """temb: [S,1,C], after SiLU. Returns shift, scale (FP32) and gate, [S,1,D] each, with the norm's weight and
+        bias
+        folded in: (LN·w + b)·(1 + scale) + shift = LN·(1 + [w·(1 + scale) − 1]) + [b·(1 + scale) + shift]."""
         weight, bias = norm_weights(self.norm, temb)
         shift, scale, gate = self.linear(temb).chunk(3, dim=-1)
         scale = 1 + scale.float()
@@ -65,8 +66,8 @@ class MaskCamEmbedding(nn.Module):
     def __init__(self, config: WorldStereoConfig, operation_settings):
         super().__init__()
         ops, factory = operation_settings["operations"], {k: operation_settings[k] for k in ("device", "dtype")}
-        # Weights in FP32, as core's patch embedding has them: an FP8 value times its scale has more than BF16's 8 bits,
-        # which counts where the model computes in FP32.
+        # Weights in FP32, as in core's patch embedding: an FP8 value times its scale needs more than BF16's 8 bits,
+        # which matters if the model computes in FP32.
         factory["dtype"] = torch.float32
         kernel = (config.mask_downsample, SPATIAL_DOWNSCALE, SPATIAL_DOWNSCALE)
         self.padding = config.mask_downsample - 1
@@ -84,8 +85,8 @@ class MaskCamEmbedding(nn.Module):
 
 
 class ControlBranch(nn.Module):
-    """The branch that follows the render. Its i-th residual is computed after the i-th backbone block, so that no two
-    exist at once."""
+    """The branch that follows the render. Its i-th residual is computed after the i-th backbone block, so that only one
+    exists at a time."""
 
     def __init__(self, config: WorldStereoConfig, operation_settings):
         super().__init__()
@@ -119,7 +120,7 @@ def add_control(
     target: torch.Tensor,
 ) -> None:
     """Runs a block of the control branch on its tokens x [B, F·n, D], in place, and adds its residual to the backbone's
-    target tokens [B, F·n, C], in place. modulations: of each sample."""
+    target tokens [B, F·n, C], in place. modulations: one per sample."""
     for b, modulation in enumerate(modulations):
         block(x[b : b + 1], modulation, freqs, transformer_options)
     with proj_out.fetched(x.device, x.dtype) as product:

@@ -1,4 +1,4 @@
-"""The network: Wan's backbone with reference views, the control branch beside it. Letters as in `blocks`.
+"""The network: Wan's backbone with reference views, and the control branch beside it. Letters as in `blocks`.
 
 Source: WorldStereo (CVPR 2026) on Wan2.1-I2V-14B. Wan's own modules are ComfyUI's (`comfy.ldm.wan.model`).
 """
@@ -29,10 +29,11 @@ from .prompt_cache import COMING_TIMESTEPS, WEIGHTS, WHOLE_TIMESTEPS, KeysValues
 
 @torch.compiler.disable
 def untraced(function: Callable, *args, **kwargs) -> Any:
+    """Calls a function that torch.compile must not trace."""
     return function(*args, **kwargs)
 
 
-def runs_others_code(transformer_options: dict) -> bool:
+def runs_custom_code(transformer_options: dict) -> bool:
     """Whether patches or an attention override run inside the blocks. They may read the block's number, and core's
     TorchCompileModel does not guard on transformer_options: every block would see the first block's number."""
     patched = any(transformer_options.get(key) for key in ("patches", "patches_replace"))
@@ -40,7 +41,7 @@ def runs_others_code(transformer_options: dict) -> bool:
 
 
 class WorldStereoModel(WanModel):
-    """The diffusion model: noisy latent and conditions to velocity."""
+    """The diffusion model: predicts the velocity from the noisy latent and the conditions; see `_forward`."""
 
     def __init__(self, config: WorldStereoConfig, image_model=None, device=None, dtype=None, operations=None):
         super().__init__(
@@ -106,22 +107,24 @@ class WorldStereoModel(WanModel):
         if missing and len(missing) < len(control):
             raise ValueError(
                 f"WorldStereo: {', '.join(missing)} missing: render_latent, render_mask and "
-                "camera_embedding are given together, or none of them for no control branch"
+                "camera_embedding must be given together, or none of them, for no control branch"
             )
         references = {"reference_latent": reference_latent, "ref_index": ref_index}
         missing = [name for name, value in references.items() if value is None]
         if len(missing) == 1:
-            raise ValueError(f"WorldStereo: {missing[0]} missing: reference_latent and ref_index are given together")
+            raise ValueError(
+                f"WorldStereo: {missing[0]} missing: reference_latent and ref_index must be given together"
+            )
         if not self.config.has_memory and any(v is not None for v in (reference_latent, camera_qt, camera_qt_ref)):
             raise ValueError(f"WorldStereo: {self.config.model_type} takes no references and no camera_qt")
         if reference_latent is not None:
             count = reference_latent.shape[2]
             if count > frames:
-                raise ValueError(f"WorldStereo: {count} references for {frames} frames; give at most one a frame")
+                raise ValueError(f"WorldStereo: {count} references for {frames} frames; give at most one per frame")
             if ref_index.shape[-1] != count:
                 raise ValueError(f"WorldStereo: {count} references but {ref_index.shape[-1]} in ref_index")
             if (camera_qt is None) != (camera_qt_ref is None):
-                raise ValueError("WorldStereo: camera_qt and camera_qt_ref are given together with references")
+                raise ValueError("WorldStereo: with references, camera_qt and camera_qt_ref must be given together")
         count = ref_index.shape[-1] if reference_latent is not None else 0
         mask_frames = (frames - 1) * self.config.mask_downsample + 1
         pixels = (mask_frames, SPATIAL_DOWNSCALE * height, SPATIAL_DOWNSCALE * width)
@@ -138,7 +141,7 @@ class WorldStereoModel(WanModel):
                     f"WorldStereo: {name} is {tuple(value.shape)}, expected {shape} for a latent of {tuple(x.shape)}"
                 )
 
-    @torch.compiler.disable(recursive=False)  # torch.compile takes a block, once for all of them, not their loop
+    @torch.compiler.disable(recursive=False)  # torch.compile gets the blocks, which share one graph, not their loop
     def _forward(
         self,
         x,
@@ -162,9 +165,9 @@ class WorldStereoModel(WanModel):
         clip_fea: [B,257,image_dim]; without it only the text is attended to.
         render_latent [B,16,F,h,w], render_mask [B,1,Fm,8h,8w], camera_embedding [B,6,Fm,8h,8w]: all three, or none
         for no control branch. Fm = F, or d(F−1)+1 where the mask kernel's time size is d.
-        reference_latent [B,36,R,h,w], ref_index [R] or [B,R], camera_qt [B,F,7], camera_qt_ref [B,R,7]: the memory
-        variants' alone; without references the targets attend to themselves only.
-        Returns the velocity, [B,16,F,h,w]. Raises ValueError on inputs that don't fit together.
+        reference_latent [B,36,R,h,w], ref_index [R] or [B,R], camera_qt [B,F,7], camera_qt_ref [B,R,7]: only for the
+        memory variants; without references the targets attend only to each other.
+        Returns the velocity, [B,16,F,h,w]. Raises ValueError for inputs that do not fit together.
         """
         self._check(
             x, render_latent, render_mask, camera_embedding, reference_latent, ref_index, camera_qt, camera_qt_ref
@@ -208,17 +211,17 @@ class WorldStereoModel(WanModel):
         blocks_replace = transformer_options.get("patches_replace", {}).get("dit", {})
         transformer_options["total_blocks"] = len(self.blocks)
         transformer_options["block_type"] = "double"
-        # Patches are written for the backbone's tokens; an attention override serves both.
+        # Patches are written for the backbone's tokens; an attention override is meant for all attention.
         control_options = {k: v for k, v in transformer_options.items() if not k.startswith("patches")}
-        others_code = runs_others_code(transformer_options) or self._replaced_forwards()
-        context = torch.cat([prompt.context for prompt in prompts]) if others_code else None
+        custom = runs_custom_code(transformer_options) or self._replaced_forwards()
+        context = torch.cat([prompt.context for prompt in prompts]) if custom else None
         image_len = None if clip_fea is None else clip_fea.shape[1]
-        run_control = functools.partial(untraced, add_control) if others_code else add_control
+        run_control = functools.partial(untraced, add_control) if custom else add_control
         for i, block in enumerate(self.blocks):
-            # After the last block only the head and patches read the result, and the head reads the targets alone. Not
-            # when traced, so that there is one graph for all blocks.
-            targets_only = ref_len > 0 and i == len(self.blocks) - 1 and not others_code
-            run_block = functools.partial(untraced, block) if others_code or targets_only else block
+            # After the last block only the head and patches read the result, and the head reads only the targets. That
+            # block runs untraced, so that there is one graph for all others.
+            targets_only = ref_len > 0 and i == len(self.blocks) - 1 and not custom
+            run_block = functools.partial(untraced, block) if custom or targets_only else block
             transformer_options["block_index"] = control_options["block_index"] = i
             if references is not None and i > 0:
                 x[:, :ref_len] = references
@@ -280,7 +283,8 @@ class WorldStereoModel(WanModel):
         return self.unpatchify(self.head(x[:, ref_len:], temb), grid)
 
     def _cache(self, transformer_options) -> PromptCache:
-        """The model's cache if the sampling model says which weights it runs with, else an empty one for this call alone."""
+        """The model's cache if the sampling model says which weights it runs with, else an empty one for this call
+        only."""
         weights = transformer_options.get(WEIGHTS)
         if weights is None:
             return PromptCache()
@@ -289,7 +293,7 @@ class WorldStereoModel(WanModel):
 
     @torch.compiler.disable
     def _times(self, cache: PromptCache, timestep, dtype, device, transformer_options) -> list[Time]:
-        """What depends on each sample's timestep."""
+        """What depends only on the timestep, for each sample."""
 
         def compute(timesteps: list[float]) -> list[Time]:
             t = torch.tensor(timesteps, device=device)
@@ -308,7 +312,7 @@ class WorldStereoModel(WanModel):
         return cache.timesteps(wanted, coming, (dtype, device), compute)
 
     def _prompt(self, context, clip_fea) -> Prompt:
-        """What depends on one sample's text [1,512,text_dim] and picture [1,257,image_dim] or None."""
+        """What depends only on one sample's text [1,512,text_dim] and picture [1,257,image_dim] (or None)."""
         text = self.text_embedding(context)
         image = None if clip_fea is None else self.img_emb(clip_fea)
         embedded = text if image is None else torch.cat([image, text], dim=1)
@@ -319,8 +323,8 @@ class WorldStereoModel(WanModel):
         return Prompt(embedded, blocks)
 
     def _keys_values(self, i: int, context, image_len: int | None, prompts: list[Prompt]) -> list[KeysValues | None]:
-        """Keys and values of block i for each sample of a context [B, I+T, C]: the prompts' cached ones, unless a patch
-        has changed the context."""
+        """Keys and values of block i for each sample of a context [B, I+T, C]: cached ones, unless a patch has changed
+        the context."""
         attention = self.blocks[i].cross_attn
         image_len = image_len or 0
         kv = []
@@ -333,7 +337,7 @@ class WorldStereoModel(WanModel):
         return kv
 
     def _replaced_forwards(self) -> bool:
-        """Whether patches stand in for modules of the backbone's blocks."""
+        """Whether patches replace the `forward` of attention or feed-forward in the backbone's blocks."""
         return any(
             forward_is_replaced(module)
             for block in self.blocks

@@ -1,7 +1,8 @@
-"""Forwards that other packs replace (ComfyUI's object patches): which of them run, and warnings about the others.
+"""Modules whose `forward` other node packs replace (ComfyUI's object patches): which replacements take effect, and
+warnings about the others.
 
-Examples: KJNodes' WanVideoNAG, Wan Chunk FeedForward, Enhance-A-Video and SageAttention patches, all written
-for ComfyUI's own Wan (`comfy.ldm.wan.model`).
+Examples: KJNodes' WanVideoNAG, Wan Chunk FeedForward, Enhance-A-Video and SageAttention patches, all written for
+ComfyUI's own Wan (`comfy.ldm.wan.model`).
 """
 
 import re
@@ -11,7 +12,7 @@ from collections import Counter
 import torch
 
 BLOCK = r"blocks\.\d+"
-# Object patches that do not change what the prompt cache keeps: keys and values, and what depends on the timesteps.
+# Object patches that do not change what the prompt cache holds: keys and values, and what depends on the timestep.
 KEEP_CACHE = re.compile(rf"diffusion_model\.({BLOCK}\.(self_attn\..+|cross_attn\.forward|ffn\..+)|rope_embedder)")
 # Modules whose weights are used directly, together with other layers: their forward never runs.
 FORWARD_NOT_CALLED = re.compile(
@@ -22,15 +23,15 @@ SELF_ATTENTION = re.compile(rf"{BLOCK}\.self_attn")
 
 
 def forward_is_replaced(module: torch.nn.Module) -> bool:
-    """Whether the module's `forward` is replaced or hooked."""
+    """Whether the module's `forward` is replaced or has hooks."""
     forward = module.forward
-    # torch.compile traces this correctly, but not a getattr with a default.
+    # Not getattr with a default: torch.compile would always see the default.
     own = isinstance(forward, types.MethodType) and forward.__func__ is type(module).forward
     return not own or bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def remarks(diffusion_model: torch.nn.Module) -> list[str]:
-    """Warnings about replaced forwards that do not run, or not as they would in ComfyUI's Wan."""
+    """Warnings about replaced forwards that do not run, or run with other tokens than in ComfyUI's Wan."""
     unused: Counter[str] = Counter()
     attention: Counter[str] = Counter()
     for name, module in diffusion_model.named_modules():

@@ -1,8 +1,8 @@
-"""What is shown while sampling: every keyframe, side by side.
+"""The preview while sampling: all keyframes, side by side.
 
-Core previews the first latent frame of a video, which here is the picture the user already has. Its preview takes the
-latent format's `latent_rgb_factors_reshape`, so a format of our own lays out the keyframes there. Where core's previews
-are off, as they are by default, `show_keyframes` sends the same picture itself.
+Core previews only the first latent frame of a video, which here is the picture the user already has. Its preview calls
+the latent format's `latent_rgb_factors_reshape`, so `KeyframeLatents` lays out the keyframes there. If core's previews
+are off, which is the default, `show_keyframes` sends the same preview itself.
 """
 
 import math
@@ -15,8 +15,8 @@ from ..core import Latent2RGBPreviewer, LatentPreviewMethod, ProgressBar, Wan21,
 
 
 def tiled(x0: torch.Tensor) -> torch.Tensor:
-    """The frames of [B, C, F, h, w] in reading order on one sheet, [B, C, 1, rows h, columns w], as near to a square as
-    whole tiles allow. Tiles left over are 0."""
+    """The frames of [B, C, F, h, w] in reading order on one sheet, [B, C, 1, rows·h, columns·w], as nearly square as
+    possible. Empty tiles are 0."""
     batch, channels, frames, height, width = x0.shape
     columns = min(range(1, frames + 1), key=lambda n: max(n * width, math.ceil(frames / n) * height))
     rows = math.ceil(frames / columns)
@@ -33,7 +33,7 @@ class KeyframeLatents(Wan21):
 
     def __init__(self):
         super().__init__()
-        self.taesd_decoder_name = None  # core decodes the first frame alone with it
+        self.taesd_decoder_name = None  # with a decoder, core would preview the first frame alone
 
 
 def show_keyframes(
@@ -47,7 +47,8 @@ def show_keyframes(
     *rest,
     **named,
 ) -> torch.Tensor:
-    """A wrapper of core's OUTER_SAMPLE: shows the keyframes at every step, unless core's own preview does."""
+    """A wrapper of core's OUTER_SAMPLE that shows the keyframes at every step, unless core's own preview does. The
+    arguments and the result are those of the sampler it wraps."""
     if args.preview_method != LatentPreviewMethod.NoPreviews:
         return executor(noise, latent_image, sampler, sigmas, denoise_mask, callback, *rest, **named)
     latents = KeyframeLatents

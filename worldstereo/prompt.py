@@ -1,4 +1,4 @@
-"""Captions as WorldStereo was trained on them: cleaned, plain text, of a bounded number of tokens."""
+"""Captions in the form that WorldStereo was trained on: cleaned plain text of at most 512 tokens."""
 
 import html
 import re
@@ -12,17 +12,17 @@ STRAIGHT = str.maketrans("\u2018\u2019\u201a\u201b\u201c\u201d\u201e\u201f", "''
 
 
 def clean_caption(text: str) -> str:
-    """A caption without web entities, wrongly decoded letters, curly quotes and runs of white space.
+    """A caption without HTML entities, wrongly decoded letters, curly quotes and runs of white space.
 
-    Diffusers' `prompt_clean` has these from ftfy and html; of ftfy this is the part that captions need: UTF-8 that was
-    read as Windows-1252, quotes, and NFC.
+    Diffusers' `prompt_clean` does this with ftfy and html. Of ftfy this does the part that captions need: UTF-8 that
+    was read as Windows-1252, quotes, and NFC.
     """
     text = _decoded(html.unescape(html.unescape(text)))
     return re.sub(r"\s+", " ", unicodedata.normalize("NFC", text.translate(STRAIGHT))).strip()
 
 
 def _decoded(text: str) -> str:
-    """UTF-8 that was read as Windows-1252 ("cafÃ©"), decoded correctly; any other text as it is."""
+    """The text decoded again, if it is UTF-8 that was read as Windows-1252 ("cafÃ©"); any other text as it is."""
     try:
         return b"".join(_byte(letter) for letter in text).decode("utf-8")
     except UnicodeError:
@@ -30,15 +30,16 @@ def _decoded(text: str) -> str:
 
 
 def _byte(letter: str) -> bytes:
-    """The byte that Windows-1252 shows as a letter; the five that it lacks are shown as control characters."""
+    """The byte that Windows-1252 decodes to this letter. The five bytes it leaves undefined become control
+    characters."""
     return letter.encode("latin-1" if "\x80" <= letter <= "\x9f" else "cp1252")
 
 
 def encode_caption(clip: Any, text: str) -> tuple[list, int, list[str]]:
-    """A caption through UMT5-XXL: the CONDITIONING, how many tokens it has, including the end token, and a remark.
+    """A caption through UMT5-XXL: the CONDITIONING, the number of its tokens, including the end token, and remarks.
 
-    Core reads parentheses as weights; escaped they are text. More than 512 tokens are cut, their end kept, as the
-    original's tokenizer does. Raises ValueError for another text encoder.
+    Core reads parentheses as weights, unless they are escaped. A caption of more than 512 tokens is cut and keeps its
+    end token, as with the original's tokenizer. Raises ValueError for another text encoder.
     """
     caption = clean_caption(text)
     tokens = clip.tokenize(caption.replace("(", r"\(").replace(")", r"\)"))

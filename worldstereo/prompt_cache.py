@@ -1,8 +1,8 @@
 """The parts of a forward pass that depend only on the prompt or the timestep, computed once and kept.
 
-The cross-attention's keys and values (of 40 layers: 6.3 GB of weights) follow from the prompt and the picture, the
-modulations of backbone and control branch (1.6 GB of weights) from the timestep. Kept, they take 0.6 GB per prompt, in
-VRAM while a run uses them and otherwise in RAM, and their weights need not be in VRAM while the steps run.
+The cross-attention's keys and values (of 40 layers: 6.3 GB of weights) depend only on the prompt and the picture, the
+modulations of backbone and control branch (1.6 GB of weights) only on the timestep. Once computed they take 0.6 GB per
+prompt, in VRAM during a run and in RAM otherwise, and the weights behind them need not be in VRAM during the steps.
 """
 
 from collections.abc import Callable
@@ -12,12 +12,12 @@ import torch
 
 KEPT_TIMESTEPS = 256
 
-# What the sampling model passes to the diffusion model in transformer_options; without it nothing is kept between calls.
-WEIGHTS = "worldstereo_weights"  # which LoRAs the weights carry
+# What the sampling model passes to the diffusion model in transformer_options. Without WEIGHTS nothing is kept.
+WEIGHTS = "worldstereo_weights"  # identifies the LoRAs in the weights
 COMING_TIMESTEPS = "worldstereo_timesteps"  # the timesteps of this run
-WHOLE_TIMESTEPS = "worldstereo_whole_timesteps"  # whether timesteps are cut to whole numbers
+WHOLE_TIMESTEPS = "worldstereo_whole_timesteps"  # whether timesteps are rounded down to whole numbers
 
-# Layers whose weights are used for nothing else, by the ends of their native names.
+# The layers whose results are kept, by the ends of their native names. Their weights are used for nothing else.
 LAYERS = (
     "cross_attn.k",
     "cross_attn.v",
@@ -47,8 +47,8 @@ class KeysValues:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A sample's prompt and picture. context: [1, I+T, C], embedded. blocks: one KeysValues for each block, None where
-    a patch's cross-attention computes its own."""
+    """What depends only on a sample's prompt and picture. context: [1, I+T, C], both embedded. blocks: one KeysValues
+    per block, None where a replaced cross-attention computes its own."""
 
     context: torch.Tensor
     blocks: list[KeysValues | None]
@@ -64,8 +64,9 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Time:
-    """A timestep. temb: [1,1,C]. e: [1,1,6,C]. control: for each control block the shift, scale and gate [1,1,D] of
-    its attention and of its FFN, the norms' own weights folded in."""
+    """What depends only on a timestep. temb: its embedding [1,1,C]. e: the backbone's modulation [1,1,6,C]. control:
+    for each control block the shift, scale and gate [1,1,D] of its attention and of its FFN
+    (`control.AdaptiveNorm`)."""
 
     temb: torch.Tensor
     e: torch.Tensor
@@ -77,7 +78,7 @@ class _Kept:
     inputs: tuple[torch.Tensor | None, ...]
     prompt: Prompt
     used: bool = True
-    parked: Prompt | None = None  # the copy that waits between runs
+    parked: Prompt | None = None  # the copy in RAM, for between the runs
 
 
 def _same(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
@@ -88,49 +89,50 @@ def _same(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
 
 @dataclass
 class PromptCache:
-    """What is kept of one model. `weights` says which LoRAs they were computed with; with others they are
-    forgotten. A prompt is forgotten after a run that did not use it, and earlier if another needs its room."""
+    """The cache of one model. `weights` identifies the weights that its content was computed with; it is cleared when
+    they change. A prompt is dropped after a run that did not use it, and earlier if another one needs its memory."""
 
     weights: object = None
     prompts: list[_Kept] = field(default_factory=list)
     times: dict[tuple, Time] = field(default_factory=dict)
 
     def forget(self):
-        """Frees everything."""
+        """Drops everything."""
         self.prompts.clear()
         self.times.clear()
 
     def start_run(self):
-        """Forgets the prompts that the run before did not use."""
+        """Drops the prompts that the previous run did not use."""
         self.prompts = [kept for kept in self.prompts if kept.used]
         for kept in self.prompts:
             kept.used = False
 
     def end_run(self, device: torch.device):
-        """Moves the prompts to `device`: between runs their VRAM is free for other models."""
+        """Moves the prompts to `device`, so that between runs other models can use their VRAM."""
         for kept in self.prompts:
             if kept.parked is None:
                 kept.parked = kept.prompt.to(device)
             kept.prompt = kept.parked
 
     def use_weights(self, weights):
-        """Forgets everything if `weights` are not those of the call before."""
+        """Drops everything if `weights` are not those of the previous call."""
         if weights != self.weights:
             self.forget()
             self.weights = weights
 
     @torch.compiler.disable
     def prompts_of(self, samples: list[tuple], compute: Callable[..., Prompt]) -> list[Prompt]:
-        """The prompt of each sample's inputs (tensors or None, compared by value); `compute(*inputs)` if it is not kept.
+        """The prompt of each sample's inputs (tensors or None, compared by value), or `compute(*inputs)` for new ones.
 
-        Before any is computed, those that this run has not used make room: memory is reckoned for this run's alone.
+        Before any is computed, those that this run has not used are dropped: the memory estimate counts only this
+        run's.
         """
         found: list = [self._find(inputs) for inputs in samples]
         if None in found:
             self.prompts = [kept for kept in self.prompts if kept.used]
             for i, inputs in enumerate(samples):
                 if found[i] is None:
-                    found[i] = self._find(inputs)  # that of a sample before
+                    found[i] = self._find(inputs)  # computed for an earlier sample
                 if found[i] is None:
                     found[i] = _Kept(tuple(None if t is None else t.clone() for t in inputs), compute(*inputs))
                     self.prompts.append(found[i])
@@ -148,9 +150,8 @@ class PromptCache:
     def timesteps(
         self, wanted: list[float], coming: list[float], key: tuple, compute: Callable[[list[float]], list[Time]]
     ) -> list[Time]:
-        """What follows from the wanted timesteps. If one is not kept, those of the coming ones are computed with it, where
-        there is room for all.
-        key: what else they depend on (dtype, device)."""
+        """What depends on the wanted timesteps. If one of them is new, all coming ones are computed with it, if there
+        is room for them. key: what else the result depends on (dtype, device)."""
         missing = [t for t in dict.fromkeys(wanted) if (t, *key) not in self.times]
         if missing:
             missing += [t for t in dict.fromkeys(coming) if (t, *key) not in self.times and t not in missing]

@@ -13,8 +13,8 @@ def dmd_sigmas(config: WorldStereoConfig) -> torch.Tensor:
     """
     if not config.is_dmd:
         raise ValueError(
-            f"The model is {config.model_type}, which was not distilled: it has no DMD schedule. Sample "
-            "it with SamplerCustom: BasicScheduler (simple, 40 steps), KSamplerSelect uni_pc_bh2, cfg 5."
+            f"The model is {config.model_type}, which was not distilled, so it has no DMD schedule. Sample it with "
+            "SamplerCustom: BasicScheduler (simple, 40 steps), KSamplerSelect uni_pc_bh2, cfg 5."
         )
     t = torch.linspace(config.dmd_start_steps, config.dmd_end_steps, config.dmd_steps, dtype=torch.float64)
     t = t.flip(0) / TIMESTEPS
