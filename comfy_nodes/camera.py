@@ -1,4 +1,4 @@
-"""Camera paths and point-cloud renders."""
+"""Nodes for camera paths and point-cloud renders."""
 
 from comfy_api.latest import io, ui
 
@@ -36,13 +36,14 @@ class WorldStereoLoadCamera(io.ComfyNode):
             display_name="WorldStereo Load Camera",
             category=CATEGORY,
             description="Reads a camera path: camera.json, NeRF's transforms.json, or COLMAP's images.txt with "
-            "cameras.txt beside it, or RealEstate10K's text. World-to-camera, OpenCV axes (x right, y down, z forward).",
+            "cameras.txt beside it, or RealEstate10K's text. World-to-camera, OpenCV axes (x right, y down, z "
+            "forward).",
             search_aliases=["camera.json", "colmap", "nerf", "transforms.json", "trajectory", "realestate10k"],
             inputs=[
                 io.Combo.Input(
                     "camera",
                     options=camera_files(),
-                    tooltip="A .json or .txt in ComfyUI's input folder; its kind is recognised by the content.",
+                    tooltip="A .json or .txt file in ComfyUI's input folder; its format is recognised by its content.",
                 )
             ],
             outputs=[
@@ -113,15 +114,15 @@ class WorldStereoCameraPath(io.ComfyNode):
                     default=21,
                     min=2,
                     max=1000,
-                    tooltip="Cameras of this path, its start among them. The model takes 21 and thins more evenly.",
+                    tooltip="Cameras of this path, its start included. The model takes 21; more are thinned evenly.",
                 ),
                 io.Combo.Input("easing", options=list(EASINGS), tooltip="How the speed changes along the path."),
                 io.Combo.Input(
                     "look_at_centre",
                     options=list(LOOK_AT),
-                    tooltip="on: turn to keep the centre of the scene in the middle. off: keep the "
-                    "direction. auto: on for orbit, arc, spiral and ellipse loop. No effect on dolly, pan, tilt "
-                    "and roll.",
+                    tooltip="on: the camera turns to keep the centre of the scene in the middle. off: it keeps its "
+                    "direction. auto: on for orbit, arc, spiral and ellipse loop. No effect on dolly, pan, tilt and "
+                    "roll.",
                 ),
                 io.Combo.Input(
                     "lens",
@@ -161,8 +162,8 @@ class WorldStereoCameraPath(io.ComfyNode):
                     "scene",
                     types=[MoGeGeometry, Points],
                     optional=True,
-                    tooltip="MoGe's geometry of the picture, or a point cloud: gives the depth (and "
-                    "MoGe the lens), and is drawn into the picture of the path.",
+                    tooltip="MoGe's geometry of the picture, or a point cloud: it gives the depth (MoGe also the "
+                    "lens) and is drawn into the picture of the path.",
                 ),
                 io.MultiType.Input(
                     "start",
@@ -229,7 +230,7 @@ class WorldStereoRender(io.ComfyNode):
             display_name="WorldStereo Render",
             category=CATEGORY,
             description="Makes a point cloud of the picture and its depth and shows what each camera sees of it: the "
-            "render and the holes that WorldStereo fills. The first camera is the one that took it.",
+            "render, and the holes that WorldStereo fills. The first camera is the one that took the picture.",
             search_aliases=["point cloud render", "depth warp", "novel view", "moge", "parallax", "3d photo"],
             inputs=[
                 io.Image.Input("image", tooltip="The picture to start from. It is also the first frame."),
@@ -300,7 +301,7 @@ class WorldStereoRender(io.ComfyNode):
                     min=1,
                     max=200,
                     advanced=True,
-                    tooltip="How many of the nearest points a pixel is blended from.",
+                    tooltip="How many points, the nearest ones, a pixel is blended from.",
                 ),
                 io.Color.Input(
                     "background",
@@ -318,7 +319,7 @@ class WorldStereoRender(io.ComfyNode):
             ],
             outputs=[
                 io.Image.Output(display_name="render_video"),
-                io.Mask.Output(display_name="render_mask", tooltip="1 where no point falls."),
+                io.Mask.Output(display_name="render_mask", tooltip="1 where there is no point."),
                 Points.Output(display_name="points"),
             ],
             hidden=[io.Hidden.unique_id],
@@ -373,8 +374,8 @@ class WorldStereoPanorama(io.ComfyNode):
             node_id="WorldStereoPanorama",
             display_name="WorldStereo Panorama",
             category=CATEGORY,
-            description="Starts from an equirectangular panorama: its whole point cloud, and an ordinary "
-            "picture in a chosen direction with its camera, for Camera Path and Render.",
+            description="Starts from an equirectangular panorama: gives its point cloud, and an ordinary picture in a "
+            "chosen direction with its camera, for Camera Path and Render.",
             search_aliases=["360", "equirectangular", "panorama to perspective", "world"],
             inputs=[
                 MoGeGeometry.Input("moge_geometry", tooltip="From core's Run MoGe Panorama Inference."),
@@ -402,8 +403,12 @@ class WorldStereoPanorama(io.ComfyNode):
                     step=1.0,
                     tooltip="Horizontal field of view of the picture, in degrees.",
                 ),
-                io.Int.Input("width", default=768, min=16, max=8192, step=16, tooltip="Of the picture, in pixels."),
-                io.Int.Input("height", default=480, min=16, max=8192, step=16, tooltip="Of the picture, in pixels."),
+                io.Int.Input(
+                    "width", default=768, min=16, max=8192, step=16, tooltip="Width of the picture, in pixels."
+                ),
+                io.Int.Input(
+                    "height", default=480, min=16, max=8192, step=16, tooltip="Height of the picture, in pixels."
+                ),
             ],
             outputs=[
                 io.Image.Output(display_name="image", tooltip="The start picture."),

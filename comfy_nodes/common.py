@@ -1,4 +1,4 @@
-"""What the nodes share: their category, the types of their links, and what they show on themselves."""
+"""What the nodes share: their category, their link types, colours, splats, and showing a text on a node."""
 
 import logging
 import math
@@ -23,7 +23,7 @@ MoGeGeometry = io.Custom("MOGE_GEOMETRY")  # core's dict of comfy_extras/nodes_m
 
 def show_on_node(node: type[io.ComfyNode], text: str, remarks: Sequence[str] = ()) -> None:
     """Shows a text on the running node, and below it remarks, which are also logged as warnings. A node that another
-    one was expanded into ("12.0.0.left.add") shows its text on that other one."""
+    node has expanded into ("12.0.0.left.add") shows its text on that other node."""
     for remark in remarks:
         logging.warning("%s: %s.", node.define_schema().display_name, remark)
     text = "\n".join([text, *remarks])
@@ -32,14 +32,15 @@ def show_on_node(node: type[io.ComfyNode], text: str, remarks: Sequence[str] = (
 
 
 def color_of(text: str) -> tuple[float, float, float]:
-    """The value of a colour input (#rrggbb) in 0..1. 128 stands for mid-grey, 0.5, which no byte is exactly."""
+    """The value of a colour input (#rrggbb) in 0..1. 128 stands for mid-grey, 0.5, which no byte equals exactly. Raises
+    ValueError for a text that is not a colour."""
     red, green, blue = (0.5 if channel == 128 else channel / 255 for channel in ImageColor.getrgb(text)[:3])
     return red, green, blue
 
 
 def splat_of(points: torch.Tensor, sizes: torch.Tensor, colors: torch.Tensor, opacity: float) -> Types.SPLAT:
-    """Round Gaussians as core's splat nodes take them. points [P, 3]; sizes [P], the deviations; colors [P, 3] in
-    0..1; one opacity for all."""
+    """Round Gaussians in the form of core's splat nodes. points [P, 3]; sizes [P], their standard deviations; colors
+    [P, 3] in 0..1; one opacity for all."""
     count = len(points)
     upright = points.new_tensor([1.0, 0, 0, 0]).expand(count, 4)
     harmonics = ((colors - 0.5) / SH_DEGREE_0)[:, None]

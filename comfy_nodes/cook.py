@@ -1,4 +1,4 @@
-"""Make a quantised file from a BF16 one."""
+"""The node that makes a quantised file from a BF16 one."""
 
 import collections
 from pathlib import Path
@@ -21,8 +21,8 @@ from .limits import checked
 
 CONVS_OF_RECIPE = "as the recipe"
 
-_made: dict[Path, tuple | None] = {}  # the results of the runs since ComfyUI started, as each run left them
-_lost: dict[Path, int] = collections.defaultdict(int)  # how often one of them was found missing or replaced
+_made: dict[Path, tuple | None] = {}  # the `file_state` of each result since ComfyUI started
+_lost: dict[Path, int] = collections.defaultdict(int)  # how often a result was found missing or replaced
 
 
 class CookFP8(io.ComfyNode):
@@ -32,15 +32,15 @@ class CookFP8(io.ComfyNode):
             node_id="CookFP8",
             display_name="Cook FP8",
             category=CATEGORY,
-            description="Makes the 20 GB FP8 or INT8 file from a WorldStereo BF16 model (35 GB), in less than 2 GB of memory, "
-            "and reports the error. The file gets its name only when it is complete.",
+            description="Makes the 20 GB FP8 or INT8 file of a WorldStereo BF16 model (35 GB), with less than 2 GB of "
+            "memory, and reports the quantisation error. The file gets its name only when it is complete.",
             search_aliases=["quantize", "convert", "fp8", "int8", "convrot", "worldstereo"],
             inputs=[
                 io.Combo.Input(
                     "source",
                     options=cook_sources(),
-                    tooltip="A BF16, FP16 or FP32 WorldStereo model (with the recipe int8 also FP8) in models/diffusion_models, or the "
-                    ".safetensors.index.json of one in shards.",
+                    tooltip="A BF16, FP16 or FP32 WorldStereo model (with the recipe int8 also FP8) in "
+                    "models/diffusion_models, or the .safetensors.index.json of one in shards.",
                 ),
                 io.String.Input(
                     "result",
@@ -52,9 +52,9 @@ class CookFP8(io.ComfyNode):
                     options=list(RECIPES),
                     default=RECIPES[0],
                     tooltip="default: the scale is rounded before the division, so the error is smaller; loads "
-                    "wherever published files load. published: bit for bit as the published files. int8: INT8 with "
-                    "rotation (ConvRot), with a third of FP8's error, and fast on GeForce RTX 20 and 30 too; made "
-                    "from an FP8 file it loses two thirds of that gain.",
+                    "wherever published files load. published: bit for bit like the published files. int8: INT8 with "
+                    "rotation (ConvRot), with a third of FP8's error, for cards with INT8 units (GeForce RTX 20 and "
+                    "newer); made from an FP8 file it loses two thirds of that gain.",
                 ),
                 io.Combo.Input(
                     "convs",
@@ -62,9 +62,9 @@ class CookFP8(io.ComfyNode):
                     default=CONVS_OF_RECIPE,
                     advanced=True,
                     tooltip="The format of the two convolution weights of the mask embedding. The recipes "
-                    "default and int8 leave them in BF16, published makes them FP8.",
+                    "default and int8 leave them in BF16, published converts them to FP8.",
                 ),
-                io.Boolean.Input("overwrite", default=False, tooltip="Replace a file of that name."),
+                io.Boolean.Input("overwrite", default=False, tooltip="Replace an existing file of that name."),
             ],
             outputs=[io.String.Output(display_name="report"), io.Image.Output(display_name="picture")],
             hidden=[io.Hidden.unique_id],
@@ -73,8 +73,8 @@ class CookFP8(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, source, result, **_):
-        """Changes with the source and the config.json beside it, and when the result of an earlier run is no longer
-        there as that run left it."""
+        """Changes with the source and the config.json beside it, and if the result of an earlier run has been deleted
+        or changed."""
         path = Path(folder_paths.get_full_path_or_raise("diffusion_models", source))
         made = path.with_name(file_name(result, ".safetensors"))
         if made in _made and state_if_there(made) != _made[made]:

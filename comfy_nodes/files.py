@@ -1,4 +1,4 @@
-"""Names of files in ComfyUI's folders: what can be chosen, and where results go."""
+"""Names of files in ComfyUI's folders: which ones can be chosen, and where results go."""
 
 import contextlib
 import hashlib
@@ -17,11 +17,11 @@ SAFETENSORS = (".safetensors", ".sft")
 CAMERA_FILES = (".json", ".txt")
 MAX_NAME = 200  # bytes of a file's name; file systems take 255, suffixes included
 TAKEN_LIMIT, FOLDERS_LIMIT = 10_000, 2_000
-TEMP_FILES = 16  # kept in one folder of the temp folder
+TEMP_FILES = 16  # the most that are kept in a folder inside ComfyUI's temp folder
 
 
 def diffusion_models() -> list[str]:
-    """The safetensors files in ComfyUI's diffusion_models folders, but for the shards of models in several files."""
+    """The safetensors files in ComfyUI's diffusion_models folders, without the shards of models in several files."""
     return [
         name
         for name in folder_paths.get_filename_list("diffusion_models")
@@ -30,7 +30,8 @@ def diffusion_models() -> list[str]:
 
 
 def cook_sources() -> list[str]:
-    """What in the diffusion_models folders can be cooked: safetensors files, and the index of a model in shards."""
+    """The files in the diffusion_models folders that can be cooked: safetensors files, and the indexes of models in
+    shards."""
     files = [
         name
         for folder in folder_paths.get_folder_paths("diffusion_models")
@@ -41,11 +42,11 @@ def cook_sources() -> list[str]:
 
 
 def file_name(name: str, suffix: str) -> str:
-    """A file's name with the suffix. Raises ValueError for one that has path parts, on any system."""
+    """A file's name with the suffix. Raises ValueError for a name that is a path on any system."""
     stem = name.removesuffix(suffix)
     if not stem.strip(". ") or PureWindowsPath(name).name != name or not name.isprintable() or _bytes(name) > MAX_NAME:
         raise ValueError(
-            f"'{shown(name)}' is no file name: give a name alone, without a folder, of at most {MAX_NAME} bytes."
+            f"'{shown(name)}' is not a file name: give a name without a folder, of at most {MAX_NAME} bytes."
         )
     return stem + suffix
 
@@ -67,14 +68,16 @@ def camera_files() -> list[str]:
 def camera_file(name: str) -> Path:
     """Where a file of `camera_files` is. Raises ValueError for any other name."""
     if name not in camera_files():
-        raise ValueError(f"camera: {shown(repr(name))} is no camera file in ComfyUI's input folder; upload it there.")
+        raise ValueError(
+            f"camera: {shown(repr(name))} is not a camera file in ComfyUI's input folder; upload it there."
+        )
     return Path(folder_paths.get_input_directory()) / name
 
 
 def prefix_of(filename_prefix: str) -> str:
-    """A filename prefix in the form core's counter understands: parts separated by "/", none of them empty or ".", the
-    last one a name. "worldstereo" where the prefix names nothing. Raises ValueError for a NUL character and for names
-    that file systems do not take."""
+    """A filename prefix in the form that core's counter understands: parts separated by "/", none of them empty or ".".
+    "worldstereo" if nothing is left of the prefix. Raises ValueError for a NUL character and for names that file systems
+    do not accept."""
     if "\0" in filename_prefix:
         raise ValueError(f"filename_prefix: {shown(filename_prefix)} holds a NUL character.")
     root = "/" if filename_prefix.startswith(("/", "\\")) else ""  # which core refuses
@@ -94,7 +97,8 @@ def check_prefix(name: str, prefix: str) -> None:
 
 def save_output(filename_prefix: str, suffix: str, write: Callable[[Path], None]) -> tuple[Path, str]:
     """Lets `write` make a file or folder in the output folder, numbered as core's save nodes do. Returns its path and
-    its subfolder. `write` raises FileExistsError for a taken number, which is then skipped: nothing is replaced.
+    its subfolder. `write` must raise FileExistsError for a number that is taken, which is then skipped: nothing is
+    replaced.
 
     Raises ValueError for a prefix that cannot be used, and what `write` raises.
     """
@@ -105,7 +109,7 @@ def save_output(filename_prefix: str, suffix: str, write: Callable[[Path], None]
         raise OSError(
             error.errno, f"filename_prefix: {shown(prefix)} cannot be a place in the output folder: {error.strerror}"
         ) from error
-    except Exception as error:  # as core raises it, with whole paths
+    except Exception as error:  # core raises a plain Exception with absolute paths in it
         raise ValueError(f"filename_prefix: {shown(filename_prefix)} leads outside the output folder.") from error
     for number in range(counter, counter + TAKEN_LIMIT):
         path = Path(folder) / f"{name}_{number:05}_{suffix}"
@@ -138,7 +142,10 @@ def scene_folders() -> list[str]:
 def scene_folder(name: str) -> Path:
     """Where a folder of `scene_folders` is. Raises ValueError for any other name."""
     if name not in scene_folders():
-        raise ValueError(f"folder: {shown(name)} is no scene folder in ComfyUI's output or input folder.")
+        raise ValueError(
+            f"folder: {shown(name)} is not a scene folder in ComfyUI's output or input folder. Press R and choose "
+            "again."
+        )
     folder, _, kind = name.rpartition(" [")
     return Path(_roots()[kind[:-1]]) / folder
 
@@ -152,8 +159,8 @@ def _is_folder(path: Path) -> bool:
 
 
 def keep_in_temp(folder: str, content: bytes) -> dict[str, str]:
-    """Keeps the content as a file in a folder of ComfyUI's temp folder, for the web page to fetch from /view with the
-    returned query. The name is the content's hash, so that the same content is written once. The oldest files beyond
+    """Writes the content to a file in a folder of ComfyUI's temp folder. The page fetches it from /view with the
+    returned query. The file's name is the content's hash, so the same content is written once. The oldest files beyond
     TEMP_FILES are deleted."""
     place = Path(folder_paths.get_temp_directory()) / folder
     place.mkdir(parents=True, exist_ok=True)

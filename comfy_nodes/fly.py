@@ -1,4 +1,4 @@
-"""A camera path flown by hand, in a viewer in the node."""
+"""The node in which a camera path is flown by hand."""
 
 from comfy_api.latest import io
 

@@ -1,5 +1,5 @@
-"""Checks of a node's inputs before it runs. ComfyUI checks the range of a widget's number, but not of a number that
-comes over a link, and it checks no value's type."""
+"""Checks of a node's inputs before it runs. ComfyUI checks the range of a widget's number, but not that of a number
+from a link, and it does not check types."""
 
 import functools
 import inspect
@@ -26,15 +26,21 @@ MAX_SIDE, MAX_PIXELS = 1 << 15, 1 << 26  # of one picture: photos of 50 megapixe
 MAX_FRAMES = 10_000  # pictures of one input
 MAX_POINTS = 1 << 25  # a panorama's of 8192x4096
 MAX_CONDITIONS = 1000
-OUTSIDE = 0.05  # how far pixels may lie outside 0..1, as filters leave them, before it is logged
-FILES = {"camera", "folder", "model_name", "base_model", "source"}  # their nodes report a file that is missing
+OUTSIDE = 0.05  # how far pixels may lie outside 0..1, where filters leave them, before a warning is logged
+FILES = {
+    "camera",
+    "folder",
+    "model_name",
+    "base_model",
+    "source",
+}  # inputs whose nodes report a missing file themselves
 
 
 def checked(execute: Callable) -> Callable:
-    """For `execute` of every node: refuses inputs that are not of their declared type, range or choices.
+    """A decorator for `execute` of every node: refuses inputs that do not have their declared type, range or choices.
 
     A ValueError names the input. Tensors, cameras and geometries are checked as far as the nodes rely on them. Pictures
-    of one channel become grey ones of three; a mask [H, W] becomes [1, H, W].
+    with one channel become grey ones with three; a mask [H, W] becomes [1, H, W].
     """
     names = list(inspect.signature(execute).parameters)[1:]
 
@@ -44,7 +50,7 @@ def checked(execute: Callable) -> Callable:
         given = dict(zip(names, values, strict=False)) | named
         for name, value in given.items():
             if name not in declared:
-                raise ValueError(f"{shown(name)} is no input of {cls.define_schema().display_name}.")
+                raise ValueError(f"{shown(name)} is not an input of {cls.define_schema().display_name}.")
             given[name] = check(declared[name], value)
         return execute(cls, **given)
 
@@ -52,11 +58,11 @@ def checked(execute: Callable) -> Callable:
 
 
 def check(declared: io.Input, value: Any) -> Any:
-    """The value of an input, converted where `checked` says so. Raises ValueError that names the input."""
+    """The value of an input, converted as `checked` says. Raises ValueError, naming the input."""
     name = declared.id
     if value is None and declared.optional:
         return None
-    if declared.rawLink:  # handed on as [node, output]
+    if declared.rawLink:  # passed on as [node, output]
         if not isinstance(value, list) or len(value) != 2:
             raise ValueError(f"{name} is {_what(value)}: connect a node's output.")
         return value
@@ -108,7 +114,7 @@ def _colour(declared, value):
     try:
         common.color_of(value)
     except ValueError as error:
-        raise ValueError(f"{declared.id} is {shown(repr(value))}, which is no colour: give #rrggbb.") from error
+        raise ValueError(f"{declared.id} is {shown(repr(value))}, which is not a colour: give #rrggbb.") from error
     return value
 
 
@@ -121,21 +127,24 @@ def _check_size(name, count, height, width):
         raise ValueError(f"{name} is empty: {count} pictures of {width}×{height} pixels.")
     if max(height, width) > MAX_SIDE or height * width > MAX_PIXELS:
         raise ValueError(
-            f"{name} is {width}×{height}: sides of at most {MAX_SIDE} and {MAX_PIXELS >> 20} megapixels are taken. "
+            f"{name} is {width}×{height}: the limits are {MAX_SIDE} pixels per side and {MAX_PIXELS >> 20} megapixels. "
             "Make it smaller."
         )
     if count > MAX_FRAMES:
-        raise ValueError(f"{name} holds {count} pictures: at most {MAX_FRAMES} are taken.")
+        raise ValueError(f"{name} holds {count} pictures: the limit is {MAX_FRAMES}.")
 
 
 def _check_values(name, tensor) -> tuple[float, float]:
-    """The smallest and the largest value of a batch, one picture at a time: a copy of the whole may fill the memory."""
+    """The smallest and the largest value of a batch, found one picture at a time, because a copy of the whole batch
+    might fill the memory. Raises ValueError for NaN and infinity."""
     low, high = math.inf, -math.inf
     for number, part in enumerate(tensor):
         throw_exception_if_processing_interrupted()
         least, most = (value.item() for value in part.aminmax())
         if not (math.isfinite(least) and math.isfinite(most)):
-            raise ValueError(f"{name} holds NaN or infinity, first in number {number}: something before it failed.")
+            raise ValueError(
+                f"{name} holds NaN or infinity, first in picture {number} (the first is 0): the node before it failed."
+            )
         low, high = min(low, least), max(high, most)
     return low, high
 
@@ -149,9 +158,7 @@ def _pictures(declared, pictures):
     _check_size(name, *pictures.shape[:3])
     low, high = _check_values(name, pictures)
     if low < -OUTSIDE or high > 1 + OUTSIDE:
-        logging.warning(
-            "WorldStereo: pixels of %s run from %.3g to %.3g; what is outside 0..1 is cut off.", name, low, high
-        )
+        logging.warning("WorldStereo: pixels of %s range from %.3g to %.3g; they are clipped to 0..1.", name, low, high)
     return pictures.expand(-1, -1, -1, 3) if pictures.shape[3] == 1 else pictures
 
 
@@ -166,23 +173,23 @@ def _masks(declared, mask):
 
 def _cameras(declared, cameras):
     if len(cameras) > MAX_CAMERAS:
-        raise ValueError(f"{declared.id} holds {len(cameras)} cameras: at most {MAX_CAMERAS} are taken.")
+        raise ValueError(f"{declared.id} holds {len(cameras)} cameras: the limit is {MAX_CAMERAS}.")
     return cameras
 
 
 def _points(declared, cloud):
     if len(cloud) > MAX_POINTS:
-        raise ValueError(f"{declared.id} holds {len(cloud):,} points: at most {MAX_POINTS:,} are taken.")
+        raise ValueError(f"{declared.id} holds {len(cloud):,} points: the limit is {MAX_POINTS:,}.")
     return cloud
 
 
 def _geometry(declared, geometry):
-    """Core's MOGE_GEOMETRY; or LOAD3D_CAMERA, which `camera_of_viewer` looks at."""
+    """Core's MOGE_GEOMETRY; or LOAD3D_CAMERA, which `camera_of_viewer` checks."""
     if "LOAD3D_CAMERA" in declared.get_io_type():
         return geometry
     depth = geometry.get("depth")
     if not isinstance(depth, torch.Tensor) or depth.ndim != 3 or not depth.is_floating_point():
-        raise ValueError(f"{declared.id} is no MoGe geometry: it has no depth [number, height, width].")
+        raise ValueError(f"{declared.id} is not a MoGe geometry: it has no depth [number, height, width].")
     _check_size(f"{declared.id}'s depth", *depth.shape)
     count, height, width = depth.shape
     shapes = {"mask": depth.shape, "intrinsics": (count, 3, 3)}
@@ -193,7 +200,8 @@ def _geometry(declared, geometry):
         if not isinstance(part, torch.Tensor) or part.shape != tuple(shape):
             is_ = _shape(part) if isinstance(part, torch.Tensor) else _what(part)
             raise ValueError(
-                f"{declared.id}'s {key} is {is_}: beside a depth of {_shape(depth)} it must be {'×'.join(map(str, shape))}."
+                f"{declared.id}'s {key} is {is_}: with a depth of {_shape(depth)} it must be "
+                f"{'×'.join(map(str, shape))}."
             )
     if geometry.get("mask") is not None and geometry["mask"].dtype != torch.bool:
         geometry = geometry | {"mask": geometry["mask"] > 0.5}
@@ -212,14 +220,14 @@ def _conditions(declared, conditions):
         for entry in conditions
     )
     if not fine:
-        raise ValueError(f"{declared.id} is no conditioning: connect a WorldStereo Prompt or CLIP Text Encode.")
+        raise ValueError(f"{declared.id} is not a conditioning: connect a WorldStereo Prompt or CLIP Text Encode.")
     return conditions
 
 
 def _latent(declared, latent):
     samples = latent.get("samples")
     if not isinstance(samples, torch.Tensor) or samples.numel() == 0:
-        raise ValueError(f"{declared.id} is no latent, or an empty one: connect a sampler's.")
+        raise ValueError(f"{declared.id} is not a latent, or an empty one: connect a sampler's.")
     if not all(part.isfinite().all() for part in samples.flatten(0, 1)):
         raise ValueError(f"{declared.id} holds NaN or infinity: the sampling failed.")
     return latent

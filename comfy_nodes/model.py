@@ -1,4 +1,4 @@
-"""Load a checkpoint, condition it, sample it."""
+"""Nodes that load a checkpoint and prepare what is sampled with it."""
 
 import functools
 from pathlib import Path
@@ -28,8 +28,8 @@ class LoadWorldStereoFP8(io.ComfyNode):
             node_id="LoadWorldStereoFP8",
             display_name="Load WorldStereo FP8",
             category=CATEGORY,
-            description="Loads a WorldStereo checkpoint (camera, memory or memory-dmd; scaled FP8, INT8 or BF16, any naming) "
-            "as an ordinary MODEL for ComfyUI's samplers, LoRA loaders and offloading.",
+            description="Loads a WorldStereo checkpoint (camera, memory or memory-dmd; scaled FP8, INT8 or BF16, any "
+            "naming) as an ordinary MODEL for ComfyUI's samplers, LoRA loaders and offloading.",
             search_aliases=["worldstereo", "fp8", "int8", "wan", "novel view", "world", "camera control", "3d photo"],
             inputs=[
                 io.Combo.Input(
@@ -42,9 +42,9 @@ class LoadWorldStereoFP8(io.ComfyNode):
                     "compute",
                     options=list(COMPUTE),
                     default=COMPUTE[0],
-                    tooltip="How quantised layers multiply. auto: as they are stored where the card can (FP8: GeForce RTX "
-                    "40, Hopper and newer; INT8: RTX 20 and newer), else the weight is upcast for each product. fp8: "
-                    "as they are stored, else an error. bf16: always upcast.",
+                    tooltip="How quantised layers multiply. auto: as they are stored where the card can (FP8: GeForce "
+                    "RTX 40, Hopper and newer; INT8: RTX 20 and newer), else the weight is upcast for each product. "
+                    "fp8: as they are stored, else an error. bf16: always upcast.",
                 ),
                 io.Combo.Input(
                     "base_model",
@@ -53,7 +53,7 @@ class LoadWorldStereoFP8(io.ComfyNode):
                     optional=True,
                     advanced=True,
                     tooltip="Only for an overlay, a file that holds only a part of the backbone: the "
-                    "Wan2.1-I2V-14B-480P model it was made on.",
+                    "Wan2.1-I2V-14B-480P model it was trained on.",
                 ),
                 io.Boolean.Input(
                     "prompt_cache",
@@ -62,7 +62,7 @@ class LoadWorldStereoFP8(io.ComfyNode):
                     advanced=True,
                     tooltip="Keeps what depends only on the prompt or the timestep: 0.6 GB per prompt, in "
                     "VRAM during a run; 8 GB of weights then need no VRAM. Off: "
-                    "computed anew at every step, with the same result.",
+                    "computed again at every step, with the same result.",
                 ),
             ],
             outputs=[
@@ -102,7 +102,7 @@ class WorldStereoConditioning(io.ComfyNode):
             display_name="WorldStereo Conditioning",
             category=CATEGORY,
             description="Puts the picture, the point-cloud render and the cameras into the conditioning, at the size "
-            "of the model's table nearest to the picture's shape, and makes the empty latent to sample.",
+            "in the model's table that is nearest to the picture's shape, and makes the empty latent to sample.",
             search_aliases=["worldstereo", "camera control", "image to video"],
             inputs=[
                 io.Model.Input("model", tooltip="From Load WorldStereo FP8: its settings give sizes and frame counts."),
@@ -112,21 +112,20 @@ class WorldStereoConditioning(io.ComfyNode):
                 io.Image.Input("image", tooltip="The picture to start from, taken by camera 0."),
                 io.Image.Input(
                     "render_video",
-                    tooltip="The point cloud seen by each camera, as many frames as "
-                    "cameras. More than the model's 21 keyframes are thinned "
-                    "evenly. The first frame is replaced by the picture.",
+                    tooltip="The point cloud seen by each camera: one frame per camera. More than the model's 21 "
+                    "keyframes are thinned evenly. The first frame is replaced by the picture.",
                 ),
                 io.Mask.Input(
                     "render_mask",
-                    tooltip="For each frame of the render, 1 (white) where no point fell. Frame 0 is the picture "
+                    tooltip="For each frame of the render: 1 (white) where there is no point. Frame 0 is the picture "
                     "itself and has no holes, whatever the mask says.",
                 ),
                 Cameras.Input("cameras", tooltip="One camera per frame: world-to-camera, OpenCV axes."),
                 io.ClipVisionOutput.Input(
                     "clip_vision_output",
                     optional=True,
-                    tooltip="The picture through CLIP ViT-H. Without it only the text is "
-                    "attended to, and the result follows the picture less.",
+                    tooltip="The picture encoded by CLIP ViT-H (crop center). Without it the model attends only to the "
+                    "text, and the result follows the picture less.",
                 ),
                 io.Image.Input(
                     "reference_images",
@@ -150,7 +149,7 @@ class WorldStereoConditioning(io.ComfyNode):
                 SceneReferences.Input(
                     "references",
                     optional=True,
-                    tooltip="From WorldStereo Scene Path, in place of the three inputs of references above.",
+                    tooltip="From WorldStereo Scene Path, instead of the three reference inputs above.",
                 ),
             ],
             outputs=[
@@ -201,11 +200,11 @@ class WorldStereoKeyframeDecode(io.ComfyNode):
             node_id="WorldStereoKeyframeDecode",
             display_name="WorldStereo Keyframe Decode",
             category=CATEGORY,
-            description="Decodes each keyframe on its own, as WorldStereo's latents are made. The plain VAE Decode "
-            "would read them as one video and blend them.",
+            description="Decodes each keyframe on its own, which is how WorldStereo's latents are made. The plain VAE "
+            "Decode would treat them as one video and blend them.",
             search_aliases=["vae decode"],
             inputs=[io.Latent.Input("samples"), io.Vae.Input("vae", tooltip="The Wan 2.1 VAE.")],
-            outputs=[io.Image.Output(tooltip="The keyframes in order; show them at 16 frames per second.")],
+            outputs=[io.Image.Output(tooltip="The keyframes in order, to be shown at 16 frames per second.")],
         )
 
     @classmethod
@@ -227,8 +226,8 @@ class WorldStereoKeyframeEncode(io.ComfyNode):
             inputs=[
                 io.Image.Input(
                     "pixels",
-                    tooltip="The keyframes in order; both sides are cropped to a multiple of 8 "
-                    "pixels; the model needs multiples of 16.",
+                    tooltip="The keyframes in order. Both sides are cropped to a multiple of 8 pixels; the model needs "
+                    "multiples of 16.",
                 ),
                 io.Vae.Input("vae", tooltip="The Wan 2.1 VAE."),
             ],

@@ -18,8 +18,8 @@ class WorldStereoPicture(io.ComfyNode):
             node_id="WorldStereoPicture",
             display_name="WorldStereo Picture",
             category=CATEGORY,
-            description="Brings the picture to the model's size once, for everything after it: MoGe, CLIP Vision, Camera "
-            "Path, Render and Conditioning. The size is the entry of the model's table with the nearest shape.",
+            description="Resizes the picture to the model's size once, for all nodes after it: MoGe, CLIP Vision, "
+            "Camera Path, Render and Conditioning. The size is the one in the model's table with the nearest shape.",
             search_aliases=["resize", "crop", "pad", "scale image", "worldstereo size"],
             inputs=[
                 io.Model.Input(
@@ -28,13 +28,13 @@ class WorldStereoPicture(io.ComfyNode):
                     tooltip="From Load WorldStereo FP8: its settings give the sizes. Without it they are those of the "
                     "published models, and the nodes after this one need not wait for the model to load.",
                 ),
-                io.Image.Input("image", tooltip="The picture. Several pictures are all treated alike."),
+                io.Image.Input("image", tooltip="The picture. Several pictures are all treated the same way."),
                 io.Combo.Input(
                     "fit",
                     options=list(FITS),
-                    tooltip="crop: leaves out what is too wide or too high; shown on the node. pad: adds background. "
-                    "stretch: changes the shape, as WorldStereo's own code does; for a render, a mask and cameras "
-                    "made for the whole picture.",
+                    tooltip="crop: cuts off what is too wide or too high; the node shows it. pad: adds borders. "
+                    "stretch: changes the shape, as WorldStereo's own code does; for a render, mask and cameras made "
+                    "for the whole picture.",
                 ),
                 io.Float.Input(
                     "position",
@@ -50,7 +50,7 @@ class WorldStereoPicture(io.ComfyNode):
                     "background",
                     default="#808080",
                     advanced=True,
-                    tooltip="Colour under transparent parts and of the border that pad adds.",
+                    tooltip="Colour behind transparent parts, and of the borders that pad adds.",
                 ),
                 io.Mask.Input(
                     "transparency",
@@ -88,8 +88,8 @@ class WorldStereoPrompt(io.ComfyNode):
                 io.String.Input(
                     "text",
                     multiline=True,
-                    tooltip="What the scene shows and how it looks. HTML entities (&amp;), repeated spaces, curly quotes "
-                    "and wrongly decoded letters are cleaned up.",
+                    tooltip="What the scene shows and how it looks. HTML entities (&amp;), repeated spaces, curly "
+                    "quotes and wrongly decoded letters are cleaned up.",
                 ),
             ],
             outputs=[io.Conditioning.Output()],

@@ -1,4 +1,4 @@
-"""Drawn scenes to try the workflows with: no file, no depth model."""
+"""Drawn scenes to try the workflows with, without a file or a depth model."""
 
 from comfy_api.latest import io, ui
 
@@ -22,7 +22,8 @@ class WorldStereoSampleScene(io.ComfyNode):
                 io.Image.Output(display_name="image"),
                 MoGeGeometry.Output(
                     display_name="moge_geometry",
-                    tooltip="Its exact geometry, as MoGe would give it: for depth of Render and scene of Camera Path.",
+                    tooltip="The picture's exact geometry in MoGe's form: for depth of Render and scene of Camera "
+                    "Path.",
                 ),
                 io.Image.Output(
                     display_name="depth",
@@ -32,7 +33,8 @@ class WorldStereoSampleScene(io.ComfyNode):
                 Points.Output(display_name="points"),
                 Cameras.Output(
                     display_name="cameras",
-                    tooltip=f"{sample.MOVE.keyframes} cameras: an orbit of {sample.MOVE.degrees:g} degrees to the left.",
+                    tooltip=f"{sample.MOVE.keyframes} cameras: an orbit of {sample.MOVE.degrees:g} degrees to the "
+                    "left.",
                 ),
             ],
         )
@@ -51,8 +53,8 @@ class WorldStereoSamplePanorama(io.ComfyNode):
             node_id="WorldStereoSamplePanorama",
             display_name="WorldStereo Sample Panorama",
             category=CATEGORY,
-            description="The room of WorldStereo Sample Scene as a panorama around its camera, with exact distances: to "
-            "try a workflow with, without a file or a depth model.",
+            description="The room of WorldStereo Sample Scene as a panorama around its camera, with exact distances: "
+            "to try a workflow without a file or a depth model.",
             search_aliases=["example", "demo", "360", "equirectangular"],
             outputs=[
                 io.Image.Output(display_name="image", tooltip="Equirectangular."),
@@ -76,17 +78,17 @@ class WorldStereoPictureOrSample(io.ComfyNode):
             node_id="WorldStereoPictureOrSample",
             display_name="WorldStereo Picture or Sample",
             category=CATEGORY,
-            description="Passes on your picture and its geometry. Where neither is connected, or both are muted, the drawn "
-            "scene of WorldStereo Sample Scene takes their place: a workflow can be tried without a picture or MoGe.",
+            description="Passes on your picture and its geometry. If neither is connected, or both are muted, the "
+            "drawn scene of WorldStereo Sample Scene takes their place, to try a workflow without a picture or MoGe.",
             search_aliases=["example", "demo", "sample", "switch", "360"],
             inputs=[
                 io.Image.Input("image", optional=True, tooltip="Your picture, at the model's size, or your panorama."),
-                MoGeGeometry.Input("moge_geometry", optional=True, tooltip="MoGe's geometry of this very picture."),
+                MoGeGeometry.Input("moge_geometry", optional=True, tooltip="MoGe's geometry of the same picture."),
                 io.Combo.Input(
                     "sample",
                     options=list(sample.SAMPLE_GEOMETRIES),
                     optional=True,
-                    tooltip="What takes the place of yours: the drawn room as a picture, or as a panorama of all around.",
+                    tooltip="What takes the place of your picture: the drawn room as a picture, or as a panorama.",
                 ),
             ],
             outputs=[io.Image.Output(display_name="image"), MoGeGeometry.Output(display_name="moge_geometry")],

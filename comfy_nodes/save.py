@@ -1,4 +1,4 @@
-"""Write cameras, points and frames into the output folder."""
+"""Nodes that write cameras, points and frames into the output folder."""
 
 import os
 
@@ -31,7 +31,7 @@ class WorldStereoSaveCamera(io.ComfyNode):
                 io.String.Input(
                     "filename_prefix",
                     default="worldstereo/camera",
-                    tooltip="In ComfyUI's output folder; a number is added, nothing is overwritten.",
+                    tooltip="The file's name in ComfyUI's output folder; a number is added, nothing is overwritten.",
                 ),
             ],
             is_output_node=True,
@@ -61,13 +61,13 @@ class WorldStereoSavePointCloud(io.ComfyNode):
                 io.String.Input(
                     "filename_prefix",
                     default="3d/worldstereo",
-                    tooltip="In ComfyUI's output folder; a number is added, nothing is overwritten.",
+                    tooltip="The file's name in ComfyUI's output folder; a number is added, nothing is overwritten.",
                 ),
                 io.Combo.Input(
                     "axes",
                     options=list(PLY_AXES),
-                    tooltip="y up stands upright in 3-D viewers. OpenCV keeps the axes of the cameras, for "
-                    "tools that read them too.",
+                    tooltip="With y up the scene stands upright in 3-D viewers. OpenCV keeps the cameras' axes, for "
+                    "tools that read the cameras too.",
                 ),
             ],
             outputs=[io.File3DPLY.Output(display_name="ply")],
@@ -99,13 +99,13 @@ class WorldStereoSaveFrames(io.ComfyNode):
                 io.Image.Input("images", tooltip="The decoded keyframes."),
                 Cameras.Input(
                     "cameras",
-                    tooltip="One camera per frame. Where there are more, they are thinned as "
-                    "WorldStereo Conditioning thinned them.",
+                    tooltip="One camera per frame. If there are more, they are thinned as in WorldStereo Conditioning.",
                 ),
                 io.String.Input(
                     "filename_prefix",
                     default="worldstereo/frames",
-                    tooltip="Of a new folder in ComfyUI's output folder; a number is added, nothing is overwritten.",
+                    tooltip="The new folder's name in ComfyUI's output folder; a number is added, nothing is "
+                    "overwritten.",
                 ),
             ],
             is_output_node=True,

@@ -1,4 +1,5 @@
-"""A scene that remembers: start it, render a path, add the generated frames, continue, explore it by a list of paths."""
+"""Nodes for a scene that remembers: start it, render a path, add the generated frames, continue, explore a list of
+paths."""
 
 import math
 
@@ -14,7 +15,7 @@ from ..scene.pictures import stretches, within
 from ..scene.render import RADIUS, summary
 from ..scene.scene import MAX_POINTS
 from ..scene.start import VIEW_SIZE, is_panorama, scene_of_panorama, scene_of_picture
-from ..scene.walk import ASKING, go_on, look_along, remember_clip
+from ..scene.walk import ASKING, prepare_path, remember_clip, start_view
 from ..worldstereo.comfy_model import config_of
 from ..worldstereo.conditioning import References, keyframe_size
 from ..worldstereo.config import WorldStereoConfig
@@ -30,7 +31,7 @@ class WorldStereoStartScene(io.ComfyNode):
             node_id="WorldStereoStartScene",
             display_name="WorldStereo Start Scene",
             category=CATEGORY,
-            description="Starts a scene that remembers: from one picture and its depth, or from a panorama, out of which "
+            description="Starts a scene that remembers: from one picture and its depth, or from a panorama, from which "
             "27 views are taken. Paths through it then see what earlier paths showed.",
             search_aliases=["world", "scene memory", "explore", "panorama bank", "memory bank"],
             inputs=[
@@ -38,14 +39,14 @@ class WorldStereoStartScene(io.ComfyNode):
                 io.MultiType.Input(
                     "depth",
                     types=[MoGeGeometry, io.Image],
-                    tooltip="MoGe's geometry of this very picture, or its grey depth or disparity picture. For a panorama: "
-                    "the geometry from Run MoGe Panorama Inference.",
+                    tooltip="MoGe's geometry of the same picture, or its grey depth or disparity picture. For a "
+                    "panorama: the geometry from Run MoGe Panorama Inference.",
                 ),
                 Cameras.Input(
                     "camera",
                     optional=True,
-                    tooltip="The camera that took the picture. Without it MoGe's lens is used, at the origin, level. "
-                    "A panorama takes none.",
+                    tooltip="The camera that took the picture. Without it: a level camera at the origin with MoGe's "
+                    "lens. Not used for a panorama.",
                 ),
                 io.Combo.Input(
                     "depth_picture",
@@ -78,8 +79,9 @@ class WorldStereoStartScene(io.ComfyNode):
                     max=8192,
                     step=16,
                     advanced=True,
-                    tooltip="Of the scene's views, in pixels. If width or height is 0: the model's size for this picture, "
-                    f"or, without model, the picture's own size; for a panorama {VIEW_SIZE[0]}x{VIEW_SIZE[1]}.",
+                    tooltip="Width of the scene's views, in pixels. If width or height is 0: the model's size for this "
+                    "picture, or, without model, the picture's own size; for a panorama "
+                    f"{VIEW_SIZE[0]}x{VIEW_SIZE[1]}.",
                 ),
                 io.Int.Input(
                     "height",
@@ -88,7 +90,7 @@ class WorldStereoStartScene(io.ComfyNode):
                     max=8192,
                     step=16,
                     advanced=True,
-                    tooltip="Of the scene's views, in pixels; see width.",
+                    tooltip="Height of the scene's views, in pixels; see width.",
                 ),
                 io.Model.Input(
                     "model",
@@ -137,13 +139,13 @@ class WorldStereoScenePath(io.ComfyNode):
                     default=REFERENCES,
                     min=1,
                     max=20,
-                    tooltip=f"At most how many views to show the model. It was trained with up to {REFERENCES}; fewer are "
+                    tooltip=f"The most views to show the model. It was trained with up to {REFERENCES}; fewer are "
                     "faster.",
                 ),
                 io.Combo.Input(
                     "ask_for",
                     options=list(ASKING),
-                    tooltip="Prefer the views of an earlier path: for one that this path continues or mirrors.",
+                    tooltip="Prefer the views of an earlier path that this path continues or mirrors.",
                 ),
                 io.String.Input(
                     "ask_path", default="", tooltip="For ask_for: the name of the earlier path. Empty: the last one."
@@ -156,21 +158,21 @@ class WorldStereoScenePath(io.ComfyNode):
                     step=0.0005,
                     round=0.0001,
                     advanced=True,
-                    tooltip="Radius of a point, in units in which the shorter side of the picture is 2. The model was trained with "
-                    f"{RADIUS}.",
+                    tooltip="Radius of a point, in units in which the shorter side of the picture is 2. The model was "
+                    f"trained with {RADIUS}.",
                 ),
                 io.ClipVision.Input(
                     "clip_vision",
                     optional=True,
-                    tooltip="Where more views fit than references allows, helps to choose views that look different; "
-                    "without it, views whose cameras differ are chosen.",
+                    tooltip="If more views fit than references allows, it helps to choose ones that look different; "
+                    "without it, ones whose cameras differ are chosen.",
                 ),
             ],
             outputs=[
                 io.Image.Output(display_name="render_video"),
-                io.Mask.Output(display_name="render_mask", tooltip="1 where no point falls."),
+                io.Mask.Output(display_name="render_mask", tooltip="1 where there is no point."),
                 SceneReferences.Output(display_name="references", tooltip="For WorldStereo Conditioning."),
-                io.Image.Output(display_name="reference_images", tooltip="To look at."),
+                io.Image.Output(display_name="reference_images", tooltip="The chosen views, to look at."),
             ],
             hidden=[io.Hidden.unique_id],
         )
@@ -179,7 +181,7 @@ class WorldStereoScenePath(io.ComfyNode):
     @checked
     def execute(cls, scene, image, cameras, references, ask_for, ask_path, radius, clip_vision=None) -> io.NodeOutput:
         embed = None if clip_vision is None else lambda pictures: clip_vision.encode_image(pictures).image_embeds
-        outlook = look_along(
+        path = prepare_path(
             scene,
             image,
             cameras,
@@ -192,11 +194,11 @@ class WorldStereoScenePath(io.ComfyNode):
             get_torch_device(),
             ProgressBar(len(cameras)).update,
         )
-        views, ref_index = list(outlook.views), outlook.ref_index
-        chosen = References(outlook.pictures, scene.cameras[views], ref_index)
+        views, ref_index = list(path.views), path.ref_index
+        chosen = References(path.pictures, scene.cameras[views], ref_index)
         listed = ", ".join(f"{scene.names[view]} from keyframe {index + 1}" for view, index in zip(views, ref_index))
-        show_on_node(cls, f"{summary(scene.cloud, outlook.holes)}\nreferences: {listed}")
-        return io.NodeOutput(outlook.video, outlook.holes, chosen, outlook.pictures)
+        show_on_node(cls, f"{summary(scene.cloud, path.holes)}\nreferences: {listed}")
+        return io.NodeOutput(path.video, path.holes, chosen, path.pictures)
 
 
 class WorldStereoAddToScene(io.ComfyNode):
@@ -212,8 +214,10 @@ class WorldStereoAddToScene(io.ComfyNode):
             inputs=[
                 Scene.Input("scene"),
                 io.Image.Input("images", tooltip="The keyframes of the path, from WorldStereo Keyframe Decode."),
-                Cameras.Input("cameras", tooltip="The path's cameras; more than images are thinned evenly."),
-                io.String.Input("name", default="", tooltip="Of the path. Empty: path_1, path_2 and so on."),
+                Cameras.Input(
+                    "cameras", tooltip="The path's cameras; if there are more than images, they are thinned."
+                ),
+                io.String.Input("name", default="", tooltip="The path's name. Empty: path_1, path_2 and so on."),
                 io.Int.Input(
                     "remember",
                     default=8,
@@ -287,7 +291,8 @@ class WorldStereoContinue(io.ComfyNode):
                 Points.Output(display_name="points", tooltip="For scene of WorldStereo Camera Path."),
                 io.Float.Output(
                     display_name="fov",
-                    tooltip="The camera's horizontal field of view in degrees, for fov_x_degrees of Run MoGe Inference.",
+                    tooltip="The camera's horizontal field of view in degrees, for fov_x_degrees of Run MoGe "
+                    "Inference.",
                 ),
             ],
             hidden=[io.Hidden.unique_id],
@@ -296,7 +301,7 @@ class WorldStereoContinue(io.ComfyNode):
     @classmethod
     @checked
     def execute(cls, scene, view) -> io.NodeOutput:
-        number = go_on(scene, view.strip())
+        number = start_view(scene, view.strip())
         picture = scene.picture(number)
         fov = math.degrees(2 * math.atan(scene.cameras.width / 2 / scene.cameras.K[number, 0, 0].item()))
         show_on_node(cls, f"{scene.names[number]}, one of {len(scene)} views")
@@ -307,15 +312,17 @@ class WorldStereoExploreScene(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         def linked(type_, name, **options):
-            return type_.Input(name, raw_link=True, **options)  # handed on, so that ComfyUI's cache knows the source
+            return type_.Input(
+                name, raw_link=True, **options
+            )  # the link itself, so that ComfyUI's cache knows the source
 
         return io.Schema(
             node_id="WorldStereoExploreScene",
             display_name="WorldStereo Explore Scene",
             category=CATEGORY,
             description="Takes a list of paths through a scene, one after the other, each with the memory of those "
-            "before. It becomes ordinary nodes as it runs: a finished path is not computed again, also after an "
-            "interruption.",
+            "before. It becomes ordinary nodes when it runs, so a finished path is not computed again, not even after "
+            "an interruption.",
             search_aliases=["world", "explore", "walk through", "all paths", "scene trajectory"],
             inputs=[
                 linked(Scene, "scene", tooltip="From Start Scene, Load Scene or Add to Scene."),
@@ -336,8 +343,8 @@ class WorldStereoExploreScene(io.ComfyNode):
                     MoGeModel,
                     "moge_model",
                     optional=True,
-                    tooltip="From core's Load MoGe Model: the depth of each new path goes into the scene's point cloud. "
-                    "Without it the cloud stays that of the start.",
+                    tooltip="From core's Load MoGe Model: the depth of each new path adds to the scene's point cloud. "
+                    "Without it the cloud does not grow.",
                 ),
                 io.Combo.Input(
                     "paths",
@@ -348,23 +355,25 @@ class WorldStereoExploreScene(io.ComfyNode):
                     "own_list",
                     multiline=True,
                     default="left from first: orbit left 25\non: dolly in 0.2",
-                    tooltip=f"For {OWN_LIST}: one line per path, NAME [from VIEW]: PRESET AMOUNT [asks PATH | mirrors PATH]. "
-                    "Without a view it continues the path before. AMOUNT: degrees, or units of the scene's depth.",
+                    tooltip=f"For {OWN_LIST}: one line per path, NAME [from VIEW]: PRESET AMOUNT [asks PATH | mirrors "
+                    "PATH]. Without a view it continues the previous path. AMOUNT: degrees, or units of the scene's "
+                    "depth.",
                 ),
                 io.Int.Input(
                     "stop_after",
                     default=0,
                     min=0,
                     max=100,
-                    tooltip="Take only the first so many paths of the list; 0: all. Raise it to go on from there.",
+                    tooltip="Take only this many paths from the start of the list; 0: all. Raise it to continue from "
+                    "there.",
                 ),
-                io.Int.Input("keyframes", default=21, min=2, max=21, tooltip="Of each path."),
+                io.Int.Input("keyframes", default=21, min=2, max=21, tooltip="Keyframes of each path."),
                 io.Int.Input(
                     "references",
                     default=REFERENCES,
                     min=1,
                     max=20,
-                    tooltip="At most how many remembered views each path is shown.",
+                    tooltip="The most remembered views that each path is shown.",
                 ),
                 io.Int.Input(
                     "noise_seed",
@@ -372,7 +381,8 @@ class WorldStereoExploreScene(io.ComfyNode):
                     min=0,
                     max=0xFFFFFFFFFFFFFFFF,
                     control_after_generate=io.ControlAfterGenerate.fixed,
-                    tooltip="Of the first path; each following path adds one. Keep it fixed, or every path is computed anew each time.",
+                    tooltip="Seed of the first path; each following path adds one. Keep it fixed, or every path is "
+                    "computed again at each run.",
                 ),
                 io.Float.Input(
                     "cfg", default=1.0, min=0.0, max=100.0, step=0.1, tooltip="1 for memory-dmd, 5 for memory."
@@ -380,13 +390,13 @@ class WorldStereoExploreScene(io.ComfyNode):
                 io.String.Input(
                     "video_prefix",
                     default="video/scene",
-                    tooltip="Every path's keyframes are saved as a video under this name in ComfyUI's output folder. "
-                    "Empty: not saved, only shown.",
+                    tooltip="Each path's keyframes are saved as a video with this name in ComfyUI's output folder. "
+                    "Empty: only shown, not saved.",
                 ),
                 io.String.Input(
                     "scene_prefix",
                     default="",
-                    tooltip="The whole scene is saved after every path, each time in a new folder of this name in "
+                    tooltip="The whole scene is saved after each path, every time in a new folder with this name in "
                     "ComfyUI's output folder. Empty: not saved; connect Save Scene to save the last one.",
                 ),
             ],
@@ -402,7 +412,7 @@ class WorldStereoExploreScene(io.ComfyNode):
     @classmethod
     @checked
     def execute(cls, paths, own_list, stop_after, noise_seed, **inputs) -> io.NodeOutput:
-        for name in ("video_prefix", "scene_prefix"):  # before the work, not when it is saved
+        for name in ("video_prefix", "scene_prefix"):  # before the work, not when it is time to save
             check_prefix(name, inputs[name].strip())
         walks = read_walks(own_list if paths == OWN_LIST else LISTS[paths])
         walks = walks[: stop_after or len(walks)]
@@ -433,7 +443,8 @@ class WorldStereoExploreScene(io.ComfyNode):
         clip_vision=None,
         moge_model=None,
     ):
-        """Puts the nodes of one path into the graph. Returns the links to the scene with it, its keyframes, the points."""
+        """Adds the nodes of one path to the graph. Returns the links to the scene with the path, to its keyframes and
+        to the points."""
 
         def node(class_type, step, **values):
             given = {name: value for name, value in values.items() if value is not None}
@@ -508,7 +519,7 @@ class WorldStereoExploreScene(io.ComfyNode):
                 moge_model=moge_model,
                 image=images,
                 resolution_level=9,
-                fov_x_degrees=start(3),  # the path keeps its start's lens
+                fov_x_degrees=start(3),  # a path has the lens of its start
                 batch_size=4,
                 force_projection=True,
                 apply_mask=True,

@@ -1,4 +1,4 @@
-"""Scenes as files: saved and loaded as folders, and as Gaussians for core's splat nodes."""
+"""Nodes that save and load scenes as folders, and turn them into Gaussians for core's splat nodes."""
 
 import os
 
@@ -22,17 +22,18 @@ class WorldStereoSaveScene(io.ComfyNode):
             display_name="WorldStereo Save Scene",
             category=CATEGORY,
             description="Writes the scene as one folder into the output folder: for WorldStereo Load Scene, and with "
-            "pictures, cameras and points in the forms that nerfstudio, COLMAP and WorldMirror read.",
+            "pictures, cameras and points in the formats of nerfstudio, COLMAP and WorldMirror.",
             search_aliases=["export scene", "colmap", "nerfstudio", "transforms.json", "3dgs dataset", "worldmirror"],
             inputs=[
                 Scene.Input("scene"),
                 io.String.Input(
                     "filename_prefix",
                     default="worldstereo/scene",
-                    tooltip="Of a new folder in ComfyUI's output folder; a number is added, nothing is overwritten.",
+                    tooltip="The new folder's name in ComfyUI's output folder; a number is added, nothing is "
+                    "overwritten.",
                 ),
             ],
-            outputs=[Scene.Output(display_name="scene", tooltip="The same scene, to go on with.")],
+            outputs=[Scene.Output(display_name="scene", tooltip="The same scene, for the next node.")],
             is_output_node=True,
             hidden=[io.Hidden.unique_id],
         )
@@ -54,15 +55,15 @@ class WorldStereoLoadScene(io.ComfyNode):
             node_id="WorldStereoLoadScene",
             display_name="WorldStereo Load Scene",
             category=CATEGORY,
-            description="Reads a scene that WorldStereo Save Scene wrote; or views and points from a folder of COLMAP, "
-            "nerfstudio or WorldMirror, or a bank of views.",
+            description="Reads a scene that WorldStereo Save Scene has written, or views and points from a folder of "
+            "COLMAP, nerfstudio or WorldMirror, or a bank of views.",
             search_aliases=["import scene", "continue scene", "colmap", "nerfstudio", "bank", "open scene"],
             inputs=[
                 io.Combo.Input(
                     "folder",
                     options=scene_folders(),
-                    tooltip="A folder with scene.json, cameras.json, transforms.json or sparse/0/images.txt in ComfyUI's "
-                    "output or input folder. Press R to list folders made since the page was opened.",
+                    tooltip="A folder with scene.json, cameras.json, transforms.json or sparse/0/images.txt in "
+                    "ComfyUI's output or input folder. Press R to list folders made since the page was opened.",
                 )
             ],
             outputs=[Scene.Output(display_name="scene")],

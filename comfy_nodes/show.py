@@ -1,4 +1,4 @@
-"""Nodes that only show: the keyframes as a clip and as a sheet, a point cloud in 3-D. They save nothing."""
+"""Nodes that only show something and save nothing: the keyframes as a clip and as a sheet, a point cloud in 3-D."""
 
 import uuid
 from fractions import Fraction
@@ -25,15 +25,15 @@ class WorldStereoPreviewClip(io.ComfyNode):
             node_id="WorldStereoPreviewClip",
             display_name="WorldStereo Preview Clip",
             category=CATEGORY,
-            description="Plays the keyframes on the node, with the render they were guided by to their left, and lays "
-            "all of them out on one sheet. Nothing is saved.",
+            description="Plays the keyframes on the node, with the render that guided them to their left, and puts "
+            "all of them on one contact sheet. Nothing is saved.",
             search_aliases=["preview video", "contact sheet", "play", "compare", "side by side"],
             inputs=[
                 io.Image.Input("images", tooltip="The decoded keyframes, or what frame interpolation made of them."),
                 io.Image.Input(
                     "render_video",
                     optional=True,
-                    tooltip="Shown to the left of the keyframes. Where it has more frames, they are thinned evenly.",
+                    tooltip="Shown to the left of the keyframes. If it has more frames, they are thinned evenly.",
                 ),
                 io.Float.Input("fps", default=FPS, min=1.0, max=120.0, step=1.0, tooltip="Frames per second."),
             ],
@@ -72,9 +72,9 @@ class WorldStereoPointsTo3D(io.ComfyNode):
             node_id="WorldStereoPointsTo3D",
             display_name="WorldStereo Points to 3D",
             category=CATEGORY,
-            description="The point cloud for core's 3-D nodes, without saving it: a PLY for Preview Point Cloud, and a "
-            "splat, one round Gaussian for each point, for Create 3D File (from Splat) and Preview Splat. WorldStereo Save "
-            "Point Cloud saves.",
+            description="Converts the point cloud for core's 3-D nodes without saving it: a PLY for Preview Point "
+            "Cloud, and a splat, one round Gaussian per point, for Create 3D File (from Splat) and Preview Splat. To "
+            "save it use WorldStereo Save Point Cloud.",
             search_aliases=["ply", "preview points", "point cloud", "3d viewer", "gaussian splat"],
             inputs=[Points.Input("points")],
             outputs=[

@@ -18,7 +18,7 @@ from .cameras import MAX_SIDE, Cameras, cameras_from_json, check_count, json_siz
 COLMAP_FOCALS = {"SIMPLE_PINHOLE": 1, "PINHOLE": 2, "SIMPLE_RADIAL": 1, "RADIAL": 1, "OPENCV": 2, "FULL_OPENCV": 2}
 REALESTATE_NUMBERS = 19  # a line
 REALESTATE_HEIGHT = 720  # pixels
-MAX_NAME = 1000  # characters of a picture's name that order it
+MAX_NAME = 1000  # characters of a picture's name by which it is sorted
 MAX_LINES, MAX_LINE = 100_000, 1 << 23  # of a text file, and characters of a line of 2-D points
 MAX_LENSES = 10_000  # of a cameras.txt
 LENS_KEYS = ("w", "h", "fl_x", "fl_y", "cx", "cy", "camera_angle_x")  # of a transforms.json, for all or a frame
@@ -26,9 +26,9 @@ OPENGL_TO_OPENCV = torch.diag(torch.tensor([1.0, -1.0, -1.0, 1.0], dtype=torch.f
 
 
 def files_of(path: Path) -> list[Path]:
-    """The files that `read_cameras` reads for a path: itself and, for COLMAP's images.txt, the cameras.txt beside it,
-    in letters of any case; the one written alike goes first."""
-    intrinsics = path.with_name(re.sub("images", _cameras_written_alike, path.name, flags=re.IGNORECASE))
+    """The files that `read_cameras` reads for a path: the file itself and, for COLMAP's images.txt, the cameras.txt
+    beside it, in any case; one in the same case as images.txt is preferred."""
+    intrinsics = path.with_name(re.sub("images", _cameras_in_the_same_case, path.name, flags=re.IGNORECASE))
     if path.suffix.lower() != ".txt" or intrinsics == path:
         return [path]
     beside = [entry for entry in path.parent.iterdir() if entry.name.lower() == intrinsics.name.lower()]
@@ -36,16 +36,17 @@ def files_of(path: Path) -> list[Path]:
     return [path, *beside[:1]]
 
 
-def _cameras_written_alike(images: re.Match) -> str:
-    """ "cameras", "Cameras" or "CAMERAS", as "images" is written."""
+def _cameras_in_the_same_case(images: re.Match) -> str:
+    """ "cameras", "Cameras" or "CAMERAS", in the case of "images"."""
     return "CAMERAS" if images[0].isupper() else "Cameras" if images[0].istitle() else "cameras"
 
 
 def read_cameras(path: str | Path) -> tuple[Cameras, str]:
-    """The cameras of a file and, in words, what it was read as.
+    """The cameras of a file, and what kind of file it was read as, in words.
 
-    A JSON with `extrinsic` is a camera.json, one with `frames` a NeRF transforms.json; a text file of
-    19 numbers a line is RealEstate10K's, any other COLMAP's images.txt, whose cameras.txt lies beside it. Raises ValueError that names the file and what to do.
+    A JSON file with `extrinsic` is a camera.json, one with `frames` a NeRF transforms.json. A text file of 19 numbers
+    per line is RealEstate10K's, any other one COLMAP's images.txt, which needs its cameras.txt beside it. Raises
+    ValueError, which names the file and says what to do, and OSError.
     """
     path = Path(path)
     try:
@@ -61,8 +62,8 @@ def read_cameras(path: str | Path) -> tuple[Cameras, str]:
 
 
 def picture_names(path: Path) -> list[str]:
-    """The names of the pictures of a NeRF transforms.json or COLMAP's images.txt that `read_cameras` read, in the order
-    of its cameras. Raises ValueError for a frame without one."""
+    """The picture names in a NeRF transforms.json or COLMAP's images.txt that `read_cameras` has read, in the order of
+    its cameras. Raises ValueError for a frame without one."""
     if path.suffix.lower() == ".json":
         names = [frame.get("file_path") for frame in json.read(path, limit=json.CAMERA_LIMIT)["frames"]]
         if not all(isinstance(name, str) and name for name in names):
@@ -78,7 +79,7 @@ def _read_text(path: Path) -> str:
     try:
         text = read_regular(path, json.CAMERA_LIMIT).decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{shown(path.name)} is no text in UTF-8: {error.reason} at byte {error.start}.") from error
+        raise ValueError(f"{shown(path.name)} is not UTF-8 text: {error.reason} at byte {error.start}.") from error
     text = text.replace("\r\n", "\n").replace("\r", "\n").rstrip()
     if text.count("\n") > MAX_LINES:
         raise ValueError(f"{shown(path.name)} has more than {MAX_LINES} lines; no more are read.")
@@ -86,7 +87,7 @@ def _read_text(path: Path) -> str:
 
 
 def _every_so_often(entries, every=1000):
-    """The entries, checking for ComfyUI's interrupt now and then."""
+    """The entries; ComfyUI's interrupt is checked at every `every`-th."""
     for number, entry in enumerate(entries):
         if number % every == 0:
             throw_exception_if_processing_interrupted()
@@ -98,13 +99,14 @@ def _matrix(fx, fy, cx, cy) -> list[list[float]]:
 
 
 def _of_one_size(w2c, K, sizes, width, height) -> Cameras:
-    """Cameras of one picture size, from intrinsics in pixels of pictures that each have their own (width, height)."""
+    """Cameras for pictures of width x height, from intrinsics in pixels of pictures whose (width, height) are
+    `sizes`."""
     scale = torch.tensor([[width / w, height / h, 1.0] for w, h in sizes], dtype=torch.float64)
     return Cameras(w2c, torch.tensor(K, dtype=torch.float64) * scale[:, :, None], width, height)
 
 
 def _is_realestate(text: str) -> bool:
-    """Whether the first line of numbers, at most one line in, has RealEstate10K's 19."""
+    """Whether the first or the second line has RealEstate10K's 19 numbers."""
     return any(_numbers(line) for line in text.split("\n", 2)[:2])
 
 
@@ -118,11 +120,12 @@ def _numbers(line: str) -> list[float] | None:
 
 
 def _realestate(text: str) -> tuple[Cameras, str]:
-    """RealEstate10K's camera file, as CameraCtrl takes it too: the video's address on the first line (or none), then a
-    line a frame: time, fx, fy, cx, cy as shares of the picture's width and height, two zeros, and the 12 numbers of the
-    world-to-camera pose by rows.
+    """RealEstate10K's camera file, which CameraCtrl uses too: the video's address on the first line (or not), then one
+    line per frame: time, fx, fy, cx, cy as fractions of the picture's width and height, two zeros, and the 12 numbers
+    of the world-to-camera pose, row by row.
 
-    The picture's size is not in it; pixels are taken to be square, which gives its shape. Raises ValueError.
+    The file does not give the picture's size. Its shape follows from the assumption that pixels are square. Raises
+    ValueError.
     """
     lines = text.split("\n")
     if _numbers(lines[0]) is None:
@@ -135,8 +138,8 @@ def _realestate(text: str) -> tuple[Cameras, str]:
         values = _numbers(line)
         if values is None:
             raise ValueError(
-                f"Line {number} is no RealEstate10K camera: {REALESTATE_NUMBERS} numbers, a time, fx fy cx cy, two "
-                "zeros and a 3x4 pose."
+                f"Line {number} is not a RealEstate10K camera: {REALESTATE_NUMBERS} numbers, which are a time, fx fy "
+                "cx cy, two zeros and a 3x4 pose."
             )
         rows.append(values)
     if not rows:
@@ -144,7 +147,7 @@ def _realestate(text: str) -> tuple[Cameras, str]:
     values = torch.tensor(rows, dtype=torch.float64)
     fx, fy, cx, cy = values[:, 1:5].unbind(1)
     if not ((fx > 0) & (fy > 0) & (values[:, 1:5].abs() < 100).all(1)).all():
-        raise ValueError("fx, fy, cx and cy must be shares of the picture's width and height, fx and fy above 0.")
+        raise ValueError("fx, fy, cx and cy must be fractions of the picture's width and height, fx and fy above 0.")
     height = REALESTATE_HEIGHT
     width = max(1, round(min(height * (fy[0] / fx[0]).item(), MAX_SIDE)))
     w2c = torch.eye(4, dtype=torch.float64).repeat(len(rows), 1, 1)
@@ -155,12 +158,14 @@ def _realestate(text: str) -> tuple[Cameras, str]:
 
 
 def _colmap(text: str, path: Path) -> tuple[Cameras, str]:
-    """COLMAP's images.txt, in which a pose line and a line of 2-D points alternate; poses are world-to-camera in OpenCV axes."""
+    """COLMAP's images.txt, in which a pose line and a line of 2-D points alternate. Poses are world-to-camera in OpenCV
+    axes. Raises ValueError."""
     cameras_path = files_of(path)[-1]
     if cameras_path == path:
         raise ValueError(
-            "A text file is read as RealEstate10K's (19 numbers a line) or else as COLMAP's images.txt, whose intrinsics stand in cameras.txt: put both "
-            "into the input folder (room_images.txt and room_cameras.txt will do) and choose the images."
+            "A text file must be RealEstate10K's (19 numbers per line) or COLMAP's images.txt, whose intrinsics are in "
+            "cameras.txt: put both into the input folder (such as room_images.txt and room_cameras.txt) and choose the "
+            "images."
         )
     intrinsics = _colmap_intrinsics(cameras_path)
     poses, lines = [], _lines(text)
@@ -168,9 +173,9 @@ def _colmap(text: str, path: Path) -> tuple[Cameras, str]:
         del lines[0]
     check_count(lines[::2])
     for number, line in _every_so_often(lines[1::2]):
-        if len(line) > MAX_LINE or len(line.split()) % 3:  # X, Y and the point's id by turns
+        if len(line) > MAX_LINE or len(line.split()) % 3:  # X, Y and the id of each point
             raise ValueError(
-                f"Line {number} is no list of 2-D points: one follows each pose, and may be an empty line."
+                f"Line {number} is not a list of 2-D points: each pose is followed by one, which may be an empty line."
             )
     for number, line in _every_so_often(lines[::2]):
         fields = line.split(maxsplit=9)
@@ -178,7 +183,7 @@ def _colmap(text: str, path: Path) -> tuple[Cameras, str]:
             quaternion, translation = [float(f) for f in fields[1:5]], [float(f) for f in fields[5:8]]
             camera, name = fields[8], fields[9]
         except (ValueError, IndexError):
-            raise ValueError(f"Line {number} is no COLMAP pose: ID QW QX QY QZ TX TY TZ CAMERA_ID NAME.") from None
+            raise ValueError(f"Line {number} is not a COLMAP pose: ID QW QX QY QZ TX TY TZ CAMERA_ID NAME.") from None
         if camera not in intrinsics:
             raise ValueError(
                 f"Line {number} names camera {shown(camera)}, which {shown(cameras_path.name)} does not hold."
@@ -195,7 +200,7 @@ def _colmap(text: str, path: Path) -> tuple[Cameras, str]:
 
 
 def _colmap_intrinsics(path: Path) -> dict[str, tuple[list[list[float]], tuple[int, int]]]:
-    """The intrinsic matrix and picture size of each camera id in a cameras.txt."""
+    """The intrinsic matrix and picture size of each camera id in a cameras.txt. Raises ValueError."""
     cameras: dict[str, tuple[list[list[float]], tuple[int, int]]] = {}
     name = shown(path.name)
     for number, line in _every_so_often(_lines(_read_text(path))):
@@ -208,7 +213,7 @@ def _colmap_intrinsics(path: Path) -> dict[str, tuple[list[list[float]], tuple[i
         focals = COLMAP_FOCALS.get(model)
         if focals is None:
             raise ValueError(
-                f"{name}, line {number}: the camera model {shown(model)} is none of "
+                f"{name}, line {number}: the camera model {shown(model)} is not one of "
                 f"{', '.join(COLMAP_FOCALS)}; undistort the model with COLMAP first."
             )
         try:
@@ -216,7 +221,7 @@ def _colmap_intrinsics(path: Path) -> dict[str, tuple[list[list[float]], tuple[i
             values = [float(value) for value in numbers[2:]]
             cx, cy = values[focals : focals + 2]
         except (ValueError, IndexError):
-            raise ValueError(f"{name}, line {number} is no camera: CAMERA_ID MODEL WIDTH HEIGHT PARAMS.") from None
+            raise ValueError(f"{name}, line {number} is not a camera: CAMERA_ID MODEL WIDTH HEIGHT PARAMS.") from None
         if not (0 < width <= MAX_SIDE and 0 < height <= MAX_SIDE):
             raise ValueError(
                 f"{name}, line {number}: the picture size {width}x{height} cannot be used; sides are 1 to {MAX_SIDE}."
@@ -241,7 +246,7 @@ def _natural(name: str) -> list[tuple[int, str]]:
 
 def _pose(matrix) -> torch.Tensor:
     if not isinstance(matrix, list) or len(matrix) > 16:
-        raise ValueError("`transform_matrix` is no 4x4 matrix")
+        raise ValueError("`transform_matrix` is not a 4x4 matrix")
     return torch.tensor(matrix, dtype=torch.float64).view(4, 4)
 
 
@@ -263,7 +268,7 @@ def _nerf(content: dict) -> tuple[Cameras, str]:
         except KeyError as error:
             raise ValueError(
                 f"Frame {number} has no `{error.args[0]}`: it needs a 4x4 `transform_matrix`, the picture "
-                "size `w`, `h` and the lens, `fl_x` or `camera_angle_x`; size and lens may stand once for "
+                "size `w`, `h` and the lens, `fl_x` or `camera_angle_x`; size and lens may be given once for "
                 "the whole file."
             ) from None
         except (TypeError, ValueError, RuntimeError, ZeroDivisionError, OverflowError) as error:

@@ -1,4 +1,4 @@
-"""Camera paths from presets, the lens and the pose they start with, and a drawing of where the cameras go."""
+"""Camera paths from presets, the lens and pose they start with, and a drawing of the path."""
 
 import logging
 import math
@@ -16,7 +16,7 @@ from .level import guess_pitch
 from .pictures import resize_pictures, within
 from .pointcloud import OPENCV_TO_Y_UP, PointCloud
 
-# Axes of the starting camera, except `vertical`, the world's y axis; signs turn or move along OpenCV's (y down).
+# Axes of the starting camera, except `vertical`, the world's y axis. Signs are in OpenCV's axes (y down).
 AROUND_CENTRE = {
     "orbit left": ("vertical", 1),
     "orbit right": ("vertical", -1),
@@ -40,7 +40,7 @@ STRAIGHT = {
     "pedestal down": ("vertical", 1),
 }
 SPIRAL, ELLIPSE = "spiral", "ellipse loop"
-ELLIPSE_RISE = 4 / 3  # height of the ellipse loop to its width
+ELLIPSE_RISE = 4 / 3  # the ellipse loop's height divided by its width
 PRESETS = (*AROUND_CENTRE, *STRAIGHT, *ON_THE_SPOT, SPIRAL, ELLIPSE)
 
 EASINGS = {
@@ -58,7 +58,7 @@ FULL_FRAME_WIDTH = 36.0  # mm
 
 @dataclass(frozen=True)
 class Move:
-    """One preset: degrees where it turns, distance in units of the scene's depth where it travels."""
+    """A preset and its settings: degrees if it turns, distance in units of the scene's depth if it travels."""
 
     preset: str
     degrees: float
@@ -69,7 +69,7 @@ class Move:
 
 
 def pinhole(width: int, height: int, focal: float, yaw: float = 0.0, pitch: float = 0.0) -> Cameras:
-    """One camera at the origin of a level world. focal in pixels; yaw (right) and pitch (up) in degrees."""
+    """One camera at the origin of a level world. focal: in pixels; yaw (to the right) and pitch (up): in degrees."""
     K = torch.tensor([[[focal, 0, width / 2], [0, focal, height / 2], [0, 0, 1]]])
     c2w = torch.eye(4, dtype=torch.float64)[None]
     c2w[:, :3, :3] = _turn((0, 1, 0), [math.radians(yaw)]) @ _turn((1, 0, 0), [math.radians(pitch)])
@@ -77,7 +77,7 @@ def pinhole(width: int, height: int, focal: float, yaw: float = 0.0, pitch: floa
 
 
 def focal_length(lens: str, value: float, width: int) -> float:
-    """The focal length in pixels of a picture `width` wide. lens: one of LENSES, value: its number.
+    """The focal length in pixels for a picture `width` pixels wide. lens: one of LENSES; value: its degrees or mm.
 
     Raises ValueError for a field of view outside 0..180 degrees and a focal length that is not positive.
     """
@@ -92,10 +92,10 @@ def focal_length(lens: str, value: float, width: int) -> float:
 
 
 def camera_of_viewer(info: dict, width: int, height: int, lens: str, value: float) -> tuple[Cameras, float]:
-    """The camera of core's 3-D viewer (LOAD3D_CAMERA) and its distance to what it looks at.
+    """The camera of core's 3-D viewer (LOAD3D_CAMERA) and its distance to the viewer's target.
 
     The viewer's world (y up, z backward) becomes OpenCV's by half a turn about x. The lens "auto" takes the viewer's
-    vertical field of view and zoom. Raises ValueError for an orthographic camera and for values that make no camera.
+    vertical field of view and zoom. Raises ValueError for an orthographic camera and for values that cannot be used.
     """
     if info.get("cameraType") == "orthographic":
         raise ValueError("The 3-D viewer's camera is orthographic: switch it to perspective.")
@@ -120,7 +120,8 @@ def camera_of_viewer(info: dict, width: int, height: int, lens: str, value: floa
 
 
 def camera_of_moge(geometry: dict, width: int, height: int, lens: str, value: float, pitch: float) -> Cameras:
-    """A level world's camera for the picture of core's MOGE_GEOMETRY; the lens "auto" takes MoGe's estimate."""
+    """The camera, at the origin of a level world, that took the picture of core's MOGE_GEOMETRY. pitch: in degrees. The
+    lens "auto" takes MoGe's estimate. Raises ValueError as `focal_length` does."""
     camera = pinhole(width, height, focal_length(lens, value, width), pitch=pitch)
     if lens != LENSES[0]:
         return camera
@@ -129,8 +130,8 @@ def camera_of_moge(geometry: dict, width: int, height: int, lens: str, value: fl
 
 
 def depth_of_scene(cloud: PointCloud, cameras: Cameras) -> float:
-    """The median depth of the points that the last camera sees or, where it sees none, of those the first camera sees.
-    Raises ValueError where neither sees any."""
+    """The median depth of the points that the last camera sees or, if it sees none, the first camera. Raises ValueError
+    if neither sees any."""
     for i in (-1, 0):
         x, y, z = cameras.w2c[i, :3, :3] @ cloud.points.T + cameras.w2c[i, :3, 3:]
         u, v, w = cameras.K[i] @ torch.stack([x, y, z])
@@ -141,10 +142,10 @@ def depth_of_scene(cloud: PointCloud, cameras: Cameras) -> float:
 
 
 def move_on(start: Cameras, move: Move, depth: float) -> Cameras:
-    """`start` and, from its last camera on, the preset's path of `keyframes` cameras, the first of them that camera.
+    """`start`, continued by the preset: a path of `keyframes` cameras, of which the first is the last of `start`.
 
-    The centre of the scene lies `depth` straight ahead of where the preset starts. Raises ValueError for fewer than 2
-    keyframes and a depth that is not positive.
+    The centre of the scene lies straight ahead of that camera, at `depth`. Raises ValueError for fewer than 2
+    keyframes, a depth that is not positive, and a path that looks at the centre straight from above or below.
     """
     if move.keyframes < 2:
         raise ValueError(f"keyframes is {move.keyframes}: a path needs at least 2.")
@@ -194,14 +195,14 @@ def _turn(axis, angles) -> torch.Tensor:
 
 
 def _looking_at(eyes, centre, down) -> torch.Tensor:
-    """Camera-to-world rotations [N, 3, 3] that look from eyes [N, 3] at the centre, their y axis as near to `down` as
-    can be. Raises ValueError where `down` is parallel to the line of sight."""
+    """Camera-to-world rotations [N, 3, 3] that look from eyes [N, 3] at the centre, with the y axis as close to `down`
+    as possible. Raises ValueError if `down` is parallel to the line of sight."""
     forward = torch.nn.functional.normalize(centre - eyes, dim=1)
     right = torch.linalg.cross(down.expand_as(forward), forward)
     if (right.norm(dim=1) < 1e-6).any():
         raise ValueError(
-            "Somewhere the path looks at the centre of the scene straight from above or below, where it "
-            "has no upright: shorten the path, or set look_at_centre off."
+            "At some point the path looks at the centre of the scene straight from above or below, where no direction "
+            "is up: shorten the path, or set look_at_centre to off."
         )
     right = torch.nn.functional.normalize(right, dim=1)
     return torch.stack([right, torch.linalg.cross(forward, right), forward], dim=2)
@@ -224,11 +225,14 @@ def beginning(
     start: Cameras | dict | None,
     points_size: tuple[int, int] | None = None,
 ) -> tuple[Cameras, float, PointCloud | None]:
-    """Where a path for the picture [1, H, W, C] begins: its first cameras, the scene's depth there, and its points.
+    """How a path for the picture [1, H, W, C] begins: its first cameras, the scene's depth there, and the scene's
+    points.
 
-    scene: core's MOGE_GEOMETRY of the picture or a point cloud; start: cameras to continue, or core's LOAD3D_CAMERA.
-    scene_depth 0 stands for the median depth of the scene, else the viewer's distance to its target, else 1.
-    points_size: height and width of the picture that becomes points; by default its own, of at most POINTS_PIXELS.
+    lens, lens_value: as for `focal_length`. start_pitch: in degrees. scene: core's MOGE_GEOMETRY of the picture or a
+    point cloud; start: cameras to continue, or core's LOAD3D_CAMERA. scene_depth 0 stands for the median depth of the
+    scene, else the viewer's distance to its target, else 1. points_size: height and width that the picture is resized
+    to before it becomes points; by default its own size, of at most POINTS_PIXELS. Raises ValueError for a lens, viewer
+    camera or geometry that cannot be used, and if the camera sees none of the scene's points.
     """
     height, width = image.shape[1:3]
     depth = 1.0
@@ -254,12 +258,12 @@ def beginning(
 
 
 def pitch_or_guess(start_pitch: float, scene: dict | PointCloud | None) -> tuple[float, str]:
-    """The pitch in degrees estimated from the normals of MoGe's geometry, or start_pitch where that is not possible;
-    and which of the two, in words."""
+    """The pitch in degrees, estimated from the normals of MoGe's geometry or, if that is not possible, start_pitch; and
+    which of the two it is, in words."""
     found = guess_pitch(scene["normal"][0]) if isinstance(scene, dict) and "normal" in scene else None
     if found is None:
         return start_pitch, f"no pitch could be guessed: start_pitch, {start_pitch:g} degrees, is used"
-    return found, f"the camera is taken to look {found:+.0f} degrees up"
+    return found, f"estimated pitch of the camera: {found:+.0f} degrees"
 
 
 def plan_path(
@@ -274,14 +278,15 @@ def plan_path(
     guess: bool = False,
 ) -> tuple[Cameras, torch.Tensor, str]:
     """A path for the picture [1, H, W, C], its drawing [1, h, w, 3], and what was assumed, in words. The arguments are
-    those of `beginning`; guess: estimate the pitch from the normals of MoGe's geometry in place of start_pitch."""
+    those of `beginning`; guess: estimate the pitch from the normals of MoGe's geometry instead of using start_pitch.
+    Raises ValueError as `beginning` and `move_on` do."""
     assumed = []
     if guess and start is None:
         start_pitch, words = pitch_or_guess(start_pitch, scene)
         assumed.append(words)
     first, depth, cloud = beginning(image, lens, lens_value, scene_depth, start_pitch, scene, start)
     if scene is None and not scene_depth and not isinstance(start, dict):
-        assumed.append("no scene is connected: its depth is taken for 1. Connect MoGe's geometry to scene")
+        assumed.append("no scene is connected, so its depth is assumed to be 1. Connect MoGe's geometry to scene")
         logging.warning("WorldStereo Camera Path: %s.", assumed[-1])
     else:
         assumed.append(f"scene depth {depth:.3g}")
@@ -290,24 +295,25 @@ def plan_path(
 
 
 def extent(cameras: Cameras) -> float:
-    """The largest distance of a camera from the first one, or 1 where all stand still."""
+    """The largest distance of a camera from the first one, in scene units, or 1 if none moves."""
     centre = centres(cameras.w2c)
     return (centre - centre[0]).norm(dim=1).max().item() or 1.0
 
 
 # The drawing
 
-PANEL = 512  # pixels a side of each view
+PANEL = 512  # pixels, the side of each of the two views
 MARGIN = 56
-TEXT = 26  # readable where a node shows the drawing at 40 %
+TEXT = 26  # still readable when a node shows the drawing at 40 %
 DOT = 8  # radius of the marks at start and end
 FRUSTA = 21  # more would hide each other
 INK, PAPER, GRID = (225, 225, 225), (24, 24, 27), (70, 70, 75)
 
 
 def draw_path(cameras: Cameras, depth: float, cloud: PointCloud | None = None) -> torch.Tensor:
-    """The path from above and from the side, [1, PANEL, 2 PANEL, 3] in 0..1: cameras as frusta, coloured from the
-    first (blue, "start") to the last (red, "end"), over the scene's points, with the scale in scene units."""
+    """The path from above and from the side, [1, PANEL, 2·PANEL, 3] in 0..1: cameras as frusta, coloured from the first
+    (blue, "start") to the last (red, "end"), over the scene's points, with a scale bar in scene units. depth: the
+    scene's, from which the frusta get their size."""
     views = [("from above", (0, 2), (1, -1)), ("from the side, forward to the right", (2, 1), (1, 1))]
     panels = []
     cameras = cameras.thinned(FRUSTA)
@@ -356,7 +362,8 @@ def draw_path(cameras: Cameras, depth: float, cloud: PointCloud | None = None) -
 
 
 def _frusta(cameras: Cameras, length: float) -> torch.Tensor:
-    """One stroke a camera, [N, points, 3]: from its centre to its picture's corners at depth `length`, and around."""
+    """One polyline per camera, [N, points, 3]: from its centre to its picture's corners at depth `length`, and
+    around."""
     w, h = cameras.width, cameras.height
     corners = torch.tensor([[0.0, 0, 1], [w, 0, 1], [w, h, 1], [0, h, 1]])
     rays = (torch.linalg.inv(cameras.K) @ corners.T * length).mT

@@ -16,18 +16,18 @@ from ..files.atomic import new_file
 from ..files.text import shown
 
 RIGID_TOLERANCE = 1e-3
-LARGEST = 1e12  # of a pose or lens: float32, in which both are kept, still multiplies and squares it
+LARGEST = 1e12  # number in a pose or lens: float32, in which both are kept, can still represent products and squares
 SMALLEST_FOCAL = 1e-3  # pixels
 MAX_SIDE = 1 << 16  # pixels of a camera's picture
 MAX_CAMERAS = 10_000  # of a path or a file
 CAMERA_0_DISTANCE = 2.0  # of camera 0 from the centre of the path, after normalisation
-OUTLIER_FACTOR = 10.0  # times OUTLIER_QUANTILE of the distances to the median centre
+OUTLIER_FACTOR = 10.0  # outliers are farther from the median centre than this times OUTLIER_QUANTILE of the distances
 OUTLIER_QUANTILE = 0.97
 
 
 def thin(count: int, wanted: int) -> torch.Tensor:
-    """The indices of at most `wanted` of `count` frames: linspace(0, count - 1, wanted) truncated, as WorldStereo thins
-    its videos. By NumPy, as there: where the exact place is a whole number, its rounding decides."""
+    """The indices [n] of at most `wanted` of `count` frames: linspace(0, count - 1, wanted), truncated, as WorldStereo
+    thins its videos. It must be NumPy's linspace, as there: where the exact value is whole, its rounding decides."""
     return torch.from_numpy(np.linspace(0, count - 1, min(count, wanted)).astype(np.int64))
 
 
@@ -49,9 +49,9 @@ def rigid_inverse(poses: torch.Tensor) -> torch.Tensor:
 class Cameras:
     """N cameras of one width x height picture.
 
-    w2c [N, 4, 4]: world-to-camera poses, rigid. K [N, 3, 3]: intrinsics in pixels, where the picture spans 0..width and
+    w2c [N, 4, 4]: rigid world-to-camera poses. K [N, 3, 3]: intrinsics in pixels, where the picture spans 0..width and
     0..height, so that a centred principal point is (width / 2, height / 2). Both are checked in float64 and kept in
-    float32. Raises ValueError, naming the camera, for values that no picture can be taken with.
+    float32. Raises ValueError, naming the camera, for poses and intrinsics that are not those of a pinhole camera.
     """
 
     w2c: torch.Tensor
@@ -103,7 +103,8 @@ class Cameras:
         return len(self.w2c)
 
     def __getitem__(self, index):
-        """The cameras at a slice, a list of indices or one index, as Cameras. Raises IndexError outside 0..N-1."""
+        """The cameras at a slice, a list of indices or one index, as Cameras. Raises IndexError for one out of
+        range."""
         index = [index] if isinstance(index, int) else index
         return Cameras(self.w2c[index], self.K[index], self.width, self.height)
 
@@ -154,15 +155,16 @@ def json_size(value: Any, key: str) -> int:
 
 
 def write_camera_json(path: Path, cameras: Cameras) -> None:
-    """Writes the cameras as camera.json, with the picture's width and height. It appears when it is complete.
+    """Writes the cameras as camera.json, with the picture's width and height. The file appears only when it is
+    complete.
 
-    Raises FileExistsError for a name that is taken, and OSError, naming file and cause.
+    Raises FileExistsError if the name is taken, and OSError, naming the file and the cause.
     """
     with new_file(path) as file:
         for key, matrices in (("extrinsic", cameras.w2c), ("intrinsic", cameras.K)):
             opening = "{" if key == "extrinsic" else ""
             file.write(f'{opening}"{key}": [\n'.encode())
-            for number, matrix in enumerate(matrices):  # one by one: as a whole they would take many times their size
+            for number, matrix in enumerate(matrices):  # one by one: as JSON all of them take many times their memory
                 throw_exception_if_processing_interrupted()
                 file.write((",\n" if number else "").encode() + json.dumps(matrix.tolist()).encode())
             file.write(b"\n],\n")
@@ -172,8 +174,9 @@ def write_camera_json(path: Path, cameras: Cameras) -> None:
 def normalise(w2c: torch.Tensor, targets: int | None = None) -> torch.Tensor:
     """Poses [N, 4, 4] in the frame and scale that the weights were trained with, in float64.
 
-    Camera 0 becomes the world's axes, the mean camera centre its origin, and the distance of camera 0 from there 2. The
-    mean and the scale come from the first `targets` poses (default: all), so that references can follow their targets.
+    The world's axes become those of camera 0, its origin the mean camera centre (without outliers), and the distance of
+    camera 0 from there becomes 2. Mean and scale come from the first `targets` poses (default: all), so that references
+    can be appended to their targets.
     """
     w2c = w2c.double()
     w2c = w2c @ rigid_inverse(w2c[0])
@@ -190,17 +193,18 @@ def normalise(w2c: torch.Tensor, targets: int | None = None) -> torch.Tensor:
 
 
 def plucker(w2c: torch.Tensor, K: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """The rays of every pixel, [6, N, height, width] float32: unit direction d, then moment o x d, in world axes.
+    """The Plücker coordinates of every pixel's ray, [6, N, height, width] float32: unit direction d, then moment o x d,
+    in world axes.
 
-    w2c [N, 4, 4] as `normalise` gives it, K [N, 3, 3] in pixels of the width x height picture. A ray goes through
-    (x - 0.5, y + 0.5) for the pixel in column x and row y: the -0.5 is what the weights were trained with.
+    w2c [N, 4, 4] from `normalise`, K [N, 3, 3] in pixels of the width x height picture. A ray goes through
+    (x - 0.5, y + 0.5) for the pixel in column x and row y; the weights were trained with that -0.5.
     """
     w2c, K = w2c.double(), K.double()
     y, x = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) - 0.5, indexing="ij")
     pixels = torch.stack([x, y, torch.ones_like(x)]).double().reshape(3, -1)
     to_rays, origin = w2c[:, :3, :3].mT @ torch.linalg.inv(K), centres(w2c).unsqueeze(-1)
     rays = torch.empty(6, len(w2c), height, width)
-    for camera in range(len(w2c)):  # one by one: in float64 all of them would take many times their size
+    for camera in range(len(w2c)):  # one by one: the float64 intermediates of all would take many times the result
         throw_exception_if_processing_interrupted()
         direction = to_rays[camera] @ pixels
         direction = direction / direction.norm(dim=0, keepdim=True)
@@ -217,7 +221,7 @@ def quaternions_and_translations(w2c: torch.Tensor) -> torch.Tensor:
 def rotation_to_quaternion(R: torch.Tensor) -> torch.Tensor:
     """Unit quaternions [N, 4] (w, x, y, z; w >= 0) of rotations [N, 3, 3].
 
-    The matrix 4·q·qᵀ is linear in R; its row of the largest diagonal is q up to scale, free of cancellation.
+    The matrix 4·q·qᵀ is linear in R. Its row with the largest diagonal element is q up to scale, without cancellation.
     """
     (m00, m01, m02), (m10, m11, m12), (m20, m21, m22) = R.permute(1, 2, 0)
     outer = torch.stack(

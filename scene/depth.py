@@ -1,12 +1,12 @@
-"""From a picture and its depth to coloured points, by the rules of the renders that WorldStereo was trained on:
-far depths drawn in, edges and invalid depths dropped."""
+"""From a picture and its depth to coloured points, by the rules of the renders that WorldStereo was trained on: far
+depths are compressed, edges and invalid depths dropped."""
 
 import torch
 import torch.nn.functional as F
 
 from .pointcloud import PointCloud
 
-FAR_MEDIANS = 8.0  # depths beyond this many medians are drawn in
+FAR_MEDIANS = 8.0  # depths beyond this many medians are compressed
 NO_DEPTH_DISPARITY = 1e7  # what the edge test sees where there is no depth
 EDGE_STEEPNESS, EDGE_KEEP = 10.0, 0.35
 DEPTH_PICTURES = ("disparity: near is white", "depth: near is black")
@@ -22,7 +22,7 @@ def depth_of_moge(geometry: dict) -> torch.Tensor:
         raise ValueError("The MoGe geometry holds no depth.")
     if "intrinsics" not in geometry:
         raise ValueError(
-            "This MoGe geometry is of a panorama: connect it to WorldStereo Panorama, and that node's point cloud here."
+            "This MoGe geometry is a panorama's: connect it to WorldStereo Panorama, and that node's point cloud here."
         )
     depth = geometry["depth"].float().cpu()
     if len(depth) != 1:
@@ -44,7 +44,8 @@ def depth_of_picture(image: torch.Tensor, kind: str, near: float, far: float) ->
     """The depth [H, W] that a grey picture [1, H, W, C] in 0..1 stands for, in the units of near and far.
 
     kind is one of DEPTH_PICTURES: disparity runs from 1/far (black) to 1/near (white), depth from near (black) to far
-    (white); a metric depth map is the latter with near 0 and the scale as far. Raises ValueError.
+    (white); a metric depth map is the latter with near 0 and its scale as far. Raises ValueError for several pictures,
+    a coloured one, and near and far that do not fit.
     """
     if len(image) != 1:
         raise ValueError(f"The depth picture is a batch of {len(image)}; WorldStereo starts from one picture.")
@@ -62,18 +63,20 @@ def depth_of_picture(image: torch.Tensor, kind: str, near: float, far: float) ->
 
 
 def draw_in(depth: torch.Tensor) -> torch.Tensor:
-    """Depths; each d beyond m = 8 times the median of the positive ones becomes 2m - m²/d, which stays below 2m."""
+    """Depths [P] with the far ones compressed: d beyond m, 8 times the median of the positive ones, becomes 2m - m²/d,
+    which stays below 2m. The rule of WorldStereo's renders."""
     m = FAR_MEDIANS * depth[depth > 0].median()
     return torch.where(depth > m, 2 * m - m * m / depth, depth)
 
 
 def points_kept(depth: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which pixels of a depth map [H, W] become points [H, W], and their depths [K] with the far ones drawn in.
+    """Which pixels of a depth map [H, W] become points, a mask [H, W], and the depths [K] of those, with the far ones
+    compressed.
 
     Pixels without a depth (NaN, infinite or 0) and those on depth edges are dropped. A negative depth is kept: it lies
-    behind the camera, where other cameras may see it. As in WorldStereo's own renders, a pixel without a depth enters the edge
-    test as a disparity of 1e7, beside which all other edges are flat: with sky in the picture only the points beside
-    the sky are dropped. Raises ValueError where no depth is positive.
+    behind the camera, where other cameras may see it. As in WorldStereo's own renders, a pixel without a depth enters
+    the edge test as a disparity of 1e7, beside which all other edges are flat: with sky in the picture only the points
+    beside the sky are dropped. Raises ValueError if no depth is positive.
     """
     valid = depth.isfinite() & (depth != 0)
     if not (valid & (depth > 0)).any():
@@ -88,7 +91,8 @@ def points_kept(depth: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def on_edge(disparity: torch.Tensor) -> torch.Tensor:
-    """Where a disparity map [H, W] has an edge: exp(-10 g) < 0.35, g its Sobel magnitude after scaling to 0..1."""
+    """Where a disparity map [H, W] has an edge, a mask [H, W]: exp(-10 g) < 0.35, g its Sobel magnitude after scaling
+    to 0..1. The rule of WorldStereo's renders."""
     low, high = disparity.aminmax()
     if low == high:
         return torch.zeros_like(disparity, dtype=torch.bool)
@@ -100,10 +104,11 @@ def on_edge(disparity: torch.Tensor) -> torch.Tensor:
 
 
 def points_from_depth(picture: torch.Tensor, depth: torch.Tensor, w2c: torch.Tensor, K: torch.Tensor) -> PointCloud:
-    """The points that the camera (w2c [4, 4], K [3, 3] in pixels of the picture) sees, one for each valid pixel centre.
+    """The points that the camera (w2c [4, 4], K [3, 3] in pixels of the picture) sees, one at each valid pixel's
+    centre.
 
-    picture [H, W, 3] in 0..1; depth [h, w], NaN, infinite or 0 where there is none, is brought to the picture's size by
-    its nearest values. `points_kept` says which become points. Raises ValueError where no depth is positive.
+    picture [H, W, 3] in 0..1; depth [h, w], NaN, infinite or 0 where there is none, is resized to the picture's size
+    (nearest). `points_kept` decides which pixels become points. Raises ValueError if no depth is positive.
     """
     height, width = picture.shape[:2]
     depth = F.interpolate(depth[None, None].float(), (height, width), mode="nearest-exact")[0, 0]

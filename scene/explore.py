@@ -2,9 +2,9 @@
 
     NAME [from VIEW]: PRESET AMOUNT [asks PATH | mirrors PATH]
 
-VIEW is the view the path starts with, "first" or "last" (the last frame of the path before; the default). AMOUNT
-is in degrees where the preset turns and in units of the scene's depth where it travels. A path may ask for the views of
-an earlier one that it follows, or mirrors.
+VIEW is the name of the view that the path starts with, "first", or "last" (the default: the last frame of the previous
+path). AMOUNT is in degrees if the preset turns and in units of the scene's depth if it travels. A path can ask for the
+views of an earlier path that it follows or mirrors.
 """
 
 import re
@@ -25,8 +25,8 @@ LINE = re.compile(
 
 @dataclass(frozen=True)
 class Walk:
-    """One path of a list. view: the name of the view it starts with, walk.FIRST or walk.LAST. degrees or distance is 0. ask: one
-    of walk.ASKING, asked the earlier path whose views it prefers."""
+    """One path of a list. view: the name of the view it starts with, walk.FIRST or walk.LAST. degrees or distance is 0.
+    ask: one of walk.ASKING; asked: the earlier path whose views it prefers, or empty."""
 
     name: str
     view: str
@@ -38,7 +38,7 @@ class Walk:
 
 
 def read_walks(text: str) -> list[Walk]:
-    """The paths of a list; empty lines and what follows a # are left out. Raises ValueError naming the line."""
+    """The paths of a list. Empty lines and everything after a # are ignored. Raises ValueError, naming the line."""
     walks: list[Walk] = []
     for number, line in enumerate(text.splitlines(), 1):
         line = line.partition("#")[0].strip()
@@ -56,13 +56,13 @@ def read_walks(text: str) -> list[Walk]:
                 f"paths, line {number}: {shown(found['name'])} is the name of an earlier line; give another."
             )
         if found["asked"] and found["asked"] not in names:
-            raise ValueError(f"paths, line {number}: {shown(found['asked'])} is no path of an earlier line.")
+            raise ValueError(f"paths, line {number}: {shown(found['asked'])} is not the name of an earlier line.")
         turns = found["preset"] in AROUND_CENTRE or found["preset"] in ON_THE_SPOT
         amount = float(found["amount"])
         if len(found["name"]) > MAX_NAME or amount > (MAX_DEGREES if turns else MAX_DISTANCE):
             raise ValueError(
-                f"paths, line {number}: a name has at most {MAX_NAME} characters, a turn at most {MAX_DEGREES} degrees, "
-                f"and a distance is at most {MAX_DISTANCE}."
+                f"paths, line {number}: a name has at most {MAX_NAME} characters, a turn at most {MAX_DEGREES} "
+                f"degrees, and a distance is at most {MAX_DISTANCE}."
             )
         ask = {None: ASK_NOTHING, "asks": ASK_SPARSELY, "mirrors": ASK_MIRRORED}[found["ask"]]
         walks.append(
@@ -77,7 +77,7 @@ def read_walks(text: str) -> list[Walk]:
             )
         )
     if not 0 < len(walks) <= MAX_PATHS:
-        raise ValueError(f"paths holds {len(walks)} paths: give 1 to {MAX_PATHS}, one a line.")
+        raise ValueError(f"paths holds {len(walks)} paths: give 1 to {MAX_PATHS}, one per line.")
     return walks
 
 

@@ -1,4 +1,5 @@
-"""Pictures [N, H, W, C] in 0..1 cropped, padded or stretched to another shape, and laid on a colour if transparent."""
+"""Pictures [N, H, W, C] in 0..1: cropped, padded or stretched to another shape, and blended with a colour where they
+are transparent."""
 
 import torch
 import torch.nn.functional as F
@@ -6,13 +7,14 @@ import torch.nn.functional as F
 from .pictures import resize_pictures, stretch, within
 
 FITS = ("crop", "pad", "stretch")
-LEFT_OUT = 0.35  # brightness of what a crop leaves out, where the crop is shown
+LEFT_OUT = 0.35  # brightness, in the preview, of what a crop leaves out
 
 
 def lay_on(pictures: torch.Tensor, transparency: torch.Tensor | None, colour: tuple) -> tuple[torch.Tensor, bool]:
-    """Pictures [N, H, W, 3 or 4] without their transparent parts, [N, H, W, 3], and whether there were any.
+    """Pictures [N, H, W, 3 or 4] over a background colour, [N, H, W, 3], and whether any of them was transparent.
 
-    transparency: [1 or N, h, w], 1 where nothing is, as core's Load Image gives it; a fourth channel is the opacity.
+    transparency: [1 or N, h, w], 1 where the picture is transparent, as core's Load Image gives it; a fourth channel is
+    the opacity. Raises ValueError for another number of masks.
     """
     if transparency is not None and not transparency.any():
         transparency = None
@@ -42,10 +44,11 @@ def fit_pictures(
     position: float = 0.5,
     colour: tuple[float, float, float] = (0.5, 0.5, 0.5),
 ) -> tuple[torch.Tensor, torch.Tensor, str]:
-    """Pictures [N, H, W, 3] brought to [N, height, width, 3], a preview [1, h, w, 3], and a line saying what was done.
+    """Pictures [N, H, W, 3] resized to [N, height, width, 3], a preview [1, h, w, 3], and a line saying what was done.
 
-    fit: "crop" leaves out what is too wide or too high, "pad" adds colour, "stretch" keeps all and changes the shape.
-    position, 0 (left, top) to 1: where the part that is kept lies in the picture, or the picture in the padded one.
+    fit: "crop" leaves out what is too wide or too high, "pad" adds borders of `colour`, "stretch" keeps everything and
+    changes the shape. position: from 0 (left, top) to 1, where the part that is kept lies in the picture, or the
+    picture in the padded one.
     """
     own_height, own_width = pictures.shape[1:3]
     line = f"{own_width}×{own_height} to {width}×{height}: "

@@ -1,11 +1,12 @@
 """A camera path flown by hand: its text, the smooth curve through its views, and what the viewer needs to show it.
 
-The viewer draws the same curve: web/js/fly_curve.js repeats the formulas of this file, and a test holds them equal.
+The viewer draws the same curve: web/js/fly_curve.js repeats the formulas of this file, and a test checks that they
+agree.
 
 The text is JSON: {"keyframes": 21, "easing": "linear", "views": [{"position": [x, y, z], "rotation": [w, x, y, z]}]}.
-Views are relative to the camera the path starts from, which comes before them and is not written: positions in its
-axes (OpenCV's: x right, y down, z forward) in units of the scene's depth, rotations camera-to-start quaternions. So the
-same text works with another picture.
+Views are relative to the camera that the path starts from, which is the first view and is not in the text: positions in
+its axes (OpenCV's: x right, y down, z forward) in units of the scene's depth, rotations as camera-to-start quaternions.
+So the same text works with another picture.
 """
 
 import math
@@ -27,7 +28,7 @@ MAX_VIEWS = 64
 MAX_POSITION = 1000.0  # in units of the scene's depth
 TEXT_LIMIT = 1 << 16  # bytes
 VIEWER_POINTS = 300_000
-SHORTEST_STEP = 1e-3  # separates in time two views at the same place
+SHORTEST_STEP = 1e-3  # the least time between two views, for those at the same place
 DEFAULT_PATH = (  # an orbit to the right by 24 degrees
     '{"keyframes": 21, "easing": "ease in and out", "views": ['
     '{"position": [0.20791, 0, 0.02185], "rotation": [0.99452, 0, -0.10453, 0]}, '
@@ -37,7 +38,8 @@ DEFAULT_PATH = (  # an orbit to the right by 24 degrees
 
 @dataclass(frozen=True, eq=False)
 class FlyPath:
-    """The views, the start first: positions [V, 3] and unit quaternions [V, 4] (real part first), float64."""
+    """The number of keyframes, one of EASINGS, and the views, beginning with the start: positions [V, 3] and unit
+    quaternions [V, 4] (real part first), float64."""
 
     keyframes: int
     easing: str
@@ -46,7 +48,7 @@ class FlyPath:
 
 
 def read_fly_path(text: str) -> FlyPath:
-    """The path that a text describes. Raises ValueError, naming the view, for a text that describes none."""
+    """The path that a text describes. Raises ValueError, naming the view, for a text that is not a path."""
     content = json.parse(text, "The path", limit=TEXT_LIMIT)
     if not isinstance(content, dict):
         raise ValueError('The path is not a JSON object: write {"keyframes": 21, "easing": "linear", "views": [...]}.')
@@ -100,11 +102,11 @@ def _numbers(value, count: int, where: str) -> list[float]:
 
 
 def fly(path: FlyPath) -> tuple[torch.Tensor, torch.Tensor]:
-    """The keyframes between the views: positions [N, 3] and unit quaternions [N, 4], relative to the start.
+    """The keyframes along the path: positions [N, 3] and unit quaternions [N, 4], relative to the start.
 
     Positions: a centripetal Catmull-Rom curve (Yuksel, Schaefer, Keyser 2011) in its cubic Hermite form. A view's time
-    is the sum of the square roots of the steps before it, a step being √(distance² + angle²): where the scene is one
-    unit deep, moving by so much shifts the picture about as much as turning by as many radians. Rotations: slerp.
+    is the sum of the square roots of the steps before it, a step being √(distance² + angle²): in a scene one unit deep,
+    moving by x shifts the picture about as much as turning by x radians. Rotations: slerp.
     """
     p, q = path.positions, path.rotations
     if len(p) == 1:
@@ -143,14 +145,15 @@ def fly(path: FlyPath) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _same_side(q: torch.Tensor) -> torch.Tensor:
-    """Quaternions [V, 4] of the same rotations, each on the side of the one before it, so that slerp turns the short
-    way."""
+    """Quaternions [V, 4] of the same rotations, with signs such that slerp takes the short way from each to the
+    next."""
     side = torch.where((q[1:] * q[:-1]).sum(1) < 0, -1.0, 1.0).double().cumprod(0)
     return torch.cat([q[:1], q[1:] * side[:, None]])
 
 
 def fly_on(start: Cameras, path: FlyPath, depth: float) -> Cameras:
-    """`start` and, from its last camera on, the path's keyframes, the first of them that camera. depth: the scene's."""
+    """`start`, continued by the path's keyframes, of which the first is the last of `start`. depth: the scene's, the
+    unit of the path's positions."""
     position, rotation = fly(path)
     relative = torch.eye(4, dtype=torch.float64).repeat(path.keyframes, 1, 1)
     relative[:, :3, :3] = quaternion_to_rotation(rotation)
@@ -162,11 +165,11 @@ def fly_on(start: Cameras, path: FlyPath, depth: float) -> Cameras:
 
 @dataclass(frozen=True, eq=False)
 class ViewerScene:
-    """What the viewer draws, in the axes of the camera the path starts from and in units of the scene's depth.
+    """What the viewer draws, in the axes of the camera that the path starts from and in units of the scene's depth.
 
-    points: P records of 16 bytes, little-endian: x, y, z as float32, then red, green, blue and 255 as bytes. info: for
-    JSON: their number, the radius of a point where the shorter side of the picture is 2, the size of the render, the
-    lens in units of that size, and which way is up.
+    points: P records of 16 bytes, little-endian: x, y, z as float32, then red, green, blue and 255 as bytes. info, for
+    JSON: their number, the radius of a point in units in which the shorter side of the picture is 2, the size of the
+    render in pixels, the lens in units of that size, and the up direction.
     """
 
     points: bytes
@@ -176,10 +179,10 @@ class ViewerScene:
 def viewer_scene(
     cloud: PointCloud | None, camera: Cameras, depth: float, width: int, height: int, spacing: float = 1.0
 ) -> ViewerScene:
-    """The scene for the viewer of a width x height render. The last of the cameras is where the path starts.
+    """The scene for the viewer of a width x height render. The path starts at the last of the cameras.
 
-    spacing: how far apart the points are, to those of the render. A cloud of more than VIEWER_POINTS is thinned. Where
-    points are farther apart, they are drawn as much larger, so that holes keep their size.
+    spacing: the distance between the points, as a multiple of that in the render. A cloud of more than VIEWER_POINTS is
+    thinned. Points are drawn larger by the factor by which they are farther apart, so that holes keep their size.
     """
     pose = camera.w2c[-1].double()
     lens = camera.K[-1].double() / torch.tensor([[camera.width], [camera.height], [1]])
@@ -220,14 +223,14 @@ def plan_flight(
 ) -> tuple[Cameras, torch.Tensor, ViewerScene]:
     """The path that `text` describes for the picture [1, H, W, C], its drawing [1, h, w, 3], and the viewer's scene.
 
-    width, height: of the render. The other arguments are those of `camera_path.plan_path`. Raises ValueError for bad
-    text and a scene that the camera does not see.
+    width, height: of the render. The other arguments are those of `camera_path.plan_path`. Raises ValueError as
+    `read_fly_path` and `camera_path.beginning` do.
     """
     path = read_fly_path(text)
     assumed = ""
     if guess and start is None:
         start_pitch, assumed = pitch_or_guess(start_pitch, scene)
-    # A picture is reduced to as many points as the viewer takes: evenly spaced, they keep the holes where they are.
+    # A picture is reduced to as many points as the viewer takes. Evenly spaced points keep the holes where they are.
     spacing = max(1.0, math.sqrt(width * height / VIEWER_POINTS)) if isinstance(scene, dict) else 1.0
     size = int(height / spacing), int(width / spacing)
     first, depth, cloud = beginning(image, lens, lens_value, scene_depth, start_pitch, scene, start, points_size=size)

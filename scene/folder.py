@@ -1,12 +1,12 @@
 """A scene as a folder: complete for this pack, and readable by others.
 
-    scene.json, scene.safetensors      everything but the pictures, exact: names, cameras, depths, cloud, paths
+    scene.json, scene.safetensors      everything but the pictures, exactly: names, cameras, depths, cloud, paths
     images/0000_NAME.png               the views
     cameras.json                       WorldMirror's: camera-to-world, intrinsics in pixels
     transforms.json, cloud.ply         nerfstudio's: OpenGL camera axes; the cloud in the same world
     sparse/0/{cameras,images,points3D}.txt   COLMAP's text model
 
-gsplat, nerfstudio, Brush and Postshot train on it as it is. Folders of these four kinds that others wrote are read too.
+gsplat, nerfstudio, Brush and Postshot can train on it unchanged. Folders of these kinds by other programs are read too.
 """
 
 import array
@@ -35,19 +35,19 @@ from .pointcloud import PLY_POINTS, PointCloud, ply_bytes, read_ply, world_mirro
 from .scene import MAX_PIXELS, MAX_POINTS, MAX_VIEWS, Scene, TakenPath
 
 VERSION = 1
-COLMAP_POINTS = 200_000  # of points3D.txt; more are thinned, cloud.ply has all
+COLMAP_POINTS = 200_000  # in points3D.txt; a larger cloud is thinned there, cloud.ply has all points
 MAX_PATHS, MAX_CAMERAS = 1000, 100_000
 HEADER_LIMIT = 4 << 20  # bytes of scene.safetensors' header
 TEXT_LIMIT, MAX_LINE = 1 << 30, 1 << 20  # bytes of a points3D.txt and of a line of it, the point's track included
-READ_AT_ONCE, FLOATS_AT_ONCE = 1 << 18, 1 << 22  # bytes read and numbers written between two looks at the stop button
+READ_AT_ONCE, FLOATS_AT_ONCE = 1 << 18, 1 << 22  # bytes read and numbers written between two checks for an interrupt
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 KINDS = ("scene.json", "transforms.json", "cameras.json", "sparse/0/images.txt", "sparse/images.txt", "images.txt")
 
 
 def write_scene(folder: Path, scene: Scene, progress: Callable[[int], None] = lambda views: None) -> None:
-    """Writes the scene as a new folder, which appears whole or not at all. progress(1) is called after every view.
+    """Writes the scene as a new folder, which appears only when it is complete. progress(1) is called after every view.
 
-    Raises FileExistsError for a name that is taken and OSError, naming the folder and the cause.
+    Raises FileExistsError if the name is taken, and OSError, naming the folder and the cause.
     """
     files = [_picture_file(number, name) for number, name in enumerate(scene.names)]
     with new_folder(folder) as new:
@@ -66,18 +66,19 @@ def write_scene(folder: Path, scene: Scene, progress: Callable[[int], None] = la
 
 
 def read_scene(folder: Path, progress: Callable[[int, int], None] = lambda done, total: None) -> tuple[Scene, str]:
-    """The scene of a folder and, in words, what it was read as. A scene that `write_scene` wrote comes back exact.
+    """The scene in a folder, and what kind of folder it was read as, in words. A scene that `write_scene` wrote comes
+    back exactly.
 
-    Else, a folder with WorldMirror's cameras.json (or one of name: {extrinsic, intrinsic}), nerfstudio's
-    transforms.json, or COLMAP's text model, and the pictures beside it or in images/: views without depth, and the
-    points of points3D.txt or a PLY where there are any. progress(done, total) is called with bytes of pictures and
-    points. Raises ValueError, naming the file and what to do.
+    Other folders need WorldMirror's cameras.json (or one of name: {extrinsic, intrinsic}), nerfstudio's transforms.json
+    or COLMAP's text model, and the pictures beside it or in images/. They give views without depth, and the points of
+    points3D.txt or a PLY if there is one. progress(done, total) is called with the bytes of pictures and points. Raises
+    ValueError, which names the file and says what to do.
     """
     folder = Path(folder)
     kind = next((kind for kind in KINDS if (folder / kind).is_file()), None)
     if kind is None:
         raise ValueError(
-            f"{shown(folder.name)} is no scene folder: it has none of scene.json, cameras.json, transforms.json and "
+            f"{shown(folder.name)} is not a scene folder: it has none of scene.json, cameras.json, transforms.json and "
             "sparse/0/images.txt."
         )
     if kind == "scene.json":
@@ -210,14 +211,14 @@ def _read_own(folder: Path, progress) -> Scene:
         names, has_depth, paths = content["names"], content["depths"], content["paths"]
         width, height, points = (_whole(content, key) for key in ("width", "height", "points"))
         if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
-            raise ValueError("`names` is no list of names")
+            raise ValueError("`names` is not a list of names")
         count = len(names)
         if not (0 < count <= MAX_VIEWS and count * width * height <= MAX_PIXELS and points <= MAX_POINTS):
             raise ValueError(f"{count} views of {width}x{height} and {points} points are more than a scene holds")
         if not (isinstance(has_depth, list) and len(has_depth) == count):
             raise ValueError("`depths` does not say for each view whether it has one")
         if not (isinstance(paths, list) and len(paths) <= MAX_PATHS):
-            raise ValueError(f"`paths` is no list of at most {MAX_PATHS} paths")
+            raise ValueError(f"`paths` is not a list of at most {MAX_PATHS} paths")
         lengths = [_whole(path, "cameras") for path in paths]
         sizes = [(_whole(path, "width"), _whole(path, "height")) for path in paths]
         views = [tuple(path["views"]) for path in paths]
@@ -259,7 +260,7 @@ def _read_own(folder: Path, progress) -> Scene:
             taken,
         )
     except ValueError as error:
-        raise ValueError(f"The scene in {shown(folder.name)} does not hold together. {error}") from error
+        raise ValueError(f"The scene in {shown(folder.name)} is inconsistent. {error}") from error
 
 
 def _whole(content, key) -> int:
@@ -287,7 +288,7 @@ def _read_tensors(path: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, t
                     raise ValueError(
                         f"its tensor {name} is {part.get_dtype()} {part.get_shape()}, not F32 {list(shape)}"
                     )
-                tensors[name] = file.get_tensor(name).clone()  # copied, not mapped: the file may be deleted
+                tensors[name] = file.get_tensor(name).clone()  # not memory-mapped: the file may be deleted
         return tensors
     except (OSError, ValueError, safetensors.SafetensorError) as error:
         raise ValueError(
@@ -296,12 +297,13 @@ def _read_tensors(path: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, t
 
 
 def _read_picture(path: Path, size, count: int) -> torch.Tensor:
-    """uint8 [H, W, 3]; size: the width and height that it must have, or None."""
+    """A picture, uint8 [H, W, 3]. size: the width and height that it must have, or None. Raises ValueError."""
     try:
         with open_regular(path) as file, Image.open(file) as image:
             if size is not None and image.size != tuple(size):
                 raise ValueError(
-                    f"it is {image.width}x{image.height} and the others {size[0]}x{size[1]}; all must be of one size"
+                    f"it is {image.width}x{image.height} and the others {size[0]}x{size[1]}; all must have the same "
+                    "size"
                 )
             if image.width * image.height * count > MAX_PIXELS:
                 raise ValueError(f"{count} pictures of {image.width}x{image.height} are more than a scene holds")
@@ -313,9 +315,9 @@ def _read_picture(path: Path, size, count: int) -> torch.Tensor:
 
 
 def _picture(folder: Path, name: str, where: str) -> Path:
-    """The picture of a name, with or without suffix, in the folder or its images/. Raises ValueError."""
+    """The picture with this name, with or without suffix, in the folder or its images/. Raises ValueError."""
     if not isinstance(name, str) or "\0" in name:
-        raise ValueError(f"{where} names a picture {shown(name)}.")
+        raise ValueError(f"{where} names a picture {shown(name)}, which is not a file name.")
     root = folder.resolve()
     for base in (folder, folder / "images"):
         for suffix in ("", *PICTURES):
@@ -344,8 +346,8 @@ def _read_cameras_json(folder: Path, path: Path):
         K = torch.tensor(K, dtype=torch.float64).view(-1, 3, 3)
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, OverflowError) as error:
         raise ValueError(
-            "cameras.json is neither WorldMirror's (extrinsics and intrinsics, each a list of camera_id and matrix) nor "
-            f"one of name: {{extrinsic, intrinsic}}: {shown(error)}."
+            "cameras.json is neither WorldMirror's (extrinsics and intrinsics, each a list of camera_id and matrix) "
+            f"nor one of name: {{extrinsic, intrinsic}}: {shown(error)}."
         ) from error
     if not names:
         raise ValueError("cameras.json holds no cameras.")
@@ -391,7 +393,8 @@ def _read_points(path: Path, step: Callable[[int], None]) -> PointCloud:
 
 
 def _steps(progress: Callable[[int, int], None], paths) -> Callable[[int], None]:
-    """step(bytes) to call after each part of these files: tells the sum, and raises where the user interrupts."""
+    """A function step(bytes) to call after each part of these files: it reports the sum, and raises if the user has
+    pressed stop."""
     total, done = sum(path.stat().st_size for path in paths if path.exists()), 0
 
     def step(size: int):
@@ -409,7 +412,7 @@ def _thinned(cloud: PointCloud) -> PointCloud:
 
 
 def _colmap_points(path: Path, step: Callable[[int], None]) -> PointCloud:
-    numbers = array.array("f")  # a list of rows would take several times as much
+    numbers = array.array("f")  # a list of rows would take several times the memory
     with open_regular(path) as raw:
         if (size := os.fstat(raw.fileno()).st_size) > TEXT_LIMIT:
             raise ValueError(f"points3D.txt has {size} bytes; more than {TEXT_LIMIT} are not read.")
@@ -428,7 +431,7 @@ def _colmap_points(path: Path, step: Callable[[int], None]) -> PointCloud:
                 numbers.extend(map(float, row))
             except ValueError:
                 raise ValueError(
-                    f"points3D.txt, line {line_number} is no point: POINT3D_ID X Y Z R G B ERROR TRACK, in at most "
+                    f"points3D.txt, line {line_number} is not a point: POINT3D_ID X Y Z R G B ERROR TRACK, in at most "
                     f"{MAX_LINE} bytes."
                 ) from None
             if len(numbers) > 6 * PLY_POINTS:
@@ -442,6 +445,6 @@ def _colmap_points(path: Path, step: Callable[[int], None]) -> PointCloud:
 
 
 def stamp(folder: Path) -> list[int]:
-    """The modification times of the files that a folder's scene is read from, for a cache."""
+    """The modification times of the files that a folder's scene is read from, as a cache key."""
     files = [folder / name for name in (*KINDS, "scene.safetensors", "images")]
     return [path.stat().st_mtime_ns if path.exists() else 0 for path in files]

@@ -1,6 +1,6 @@
-"""The cloud that grows with every clip: new frames' depth fitted to the cloud's, and the points they add to it.
+"""Adding new frames to the point cloud: their depth is fitted to the cloud's, and the points they add are kept.
 
-A depth model gives a frame's depth only up to scale and, for some models, shift. Both follow from the depth that the
+A depth model gives a frame's depth only up to scale and, for some models, shift. Both are found from the depth that the
 cloud already has in that camera (the global geometric memory of HY-World and WorldStereo).
 """
 
@@ -23,13 +23,13 @@ from .stop import stoppable
 
 POINTS_LIMIT = 2_000_000
 RESIDUAL_LIMIT = 0.08  # median relative error of the fitted depth above which a frame is refused
-OVERLAP_LIMIT, SAMPLES_LIMIT = 0.02, 100  # the least share of a frame's pixels, and of points, that a fit takes
-SAME_SURFACE = 0.02  # relative: depths nearer to each other are one surface, where the residual is no larger
+OVERLAP_LIMIT, SAMPLES_LIMIT = 0.02, 100  # a fit needs at least this share of a frame's pixels, and this many points
+SAME_SURFACE = 0.02  # relative distance of two depths up to which they are one surface; see `FrameFit.same`
 SPECKLE = 0.1  # relative distance of a depth from the median of the 3x3 around it
-FIT_SCALE = 0.05  # relative error that counts in full against a guess of scale and shift
+FIT_SCALE = 0.05  # relative error; a pair with this error or more counts as an outlier of a guess
 FIT_SAMPLES, FIT_GUESSES, FIT_ROUNDS = 20_000, 512, 20
 SHIFT_GAIN = 0.7  # a shift is used where it reduces the residual below this share of the residual without one
-DISPARITY_GAIN = 0.25  # what is given is a disparity where that brings the residual below this share
+DISPARITY_GAIN = 0.25  # the input is taken for a disparity if that reduces the residual below this share
 NEIGHBOURS, DEVIATIONS = 20, 2.0
 VOXEL_TOLERANCE, VOXEL_ROUNDS, VOXEL_BITS = 0.2, 40, 20
 VOXEL_PIECE = 1 << 20  # points sorted into voxels at a time
@@ -37,9 +37,9 @@ VOXEL_PIECE = 1 << 20  # points sorted into voxels at a time
 
 @dataclass(frozen=True)
 class FrameFit:
-    """How one frame was fitted: cloud depth = scale * depth + shift. overlap is the share of the frame's valid pixels
-    that the cloud covered, residual the median relative error there, added the number of points, refused the reason or
-    an empty text. Without a fit, scale is 0 and residual infinite."""
+    """How one frame was fitted: cloud depth = scale * depth + shift. overlap: the share of the frame's valid pixels
+    that the cloud covers. residual: the median relative error there. added: the number of new points. refused: the
+    reason, or empty. Without a fit, scale is 0 and residual infinite."""
 
     name: str
     overlap: float
@@ -51,14 +51,14 @@ class FrameFit:
 
     @property
     def same(self) -> float:
-        """The relative distance within which this frame's depths and others' are one surface."""
+        """The relative distance up to which this frame's depths and others' count as one surface."""
         return max(SAME_SURFACE, 3 * self.residual)
 
 
 @dataclass(frozen=True)
 class FuseReport:
-    """Points before and after; points dropped since other frames see through them, and since they lie far from their
-    neighbours; the voxel size of the thinning (0: none); and a fit for each frame."""
+    """Points before and after; points dropped because other frames see through them, and because they lie far from
+    their neighbours; the voxel size of the thinning in scene units (0: none); and a fit for each frame."""
 
     before: int
     after: int
@@ -93,19 +93,20 @@ def fuse(
     device: str | torch.device = "cpu",
     progress: Callable[[int], None] = lambda frames: None,
 ) -> tuple[PointCloud, FuseReport]:
-    """The cloud with the points that new frames add, and the report of it. `cloud` itself is left as it was.
+    """The cloud with the points that new frames add, and a report. `cloud` itself is not changed.
 
-    frames N pictures [H, W, 3], uint8 or float in 0..1; depths N maps [h, w] in units of their own, NaN, infinite or
-    <= 0 where there is none, brought to the picture's size by nearest values; cameras N, of any picture size. names are
-    for the report. One frame after the other is fitted to the depth of the cloud so far (`fit_depth`; shift False fits
-    the scale alone), and its points are added where the cloud has a hole or lies behind. Depth edges and speckles give
-    no points, far depths are drawn in. At last, new points that at least as many frames see through as see (things that moved)
-    and those far from their neighbours are dropped, and the whole is thinned to about `limit` points.
+    frames: N pictures [H, W, 3], uint8 or float in 0..1. depths: N maps [h, w], each in its own units, NaN, infinite or
+    <= 0 where there is none; they are resized to the pictures (nearest). cameras: N, of any picture size. names: of the
+    frames, for the report. shift: whether to fit a shift beside the scale.
 
-    A frame that overlaps the cloud too little, whose fitted depth is off by more than RESIDUAL_LIMIT, or whose disparity
-    fits far better than its depth, adds nothing; the report and a warning in the log
-    name it. progress(1) is called after every frame. Raises ValueError for counts
-    that differ and for an empty cloud.
+    One frame after the other is fitted to the depth of the cloud so far (`fit_depth`), and its points are added where
+    the cloud has a hole or lies behind. Depth edges and speckles give no points, and far depths are compressed.
+    Finally, new points are dropped if at least as many frames see through them as see them (things that moved) or if
+    they lie far from their neighbours, and the whole is thinned to about `limit` points.
+
+    A frame adds nothing if it overlaps the cloud too little, if its fitted depth is off by more than RESIDUAL_LIMIT, or
+    if its disparity fits far better than its depth; the report and a warning in the log name it. progress(1) is called
+    after every frame. Raises ValueError for counts that differ and for an empty cloud.
     """
     if not len(frames) == len(depths) == len(cameras):
         raise ValueError(
@@ -129,7 +130,7 @@ def fuse(
             added = unproject(picture, depth[new], new, w2c, K)
             points, colors = torch.cat([points, added.points]), torch.cat([colors, added.colors])
             seen.append((depth, w2c, K, fit.same))
-        if len(points) > 2 * limit:  # so that the memory stays bounded
+        if len(points) > 2 * limit:  # bounds the memory
             keep, _ = thin_by_voxels(points, limit)
             points, colors, old = points[keep], colors[keep], int((keep < old).sum())
         fits.append(fit)
@@ -149,8 +150,8 @@ def fuse(
 
 
 def _seen_through(points, seen):
-    """Which of points [P, 3] at least as many frames see through as see: things that moved, and errors. seen: each
-    frame's fitted depth [H, W], its camera, and the relative distance within which depths are one surface."""
+    """Which of points [P, 3] at least as many frames see through as see (things that moved, and errors), a mask [P].
+    seen: each frame's fitted depth [H, W], its w2c and K, and its `FrameFit.same`."""
     votes = torch.zeros(len(points), dtype=torch.int32)
     for depth, w2c, K, same in seen:
         throw_exception_if_processing_interrupted()
@@ -166,12 +167,12 @@ def _seen_through(points, seen):
 def cloud_depth(
     points: torch.Tensor, w2c: torch.Tensor, K: torch.Tensor, height: int, width: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The depth of the nearest point of points [P, 3] in each pixel [H, W], infinite where there is none, and that
-    point's number (-1 there)."""
+    """The depth of the nearest of points [P, 3] in each pixel, [H, W], infinite where there is none, and the index of
+    that point, [H, W], -1 where there is none. w2c [4, 4], K [3, 3] in pixels of the height x width picture."""
     u, v, z = project(points, w2c, K)
     index = ((z > 0) & (u >= 0) & (u < width) & (v >= 0) & (v < height)).nonzero().squeeze(1)
     pixel = v[index].long() * width + u[index].long()
-    key = (z[index].view(torch.int32).long() << 32) | index  # floats above 0 are ordered as their bits
+    key = (z[index].view(torch.int32).long() << 32) | index  # positive floats are ordered like their bits
     none = torch.iinfo(torch.int64).max
     nearest = key.new_full((height * width,), none).scatter_reduce(0, pixel, key, "amin")
     number = torch.where(nearest == none, -1, nearest & 0xFFFFFFFF).view(height, width)
@@ -187,10 +188,10 @@ def _nearest_around(depth, reach):
 def fit_depth(depth: torch.Tensor, target: torch.Tensor, shift: bool = True) -> tuple[float, float, float]:
     """scale, shift and residual of target = scale * depth + shift over pairs [P], both above 0.
 
-    Robust: guesses from one or two pairs each, the best of them (M-estimator sample consensus, Torr and Zisserman 2000)
-    refined by least squares with Tukey's weights, all on the error relative to target. The residual is its median over
-    all pairs. A shift is used only where it clearly reduces the residual: where the overlap has a single depth, any
-    shift would fit. Deterministic.
+    Robust: guesses are made from one or two pairs each, and the best of them (M-estimator sample consensus, Torr and
+    Zisserman 2000) is refined by least squares with Tukey's weights, all on the error relative to target. The residual
+    is the median of that error over all pairs. A shift is used only if it clearly reduces the residual: where the
+    overlap has a single depth, any shift would fit. Deterministic.
     """
     every = torch.linspace(0, len(depth) - 1, min(len(depth), FIT_SAMPLES)).long()
     depth, target = depth[every.to(depth.device)].double().cpu(), target[every.to(target.device)].double().cpu()
@@ -211,16 +212,16 @@ def fit_depth(depth: torch.Tensor, target: torch.Tensor, shift: bool = True) -> 
 
 
 def _disparity_words(depth: torch.Tensor, target: torch.Tensor, residual: float) -> str:
-    """What to do where a disparity fits up to scale and shift, far better than the depth; empty where none does."""
+    """What to do if the input fits far better as a disparity, up to scale and shift, than as a depth; empty if not."""
     if fit_depth(1 / depth, 1 / target)[2] <= DISPARITY_GAIN * residual:
         return "It is affine in disparity: right only up to a shift of 1/depth. Give MoGe's depth, or a metric one."
     if fit_depth(depth, 1 / target)[2] <= DISPARITY_GAIN * residual:
-        return "It is a disparity (large is near), no depth. Give MoGe's depth, or a metric one."
+        return "It is a disparity (large is near), not a depth. Give MoGe's depth, or a metric one."
     return ""
 
 
 def _refined(depth, target, guesses, shift):
-    """The guess [scale, shift] that most pairs agree with, refined; and its residual."""
+    """Scale and shift of the guess that most pairs agree with, refined, and its residual. guesses: [G, 2]."""
     columns = torch.stack([depth / target, 1 / target], 1)
     costs = torch.cat([((columns @ part.T - 1).abs() / FIT_SCALE).clamp(max=1).mean(0) for part in guesses.split(32)])
     answer = guesses[costs.argmin()]
@@ -244,21 +245,23 @@ def _refined(depth, target, guesses, shift):
 
 
 def _fit_frame(name, points, depth, w2c, K, height, width, shift):
-    """The frame's fit and, on the CPU, the fitted depth [H, W] and the pixels [H, W] that give new points."""
+    """The frame's fit and, on the CPU, its fitted depth [H, W] and a mask [H, W] of the pixels that give new points."""
     depth = F.interpolate(depth[None, None].float(), (height, width), mode="nearest-exact")[0, 0]
     depth, good = _despeckled(depth)
     seen, number = cloud_depth(points, w2c, K, height, width)
-    close = _nearest_around(seen, 1)  # a hole is where no point lies in the eight pixels around either
-    surface = _nearest_around(seen, max(1, round(RADIUS * min(height, width) / 2)))  # as far as a render's splats reach
+    close = _nearest_around(seen, 1)  # a pixel is a hole if none of the eight around it has a point either
+    surface = _nearest_around(seen, max(1, round(RADIUS * min(height, width) / 2)))  # within a splat's radius
     overlap = ((surface < torch.inf) & good).sum().item() / max(1, good.sum().item())
-    shown = number[(seen <= surface * (1 + FIT_SCALE)) & (number >= 0)]  # not what shines through between points
+    shown = number[
+        (seen <= surface * (1 + FIT_SCALE)) & (number >= 0)
+    ]  # without points seen through gaps in nearer ones
     u, v, z = project(points[shown], w2c, K)
     there = torch.where(good & ~on_edge(1 / depth), 1 / depth, torch.nan)
     grid = torch.stack([2 * u / width - 1, 2 * v / height - 1], 1)[None, None]
     sampled = F.grid_sample(there[None, None], grid, padding_mode="border", align_corners=False).flatten()
     valid = sampled > 0
     if overlap < OVERLAP_LIMIT or valid.sum() < SAMPLES_LIMIT:
-        reason = f"it sees too little of the cloud to fit its depth to, {overlap:.1%} of its pixels."
+        reason = f"it sees too little of the cloud to fit its depth: {overlap:.1%} of its pixels."
         return FrameFit(name, overlap, refused=reason), None, None
     scale, offset, residual = fit_depth(1 / sampled[valid], z[valid], shift)
     disparity = _disparity_words(1 / sampled[valid], z[valid], residual) if residual > SAME_SURFACE else ""
@@ -283,8 +286,8 @@ def _valid(depth):
 
 
 def _despeckled(depth):
-    """The depth map [H, W], infinite where there is none and speckles replaced by the median around them, and where it
-    can be trusted: a depth, and no speckle."""
+    """The depth map [H, W], infinite where there is none, with speckles replaced by the median around them; and a mask
+    [H, W] of the pixels that had a depth and were not speckles."""
     height, width = depth.shape
     depth = depth.where(_valid(depth), depth.new_tensor(torch.inf))
     padded = F.pad(depth[None, None], (1, 1, 1, 1), mode="replicate")[0, 0]
@@ -296,8 +299,9 @@ def _despeckled(depth):
 
 
 def outliers(points: torch.Tensor, start: int = 0) -> torch.Tensor:
-    """Which of points[start:] [P, 3] are outliers: their mean distance to their 20 nearest neighbours among all points is
-    above the mean of those distances by more than 2 deviations. bool [P - start]."""
+    """Which of points[start:] are outliers, a mask [P - start]: those whose mean distance to their 20 nearest
+    neighbours among all points [P, 3] exceeds the mean of these distances by more than 2 standard deviations (as in
+    HY-World)."""
     if len(points) - start < 2 or len(points) <= NEIGHBOURS:
         return torch.zeros(len(points) - start, dtype=torch.bool)
     every = points.numpy()
@@ -311,10 +315,10 @@ def outliers(points: torch.Tensor, start: int = 0) -> torch.Tensor:
 
 
 def thin_by_voxels(points: torch.Tensor, limit: int) -> tuple[torch.Tensor, float]:
-    """The numbers, rising, of the points [P, 3] that stay where each voxel keeps its first, and the voxel's size.
+    """The indices, ascending, of the points [P, 3] that are kept if each voxel keeps its first one, and the voxel size.
 
-    The size is found by bisection, so that at most `limit` points stay and at least 80 % of that (fewer only where
-    points coincide). 0 and all points where there are no more than that.
+    The size is found by bisection, so that at most `limit` points are kept, and at least 80 % of that (fewer only if
+    points coincide). If there are no more than `limit`, all are kept, and the size is 0.
     """
     if len(points) <= limit:
         return torch.arange(len(points)), 0.0

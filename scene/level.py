@@ -1,20 +1,20 @@
-"""How far up a picture's camera looks, guessed from the surface normals of floors, table tops and ceilings."""
+"""The pitch of a picture's camera, estimated from the surface normals of floors, table tops and ceilings."""
 
 import math
 
 import torch
 
-STEEPEST = 60.0  # degrees; beyond, a floor cannot be distinguished from a wall
+STEEPEST = 60.0  # degrees; beyond that a floor cannot be distinguished from a wall
 UPRIGHT = math.sin(math.radians(15))  # |x| of a level surface's normal, where the camera is not rolled
-WINDOW = 4.0  # degrees about the commonest pitch
-ENOUGH = 0.03  # of the picture must agree
+WINDOW = 4.0  # degrees around the commonest pitch
+ENOUGH = 0.03  # the share of the picture that must agree
 
 
 def guess_pitch(normal: torch.Tensor) -> float | None:
-    """The pitch in degrees (up: positive) of the camera that took a picture with these normals [H, W, 3], unit vectors
-    in OpenCV axes towards the camera, 0 where there are none. None where too little of the picture is level.
+    """The pitch in degrees (up is positive) of the camera that took a picture with these normals [H, W, 3], unit
+    vectors in OpenCV axes towards the camera, 0 where there are none. None if too little of the picture is level.
 
-    A level surface votes for the pitch that makes its normal vertical; the commonest pitch wins. The camera is taken
+    A level surface votes for the pitch that makes its normal vertical; the commonest pitch wins. The camera is assumed
     not to be rolled.
     """
     x, y, z = normal.reshape(-1, 3).float().cpu().unbind(1)

@@ -1,8 +1,8 @@
 """A scene's memory, by the rules of WorldStereo's memory bank: which views become references of a new path, which
-frames of a new clip are remembered, and which views a path that follows or mirrors an earlier one prefers.
+frames of a new clip are remembered, and which views a path prefers that follows or mirrors an earlier one.
 
-All of it is geometry in float64. Boxes are taken along the axes of the world that the cameras are given in, so that the
-same cameras in a turned world may give other references.
+All of it is geometry in float64. Bounding boxes are aligned with the axes of the cameras' world, so the same cameras in
+a rotated world may give other references.
 """
 
 import math
@@ -15,10 +15,10 @@ from .cameras import centres, rotation_to_quaternion
 
 REFERENCES = 8  # the most the model was trained with
 NEAR, FAR = 0.1, 10.0  # distances from the camera between which frusta are compared, in scene units
-STEEPNESS = 5.0  # of the loss beyond FREE_ANGLE
-FREE_ANGLE = 90.0  # degrees between two viewing directions that cost nothing
+STEEPNESS = 5.0  # with which the score falls beyond FREE_ANGLE
+FREE_ANGLE = 90.0  # degrees between two viewing directions up to which the score does not fall
 ASKED = 1.0  # added to the score of a view that is asked for
-CAMERA_SHARE, PICTURE_SHARE = 0.3, 0.7  # of the features among which the references are spread out
+CAMERA_SHARE, PICTURE_SHARE = 0.3, 0.7  # weights of the features by which the references are spread out
 QUALITY_WEIGHT = 0.1
 TINY = 1e-8
 ASK_ALWAYS_BUT = (4, 8, 12, 16)
@@ -41,10 +41,10 @@ def choose_references(
     """The views that become references of a path, in the order of first use, and the ref_index of each: one less than
     the first target that chose it.
 
-    w2c [N, 4, 4], K [N, 3, 3]: the memory's cameras. targets_w2c [F, 4, 4], targets_K [F, 3, 3]: the path's keyframes;
-    the first chooses nothing. Intrinsics are in pixels of width x height pictures. features [N, D]: any embedding of
-    the pictures; quality [N]: see `picture_quality`. Both count only where more than `limit` views were chosen, and
-    only for these; without them the choice is by cameras alone. ask {target: view}: views to prefer.
+    w2c [N, 4, 4], K [N, 3, 3]: the memory's cameras. targets_w2c [F, 4, 4], targets_K [F, 3, 3]: the path's keyframes,
+    of which the first chooses nothing. Intrinsics are in pixels of width x height pictures. features [N, D]: any
+    embedding of the pictures; quality [N]: see `picture_quality`. Both matter only if more than `limit` views were
+    chosen, and only for these views; without them only cameras are compared. ask {target: view}: views to prefer.
     Raises ValueError for shapes that do not match, an empty memory, and numbers out of range.
     """
     w2c, targets_w2c = _poses(w2c, "w2c"), _poses(targets_w2c, "targets_w2c")
@@ -77,7 +77,8 @@ def choose_references(
 
 
 def best_views(scores: torch.Tensor, ask: dict[int, int] | None = None) -> torch.Tensor:
-    """[T]: for each target from 1 on the view of the highest score, scores [T, N]; `ask` as in `choose_references`."""
+    """For each target, beginning with 1, the view with the highest score, [T]. scores: [T, N]; ask: as in
+    `choose_references`."""
     preferred = scores.clone()
     for target, view in (ask or {}).items():
         if target > 0:
@@ -88,8 +89,9 @@ def best_views(scores: torch.Tensor, ask: dict[int, int] | None = None) -> torch
 def view_scores(
     w2c: torch.Tensor, K: torch.Tensor, targets_w2c: torch.Tensor, targets_K: torch.Tensor, width: float, height: float
 ) -> torch.Tensor:
-    """[T, N]: how well each of N views serves each of T targets: the intersection over union of their frusta's boxes
-    along the world's axes, less where their viewing directions differ by more than FREE_ANGLE."""
+    """How well each of N views (w2c [N, 4, 4], K [N, 3, 3]) suits each of T targets (likewise), [T, N] float64: the
+    intersection over union of their frusta's axis-aligned bounding boxes, reduced if their viewing directions differ by
+    more than FREE_ANGLE."""
     low, high = _boxes(w2c, K, width, height)
     target_low, target_high = _boxes(targets_w2c, targets_K, width, height)
     shared = (torch.minimum(high, target_high[:, None]) - torch.maximum(low, target_low[:, None])).clamp(min=0).prod(2)
@@ -100,7 +102,8 @@ def view_scores(
 
 
 def _boxes(w2c, K, width, height):
-    """The boxes [N, 3] (low, high) along the world's axes of the frusta between NEAR and FAR along the corner rays."""
+    """The axis-aligned bounding boxes, low [N, 3] and high [N, 3], of the frusta between NEAR and FAR along the corner
+    rays."""
     corners = K.new_tensor([[0, 0, 1], [width, 0, 1], [width, height, 1], [0, height, 1]])
     rays = F.normalize((torch.linalg.inv(K) @ corners.T).mT, dim=2) @ w2c[:, :3, :3]
     points = centres(w2c)[:, None] + torch.cat([NEAR * rays, FAR * rays], dim=1)
@@ -108,8 +111,9 @@ def _boxes(w2c, K, width, height):
 
 
 def spread_out(w2c: torch.Tensor, features: torch.Tensor | None, quality: torch.Tensor | None, count: int) -> list[int]:
-    """`count` of the candidates (poses [C, 4, 4], picture features [C, D] or None, quality [C] or None) that lie far
-    apart, in the order picked: farthest-point sampling from the one nearest to the mean, good pictures preferred."""
+    """The indices of `count` candidates (poses [C, 4, 4], picture features [C, D] or None, quality [C] or None) that
+    lie
+    far apart, in the order picked: farthest-point sampling, beginning near the mean, preferring good pictures."""
     quaternion = rotation_to_quaternion(w2c[:, :3, :3])[:, [1, 2, 3, 0]]
     place = CAMERA_SHARE * _standardised(torch.cat([centres(w2c), quaternion], dim=1))
     if features is not None:
@@ -132,8 +136,9 @@ def _standardised(values):
 
 
 def picture_quality(picture: torch.Tensor) -> float:
-    """How sharp and rich in detail a picture (uint8 [H, W, 3]) is: 0.4 ln(1 + variance of its Laplacian) + 0.3 entropy of its
-    grey histogram in bits + 0.3 deviation / 128. Red and blue are swapped in the grey, as in WorldStereo."""
+    """How sharp and rich in detail a picture (uint8 [H, W, 3]) is: 0.4 ln(1 + variance of its Laplacian) + 0.3 times
+    the entropy of its grey histogram in bits + 0.3 times its standard deviation / 128. Red and blue are swapped in the
+    grey values, as in WorldStereo."""
     grey = (picture.double() @ torch.tensor([0.114, 0.587, 0.299], dtype=torch.float64)).round()
     kernel = grey.new_tensor([[0, 1, 0], [1, -4, 1], [0, 1, 0]])
     laplacian = F.conv2d(F.pad(grey[None, None], (1, 1, 1, 1), mode="reflect"), kernel[None, None])
@@ -144,8 +149,9 @@ def picture_quality(picture: torch.Tensor) -> float:
 
 
 def frames_to_remember(frames: int, count: int = 8) -> list[int]:
-    """Which frames of a clip are remembered: never the first, always the last, gaps shrinking towards the end. All but
-    the first where there are no more than `count`. Raises ValueError for fewer than 2 frames or a count below 1."""
+    """The numbers of the frames of a clip that are remembered: never the first, always the last, closer together
+    towards the end. All but the first if there are no more than `count` of these. Raises ValueError for fewer than 2
+    frames or a count below 1."""
     if frames < 2 or count < 1:
         raise ValueError(f"{count} of {frames} frames: a clip needs 2 frames, and at least 1 is remembered.")
     count = min(count, frames - 1)
@@ -155,11 +161,12 @@ def frames_to_remember(frames: int, count: int = 8) -> list[int]:
 
 
 def asked_views(views: Sequence[int], frames: int, mirrored: bool = False, sparsely: bool = True) -> dict[int, int]:
-    """{target: view} for `choose_references`: what a path of `frames` keyframes asks of an earlier path, whose
-    remembered `views` are given in order.
+    """The views that a path of `frames` keyframes asks for, {target: view} for `choose_references`. views: those
+    remembered of the earlier path that it continues or mirrors, in order.
 
-    Of eight the views at 3, 5 and 7 are asked for in turn; for a mirrored path only those of the first half. sparsely:
-    at the targets 1, 2, 3, 5, 7, 9, 13 and 17 alone; else at every target but 4, 8, 12 and 16.
+    Of eight views, those at the places 3, 5 and 7 are asked for in turn; by a mirrored path only those in the first
+    half.
+    sparsely: only at the targets 1, 2, 3, 5, 7, 9, 13 and 17; otherwise at every target but 4, 8, 12 and 16.
     Raises ValueError for an earlier path of which nothing was remembered.
     """
     if not views:

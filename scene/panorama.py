@@ -1,7 +1,8 @@
-"""An equirectangular panorama as a start: its points from core's panorama MoGe, and a pinhole picture out of it.
+"""An equirectangular panorama as a start: its points from core's panorama MoGe, and pinhole pictures taken from it.
 
-The panorama's middle looks along z of a level OpenCV world, its left and right edges meet behind. Core keeps its point
-map in a world with z up whose panorama middle looks along -x (comfy/ldm/moge/panorama.py, spherical_uv_to_directions).
+The panorama's middle looks along z of a level OpenCV world; its left and right edges meet behind. Core's point map is
+in a world with z up in which the panorama's middle looks along -x (comfy/ldm/moge/panorama.py,
+spherical_uv_to_directions).
 """
 
 import math
@@ -15,7 +16,7 @@ from .pointcloud import PointCloud
 from .render import RADIUS
 
 WHOLE = 0.01  # by how much of its width a panorama may differ from twice its height
-NEARER = 2.0  # how many times nearer than at the start things may come before gaps open
+NEARER = 2.0  # the factor by which things may come nearer than at the start before gaps open
 
 
 def directions(height: int, width: int) -> torch.Tensor:
@@ -27,12 +28,12 @@ def directions(height: int, width: int) -> torch.Tensor:
 
 
 def points_of_panorama(geometry: dict) -> PointCloud:
-    """The points of core's MOGE_GEOMETRY of a panorama, by the rules of `depth.points_from_depth`; its depth is the
-    distance along the ray. Raises ValueError for the geometry of an ordinary picture and where no distance is valid."""
+    """The points of core's MOGE_GEOMETRY of a panorama, whose depth is the distance along the ray, by the rules of
+    `depth.points_from_depth`. Raises ValueError for the geometry of an ordinary picture and if no distance is valid."""
     if "intrinsics" in geometry or "mask" not in geometry:
         raise ValueError(
-            "This MoGe geometry is of an ordinary picture: connect it to WorldStereo Render, or run MoGe "
-            "Panorama Inference on the panorama."
+            "This MoGe geometry is an ordinary picture's: connect it to WorldStereo Render, or run MoGe Panorama "
+            "Inference on the panorama."
         )
     distance, picture = geometry["depth"][0].float().cpu(), geometry["image"][0].float().cpu()
     keep, kept = points_kept(distance.where(geometry["mask"][0].cpu(), torch.inf))
@@ -41,42 +42,43 @@ def points_of_panorama(geometry: dict) -> PointCloud:
 
 
 def too_coarse(panorama_width: int, camera: Cameras) -> str | None:
-    """A remark on a panorama whose points lie too far apart for renders of the (first) camera, also from half the
-    distance: their splats would leave gaps. None where the panorama is wide enough."""
+    """A remark on a panorama whose points lie so far apart that the splats in renders of the (first) camera leave gaps
+    once it has come half-way to what it sees. None if the panorama is wide enough. panorama_width: in pixels."""
     focal, side = camera.K[0, 0, 0].item(), min(camera.width, camera.height)
     gap = 2 * math.pi * focal / panorama_width  # pixels between points in the middle of the view
     wanted = math.ceil(2 * math.pi * focal * NEARER * math.sqrt(2) / (RADIUS * side))
     if panorama_width >= wanted:
         return None
     return (
-        f"the panorama is {panorama_width} pixels wide: in this view its points stand {gap:.1f} pixels apart, and gaps "
-        f"open as the camera comes near. About {math.ceil(wanted / 64) * 64} wide would do: enlarge it before MoGe"
+        f"the panorama is {panorama_width} pixels wide: in this view its points are {gap:.1f} pixels apart, and gaps "
+        f"open as the camera comes near. It should be about {math.ceil(wanted / 64) * 64} wide: enlarge it before MoGe"
     )
 
 
 def not_whole(height: int, width: int) -> str | None:
-    """What to say of a panorama that is not twice as wide as high, which is read as if it were. None for one that is."""
+    """A remark on a panorama that is not twice as wide as high, which is read as if it were. None for one that is."""
     if abs(width - 2 * height) <= max(1, WHOLE * width):
         return None
     return (
-        f"the panorama is {width}x{height} and read as if it showed all around: it is stretched. A whole one is twice as "
-        f"wide as high: {2 * height} wide would do at this height; pad or crop it before MoGe"
+        f"the panorama is {width}x{height} and is stretched, because it is read as a full 360 degree one, which is "
+        f"twice as wide as high: pad or crop it to {2 * height}x{height} before MoGe"
     )
 
 
 def view_of_panorama(panorama: torch.Tensor, camera: Cameras) -> torch.Tensor:
     """The picture [1, height, width, 3] that the (first) camera takes from the panorama's centre.
 
-    panorama [1, H, W, 3] in 0..1, equirectangular. Where it is finer than the view, it is first reduced to its scale.
+    panorama [1, H, W, 3] in 0..1, equirectangular. If it is finer than the view, it is first reduced to the view's
+    scale.
     """
     panorama = panorama[:, ..., :3].movedim(-1, 1).float().cpu()
-    wanted = 2 * math.pi * camera.K[0, 0, 0].item()  # its width at the scale of the middle of the view
+    wanted = 2 * math.pi * camera.K[0, 0, 0].item()  # the panorama's width at the scale of the middle of the view
     if wanted < panorama.shape[3]:
         size = (max(1, round(panorama.shape[2] * wanted / panorama.shape[3])), round(wanted))
         panorama = F.interpolate(panorama, size, mode="bilinear", antialias=True).clamp(0, 1)
     x, y, z = rays(camera)
     longitude, elevation = torch.atan2(x, z), torch.atan2(-y, torch.hypot(x, z))
-    panorama = F.pad(panorama, (1, 1, 0, 0), mode="circular")  # so that the seam is interpolated across
+    panorama = F.pad(panorama, (1, 1, 0, 0), mode="circular")  # for interpolation across the seam
     width = panorama.shape[3]
     grid = torch.stack([longitude / math.pi * (width - 2) / width, -elevation / math.pi * 2], dim=-1)
     view = F.grid_sample(panorama, grid[None], mode="bilinear", padding_mode="border", align_corners=False)
@@ -84,15 +86,16 @@ def view_of_panorama(panorama: torch.Tensor, camera: Cameras) -> torch.Tensor:
 
 
 def rays(camera: Cameras) -> torch.Tensor:
-    """The rays [3, height, width] of the (first) camera's pixel centres in world axes, 1 long along its z."""
+    """The rays [3, height, width] through the (first) camera's pixel centres, in world axes, of length 1 along its
+    z."""
     y, x = torch.meshgrid(torch.arange(camera.height) + 0.5, torch.arange(camera.width) + 0.5, indexing="ij")
     pixels = torch.stack([x, y, torch.ones_like(x)]).reshape(3, -1)
     return (camera.w2c[0, :3, :3].T @ torch.linalg.inv(camera.K[0]) @ pixels).view(3, camera.height, camera.width)
 
 
 def depth_of_view(distance: torch.Tensor, camera: Cameras) -> torch.Tensor:
-    """The depth [height, width] along z that the (first) camera sees from the panorama's centre, the nearest of the
-    distances [H, W] along the panorama's rays."""
+    """The depth along z, [height, width], that the (first) camera sees from the panorama's centre, by the nearest of
+    the distances [H, W] along the panorama's rays."""
     height, width = distance.shape
     x, y, z = rays(camera)
     horizontal = torch.hypot(x, z)

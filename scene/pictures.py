@@ -1,4 +1,4 @@
-"""Pictures, [N, H, W, C] in 0..1: resizing, comparing their shapes, and laying them out to be looked at."""
+"""Pictures, [N, H, W, C] in 0..1: resizing, comparing shapes, and laying them out to look at."""
 
 import math
 from pathlib import Path
@@ -13,38 +13,38 @@ from ..core import throw_exception_if_processing_interrupted
 from .cameras import thin
 
 SHAPE_TOLERANCE = 0.05  # relative, of height/width: what rounding sides to whole pixels or patches may change
-STRETCH_TOLD = 0.01  # relative: a smaller stretch is not reported
+SMALLEST_STRETCH = 0.01  # relative: a smaller one is not reported
 MOST_PIXELS = 1 << 19  # of a render without a given size
-SHEET_WIDTH, SHEET_HEIGHT = 1680, 8192  # pixels: at most so high, and then narrower
+SHEET_WIDTH, SHEET_HEIGHT = 1680, 8192  # pixels; a sheet that would be higher is made narrower
 
 
 def resize_pictures(pictures: torch.Tensor, height: int, width: int, antialias: bool = True) -> torch.Tensor:
-    """[N,H,W,C] in 0..1, bicubic to [N,height,width,3]. WorldStereo resizes the picture with Pillow, which filters what
-    is made smaller (antialias), and renders and references with PyTorch, which does not."""
+    """Pictures [N,H,W,C] in 0..1, resized bicubically to [N,height,width,3]. WorldStereo resizes the picture with
+    Pillow, which antialiases, and renders and references with PyTorch, which does not."""
     resized = torch.empty(len(pictures), height, width, 3, device=pictures.device)
     for picture, part in zip(pictures, resized):  # one by one: a batch of large ones would fill the memory
         throw_exception_if_processing_interrupted()
-        channels = (
-            picture[..., :3].movedim(-1, 0)[None].float()
-        )  # --fp16-intermediates gives FP16 pictures, which the CPU cannot filter
+        # ComfyUI's --fp16-intermediates gives FP16 pictures, which the CPU cannot resize.
+        channels = picture[..., :3].movedim(-1, 0)[None].float()
         part[:] = F.interpolate(channels, (height, width), mode="bicubic", antialias=antialias)[0].movedim(0, -1)
         part.clamp_(0, 1)
     return resized
 
 
 def as_bytes(colors: torch.Tensor) -> torch.Tensor:
-    """Colours in 0..1, of any shape, as uint8 in 0..255, rounded; what lies outside is cut off."""
+    """Colours in 0..1 (clipped), of any shape, rounded to uint8 in 0..255."""
     return (colors * 255).round().clamp(0, 255).byte()
 
 
 def write_png(path: Path, picture: torch.Tensor) -> None:
-    """Writes a picture, uint8 [H, W, 3], as a PNG. A large one takes seconds: it can be interrupted."""
+    """Writes a picture, uint8 [H, W, 3], as a PNG. Can be interrupted, because a large one takes seconds. Raises
+    OSError."""
     with open(path, "wb") as file:
         Image.fromarray(picture.numpy()).save(_Stoppable(file), "PNG")
 
 
 class StoppableFrames:
-    """Frames [N, H, W, C] that look at the stop button before each, for a loop that does not."""
+    """Frames [N, H, W, C] whose iteration checks for ComfyUI's interrupt before each frame, for loops that do not."""
 
     def __init__(self, frames: torch.Tensor):
         self.frames, self.shape = frames, frames.shape
@@ -56,7 +56,7 @@ class StoppableFrames:
 
 
 class _Stoppable:
-    """A file, as far as Pillow writes to it, that looks at the stop button."""
+    """A file for Pillow to write to, which checks for ComfyUI's interrupt at every write."""
 
     def __init__(self, file: BinaryIO):
         self.file = file
@@ -70,20 +70,22 @@ class _Stoppable:
 
 
 def same_shape(height: int, width: int, other_height: int, other_width: int) -> bool:
-    """Whether two pictures have the same height to width, but for rounding."""
+    """Whether two pictures have the same aspect ratio, except for rounding."""
     return abs(height / width / (other_height / other_width) - 1) <= SHAPE_TOLERANCE
 
 
 def stretch(height: int, width: int, own_height: int, own_width: int) -> str:
-    """By how much a picture of its own size is stretched in another, such as "16% wider"; empty where it hardly is."""
+    """By how much a picture of own_height x own_width is stretched when it is resized to height x width, such as "16%
+    wider"; empty if it hardly is."""
     wider = (width / height) / (own_width / own_height) - 1
-    if abs(wider) <= STRETCH_TOLD:
+    if abs(wider) <= SMALLEST_STRETCH:
         return ""
     return f"{wider:.0%} wider" if wider > 0 else f"{1 / (1 + wider) - 1:.0%} taller"
 
 
 def stretches(height: int, width: int, **sizes: tuple[int, int]) -> list[str]:
-    """A line for each size (height, width) that is stretched to height x width, with the names of what has that size."""
+    """One line for each size (height, width) that is stretched when resized to height x width, with the names of the
+    inputs that have it."""
     names: dict[tuple[int, ...], list[str]] = {}
     for name, size in sizes.items():
         names.setdefault(tuple(size), []).append(name)
@@ -95,14 +97,14 @@ def stretches(height: int, width: int, **sizes: tuple[int, int]) -> list[str]:
 
 
 def within(height: int, width: int, pixels: int = MOST_PIXELS) -> tuple[int, int]:
-    """A picture's own height and width, or smaller ones of its shape where it has more pixels."""
+    """A picture's height and width, reduced to at most about `pixels` pixels with the same shape."""
     scale = min(1.0, (pixels / (height * width)) ** 0.5)
     return max(1, round(height * scale)), max(1, round(width * scale))
 
 
 def side_by_side(frames: torch.Tensor, beside: torch.Tensor) -> torch.Tensor:
-    """Frames [N, H, W, 3] to the right of as many of the pictures beside [M, h, w, C], M >= N, thinned evenly and
-    brought to the frames' size: [N, H, 2 W, 3]. Raises ValueError for fewer."""
+    """Each of the frames [N, H, W, 3] to the right of a picture of `beside` [M, h, w, C], M >= N, of which N are taken
+    evenly and resized to the frames: [N, H, 2·W, 3]. Raises ValueError for fewer."""
     if len(beside) < len(frames):
         raise ValueError(f"images holds {len(frames)} pictures and render_video {len(beside)}: give at least as many.")
     count, height, width = frames.shape[:3]
@@ -114,8 +116,8 @@ def side_by_side(frames: torch.Tensor, beside: torch.Tensor) -> torch.Tensor:
 
 
 def contact_sheet(frames: torch.Tensor, width: int = SHEET_WIDTH) -> torch.Tensor:
-    """All frames [N, H, W, 3], numbered from 0 and in reading order, on one sheet [1, h, ~width, 3] as near to the shape
-    of two by one as whole tiles allow."""
+    """All frames [N, H, W, 3], numbered from 0, in reading order on one sheet [1, h, w, 3]. The sheet is about `width`
+    pixels wide, and as close to twice as wide as high as possible."""
     count, height, across = frames.shape[:3]
     columns = min(range(1, count + 1), key=lambda n: max(n * across, 2 * math.ceil(count / n) * height))
     tile_width = max(1, width // columns)

@@ -1,4 +1,5 @@
-"""Coloured point clouds in the cameras' world, and what other tools read: PLY, and a folder of frames with cameras."""
+"""Coloured point clouds in the cameras' world, and formats that other tools read: PLY, and a folder of frames with
+cameras."""
 
 import json
 import os
@@ -36,7 +37,7 @@ SPLAT_NEIGHBOURS, SPLAT_LIMIT = 3, 8.0
 class PointCloud:
     """points [P, 3] float32 in the cameras' world (OpenCV axes), colors [P, 3] float32 in 0..1.
 
-    Raises ValueError for shapes that do not match and for positions that are not finite.
+    Raises ValueError for shapes that do not match and positions that are not finite.
     """
 
     points: torch.Tensor
@@ -56,7 +57,7 @@ class PointCloud:
 
 
 def ply_bytes(cloud: PointCloud, y_up: bool) -> bytes:
-    """The cloud as a binary PLY with 8-bit colours, in y-up axes as 3-D viewers expect, or in OpenCV's."""
+    """The cloud as a binary PLY with 8-bit colours: in y-up axes, which 3-D viewers expect, or in OpenCV's."""
     vertices = np.empty(len(cloud), [("position", "<f4", 3), ("color", "u1", 3)])
     vertices["position"] = cloud.points * torch.tensor(OPENCV_TO_Y_UP if y_up else (1.0, 1.0, 1.0))
     vertices["color"] = as_bytes(cloud.colors)
@@ -72,9 +73,9 @@ def ply_bytes(cloud: PointCloud, y_up: bool) -> bytes:
 
 
 def read_ply(path: Path) -> PointCloud:
-    """The vertices of a binary little-endian PLY: x, y, z, and red, green, blue in bytes where it has them (else grey).
+    """The vertices of a binary little-endian PLY: x, y, z and, if it has them, red, green, blue in bytes (else grey).
 
-    Raises ValueError, naming the file, for any other PLY and for one that is cut short or too large.
+    Raises ValueError, naming the file, for any other PLY and for one that is cut short or too large, and OSError.
     """
     name = shown(path.name)
     with open_regular(path) as file:
@@ -85,7 +86,7 @@ def read_ply(path: Path) -> PointCloud:
         lines = [line.split() for line in head.decode("ascii", "replace").splitlines()]
         elements = [line for line in lines if line[:1] == ["element"]]
         if not found or lines[:1] != [["ply"]] or ["format", "binary_little_endian", "1.0"] not in lines:
-            raise ValueError(f"{name} is no binary little-endian PLY.")
+            raise ValueError(f"{name} is not a binary little-endian PLY. Save the points in that format.")
         try:
             if elements[0][1] != "vertex":
                 raise ValueError("its first element is not vertex")
@@ -99,7 +100,7 @@ def read_ply(path: Path) -> PointCloud:
 
 
 def _read_vertices(file: BinaryIO, vertex: np.dtype, count: int, start: int, size: int) -> PointCloud:
-    """The `count` vertices from the byte `start` on of a file of `size` bytes, PLY_PIECE at a time."""
+    """Reads `count` vertices, which start at the byte `start` of a file of `size` bytes, PLY_PIECE at a time."""
     if not 0 <= count <= PLY_POINTS:
         raise ValueError(f"it has {count} points; at most {PLY_POINTS} are read")
     if start + count * vertex.itemsize > size:
@@ -122,8 +123,8 @@ def _read_vertices(file: BinaryIO, vertex: np.dtype, count: int, start: int, siz
 
 
 def splat_sizes(cloud: PointCloud) -> torch.Tensor:
-    """The deviation [P] of a round Gaussian for each point that closes the surface between it and its neighbours: half
-    the mean distance to the SPLAT_NEIGHBOURS nearest, at most SPLAT_LIMIT times the median. 0 in a cloud of one."""
+    """The standard deviation [P] of a round Gaussian for each point that closes the surface to its neighbours: half the
+    mean distance to the SPLAT_NEIGHBOURS nearest, at most SPLAT_LIMIT times the median. 0 in a cloud of one point."""
     count = min(SPLAT_NEIGHBOURS, len(cloud) - 1)
     if count < 1:
         return torch.zeros(len(cloud))
@@ -137,7 +138,8 @@ def splat_sizes(cloud: PointCloud) -> torch.Tensor:
 
 
 def world_mirror(names: list[str], c2w: torch.Tensor, K: torch.Tensor) -> dict:
-    """WorldMirror's cameras.json: camera-to-world poses [N, 4, 4] in OpenCV axes and intrinsics [N, 3, 3] in pixels."""
+    """The content of WorldMirror's cameras.json, of camera-to-world poses [N, 4, 4] in OpenCV axes and intrinsics
+    [N, 3, 3] in pixels."""
     return {
         "num_cameras": len(names),
         "extrinsics": [{"camera_id": name, "matrix": matrix} for name, matrix in zip(names, c2w.tolist())],
@@ -146,12 +148,12 @@ def world_mirror(names: list[str], c2w: torch.Tensor, K: torch.Tensor) -> dict:
 
 
 def write_world_mirror(folder: Path, frames: torch.Tensor, cameras: Cameras, progress: Callable[[int], object]) -> None:
-    """Writes images/NNNNN.png and cameras.json into a new folder, in the layout of WorldMirror's camera prior: OpenCV
-    camera-to-world matrices and intrinsics in pixels of the written pictures, each named by its picture. The folder
-    appears when it is complete, or not at all.
+    """Writes images/NNNNN.png and cameras.json into a new folder, in the format of WorldMirror's camera prior: OpenCV
+    camera-to-world matrices and intrinsics in pixels of the written pictures, each with its picture's name as id. The
+    folder appears only when it is complete.
 
-    frames [N, H, W, 3] in 0..1. progress(1) is called after every picture. Raises ValueError where the counts differ,
-    FileExistsError for a name that is taken, and OSError, naming the folder and the cause.
+    frames [N, H, W, 3] in 0..1. progress(1) is called after every picture. Raises ValueError if the counts differ,
+    FileExistsError if the name is taken, and OSError, naming the folder and the cause.
     """
     if len(frames) != len(cameras):
         raise ValueError(f"There are {len(frames)} frames and {len(cameras)} cameras: each frame needs its own camera.")

@@ -20,15 +20,15 @@ from .pointcloud import PointCloud
 from .stop import stoppable
 
 RADIUS = 0.008  # of a splat, in units in which the shorter side of the picture spans 2
-SMALLEST_PIXELS = 1.0  # a splat's radius: with a smaller one, points a pixel apart show gaps and moiré
+SMALLEST_PIXELS = 1.0  # the least radius of a splat in pixels: below it, points one pixel apart show gaps and moiré
 POINTS_PER_PIXEL = 20
-BACKGROUND = (0.5, 0.5, 0.5)  # the original composites colours in -1..1 over 0
+BACKGROUND = (0.5, 0.5, 0.5)  # the colour of holes: the original composites colours in -1..1 over 0
 TILE_PIXELS = 1 << 16  # pixels composited at a time
 CHUNK_POINTS = 1 << 22  # points projected at a time
 MOST_PIXELS = 1 << 23  # of one frame: 4K, 3840x2160
 RENDER_LIMIT = 4 << 30  # bytes of all frames of a render
 FRAME_PIXEL = 16  # bytes: three colours and the hole, in float32
-CHUNK_CELLS = 1 << 22  # pixels covered by points that are processed at once; with the tile, this bounds the memory
+CHUNK_CELLS = 1 << 22  # pairs of a point and a pixel it may cover, at a time; with the tile, this bounds the memory
 
 
 def render_start(
@@ -46,11 +46,13 @@ def render_start(
     device: str | torch.device,
     progress: Callable[[int], None],
 ) -> tuple[torch.Tensor, torch.Tensor, PointCloud]:
-    """The render and holes for a picture [1, H, W, C] that the first camera took, and the points they show.
+    """The render [N, height, width, 3] in 0..1 and its holes [N, height, width] for a picture [1, H, W, C] that the
+    first of N cameras took, and the points that were drawn.
 
     scene: core's MOGE_GEOMETRY, a grey depth picture (`depth.depth_of_picture`), or the points themselves. The first
-    frame is the picture, without holes. The trained radius is enlarged where it is less than SMALLEST_PIXELS; any other
-    radius is used as it is. Raises ValueError for more than one picture and for unusable depth.
+    frame is the picture, without holes. The trained radius is enlarged if it is less than SMALLEST_PIXELS; any other
+    radius is used as it is. The other arguments are those of `render` and `depth_of_picture`. Raises ValueError for
+    more than one picture, a depth that cannot be used, and as `render` does.
     """
     if len(image) != 1:
         raise ValueError(f"image holds {len(image)} pictures; WorldStereo starts from one.")
@@ -73,19 +75,19 @@ def render_start(
 
 
 def mostly_holes(holes: torch.Tensor) -> list[int]:
-    """The frames of holes [N, H, W] more than half of which are holes."""
+    """The numbers of the frames of holes [N, H, W] that are more than half holes."""
     return (holes.mean((1, 2)) > 0.5).nonzero().flatten().tolist()
 
 
 def summary(cloud: PointCloud, holes: torch.Tensor) -> str:
-    """Two lines about a render: its points, and its holes [N, H, W]. Frames that are mostly holes are logged as a
-    warning."""
+    """Two lines about a render: its points, and its holes [N, H, W]. Also logs a warning about frames that are mostly
+    holes."""
     empty = mostly_holes(holes)
     numbers = ", ".join(map(str, empty))
     if empty:
         logging.warning(
-            "WorldStereo Render: more than half of these frames is holes: %s. The model has to invent them; a "
-            "shorter path keeps more of the picture.",
+            "WorldStereo Render: these frames are more than half holes: %s. The model has to invent them; a shorter "
+            "path keeps more of the picture.",
             numbers,
         )
     most = f"mostly holes: frames {numbers}" if empty else f"at most {holes.mean((1, 2)).max():.0%} in a frame"
@@ -103,17 +105,18 @@ def render(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What each camera sees of the cloud: pictures [N, H, W, 3] in 0..1 and holes [N, H, W], 1 where no point falls.
 
-    radius is in units in which the shorter side of the picture spans 2. progress(1) is called after every frame.
-    Coordinates are computed by single IEEE operations, so that every device draws the same points on the same pixels.
-    Raises ValueError for what `check_size` refuses.
+    radius: in units in which the shorter side of the picture spans 2. points_per_pixel: how many of the nearest points
+    a pixel is blended from. progress(1) is called after every frame. Coordinates are computed by single IEEE
+    operations, so that every device draws the same points on the same pixels. Raises ValueError for a radius outside
+    0..2, less than one point per pixel, and sizes that `check_size` refuses.
     """
     points, colors = cloud.points.to(device), cloud.colors.to(device)
     height, width = cameras.height, cameras.width
     check_size(len(cameras), height, width)
     if not (0 < radius <= 2 and points_per_pixel >= 1):
         raise ValueError(
-            f"radius is {radius} and points_per_pixel {points_per_pixel}: a radius above 0, up to 2, and at least one "
-            "point are needed."
+            f"radius is {radius} and points_per_pixel {points_per_pixel}: the radius must be above 0 and at most 2, "
+            "and points_per_pixel at least 1."
         )
     radius = radius * min(height, width) / 2
     pictures = torch.empty(len(cameras), height, width, 3)
@@ -132,7 +135,8 @@ def render(
 
 
 def check_size(frames: int, height: int, width: int) -> None:
-    """Raises ValueError for frames of more than MOST_PIXELS, and for more of them than RENDER_LIMIT holds."""
+    """Raises ValueError for frames of more than MOST_PIXELS pixels, and for a render of more than RENDER_LIMIT
+    bytes."""
     if not 0 < height * width <= MOST_PIXELS:
         raise ValueError(
             f"A picture of {width}x{height} is not drawn: it may have at most {MOST_PIXELS} pixels. Give a smaller "
@@ -149,8 +153,8 @@ def check_size(frames: int, height: int, width: int) -> None:
 def project(
     points: torch.Tensor, w2c: torch.Tensor, K: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Pixel coordinates u, v [P] and depths z [P] of points [P, 3]; pixel (0, 0) has its centre at u = v = 0.5. u and v
-    mean nothing where z is not above 0."""
+    """Pixel coordinates u, v [P] and depths z [P] of points [P, 3] in a camera (w2c [4, 4], K [3, 3] in pixels). Pixel
+    (0, 0) has its centre at u = v = 0.5. u and v are meaningless where z is not above 0."""
     x, y, z = points.unbind(1)
     x, y, z = (a * x + b * y + c * z + d for a, b, c, d in w2c[:3].tolist())
     u, v = ((a * x + b * y) / z + c for a, b, c in K[:2].tolist())
@@ -183,16 +187,16 @@ def _visible(points, w2c, K, height, width, radius):
 
 
 def _splat(u, v, colors, index, top, bottom, width, radius, points_per_pixel, background):
-    """Rows top..bottom of one frame, flattened: colours [P, 3] and whether a point fell there [P].
+    """Rows top..bottom of one frame, flattened: colours [P, 3] and whether a point covers the pixel [P].
 
-    Points come near to far, so each chunk lies behind what is composited already. A chunk's splats are spread over the
-    pixels they cover and sorted by pixel; the sort is stable and keeps them near to far.
+    Points are sorted near to far, so each chunk lies behind those already composited. A chunk's splats are expanded to
+    the pixels they cover and sorted by pixel; the sort is stable and so keeps them near to far.
     """
     pixels = (bottom - top) * width
     picture = colors.new_zeros(pixels, 3)
-    passed = colors.new_ones(pixels)  # the light that passes all points so far
+    passed = colors.new_ones(pixels)  # the transmittance of all points so far
     taken = torch.zeros(pixels, dtype=torch.long, device=colors.device)
-    span = math.ceil(2 * radius)  # the pixel centres that a splat can cover on an axis
+    span = math.ceil(2 * radius)  # how many pixel centres a splat can cover along an axis
     reaching = ((v > top - radius) & (v < bottom + radius)).nonzero().squeeze(1)
     for chunk in reaching.split(max(1, CHUNK_CELLS // span**2)):
         throw_exception_if_processing_interrupted()
@@ -216,7 +220,8 @@ def _splat(u, v, colors, index, top, bottom, width, radius, points_per_pixel, ba
 
         opacity = 1 - d2[splat] / (radius * radius)
         slot = pixel * (points_per_pixel + 1) + rank
-        through = colors.new_ones(pixels * (points_per_pixel + 1))  # a row a pixel: the light left before each point
+        # For each pixel a row: the transmittance before each of its points.
+        through = colors.new_ones(pixels * (points_per_pixel + 1))
         through[slot + 1] = 1 - opacity
         through = through.view(pixels, -1)
         through[:, 0] = passed
@@ -233,8 +238,8 @@ def _splat(u, v, colors, index, top, bottom, width, radius, points_per_pixel, ba
 
 
 def _covered(centre, span, radius, low, high):
-    """The `span` pixels along one axis from the first that a splat at `centre` covers, and their squared distances
-    [P, span]; infinite outside low..high."""
+    """The `span` pixels along one axis, beginning with the first that a splat at `centre` [P] covers, [P, span], and
+    their squared distances [P, span], infinite outside low..high."""
     steps = torch.arange(1, span + 1, dtype=torch.int32, device=centre.device)
     pixel = (centre - radius - 0.5).floor().int()[:, None] + steps
     distance = pixel + 0.5 - centre[:, None]

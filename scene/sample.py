@@ -1,7 +1,8 @@
-"""A drawn scene with exact depth, so that everything can be tried without a file or a depth model: a tiled room with
-three spheres and two plinths, by ray casting.
+"""A drawn scene with exact depth, to try everything without a file or a depth model: a tiled room with four spheres and
+two plinths, drawn by ray casting.
 
-World axes are OpenCV's (x right, y down, z forward), the picture's camera at the origin, level. Lengths are in metres.
+World axes are OpenCV's (x right, y down, z forward); the picture's camera is at the origin, level. Lengths are in
+metres.
 """
 
 import torch
@@ -14,9 +15,9 @@ from .panorama import directions
 from .pointcloud import PointCloud
 
 WIDTH, HEIGHT, FOCAL = 832, 480, 640.0  # pixels: 66 degrees wide
-NEAR, FAR = 1.0, 10.0  # metres: what white and black of the depth picture stand for
+NEAR, FAR = 1.0, 10.0  # metres: the depths that white and black of the depth picture stand for
 MOVE = Move("orbit left", degrees=20.0, distance=0.0, keyframes=21, easing="linear", look_at_centre="auto")
-SAMPLES = 2  # rays a pixel on each axis
+SAMPLES = 2  # rays per pixel along each axis
 RAYS = 2**15  # traced at once: what they need stays in the processor's cache
 PANORAMA_HEIGHT = 960  # pixels
 
@@ -36,19 +37,19 @@ AMBIENT = 0.4
 
 
 def cast(origin: torch.Tensor, rays: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What each ray [N, 3] from `origin` [3] hits first: its distance [N] in lengths of the ray, the surface's normal
-    [N, 3] towards the ray, and its colour [N, 3] in 0..1."""
+    """What each ray [N, 3] from `origin` [3] hits first: its distance [N] as a multiple of the ray's length, the
+    surface's normal [N, 3], which faces the ray's origin, and its colour [N, 3] in 0..1."""
     parts = []
-    for some in rays.split(RAYS):
+    for part in rays.split(RAYS):
         throw_exception_if_processing_interrupted()
-        parts.append(_cast(origin.double(), some.double()))
+        parts.append(_cast(origin.double(), part.double()))
     distance, normal, color = (torch.cat(part) for part in zip(*parts))
     return distance, normal, color
 
 
 def distances(origin: torch.Tensor, rays: torch.Tensor) -> torch.Tensor:
-    """The distance [N] alone, where `cast` gives more."""
-    return torch.cat([_trace(origin.double(), some.double())[0] for some in rays.split(RAYS)])
+    """Only the distances [N] that `cast` returns."""
+    return torch.cat([_trace(origin.double(), part.double())[0] for part in rays.split(RAYS)])
 
 
 def _cast(origin, rays):
@@ -56,7 +57,7 @@ def _cast(origin, rays):
     point = origin + rays * distance[:, None]
     to_lamp = point.new_tensor(LAMP) - point
     towards = torch.nn.functional.normalize(to_lamp, dim=1)
-    # Slightly off the surface, so that it does not shade itself.
+    # From slightly above the surface, so that it does not shade itself.
     lit = _trace(point + 1e-6 * normal, to_lamp)[0] >= 1
     light = AMBIENT + (1 - AMBIENT) * lit * (normal * towards).sum(1).clamp(0, 1)
     return distance, normal, (_paint(point, normal, hit) * light[:, None]).clamp(0, 1)
@@ -97,7 +98,7 @@ def _entry(origin, rays, low, high):
 
 
 def _towards(rays, axis):
-    """The normal of a side across `axis`, on the side the ray comes from."""
+    """The normal of a box's side across `axis`, facing the ray's origin."""
     return -torch.nn.functional.one_hot(axis, 3) * rays.sign()
 
 
@@ -125,7 +126,7 @@ def _paint(point, normal, hit):
 
 
 def rays_of(camera: Cameras, samples: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
-    """The (first) camera's centre [3] and its rays [H samples, W samples, 3] in world axes, of depth 1 each."""
+    """The (first) camera's centre [3] and its rays [H·samples, W·samples, 3] in world axes, each of depth 1."""
     w2c, K = camera.w2c[0].double(), camera.K[0].double()
     y, x = (
         (torch.arange(size * samples, dtype=torch.float64) + 0.5) / samples for size in (camera.height, camera.width)
@@ -135,8 +136,8 @@ def rays_of(camera: Cameras, samples: int = 1) -> tuple[torch.Tensor, torch.Tens
 
 
 def photograph(camera: Cameras) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The scene through the (first) camera: picture [H, W, 3] in 0..1, depth [H, W], and normals [H, W, 3] in the
-    camera's axes; depth and normals are those of the pixels' centres."""
+    """The scene seen by the (first) camera: picture [H, W, 3] in 0..1, depth [H, W], and normals [H, W, 3] in the
+    camera's axes. Depth and normals are those at the pixels' centres."""
     origin, rays = rays_of(camera)
     distance, normal, _ = cast(origin, rays.reshape(-1, 3))
     normal = normal @ camera.w2c[0, :3, :3].double().T
@@ -151,7 +152,8 @@ def start_camera() -> Cameras:
 
 
 def geometry(camera: Cameras) -> dict:
-    """The scene through the camera as core's MOGE_GEOMETRY, exact: points, depth, mask, intrinsics, normal, image."""
+    """The scene seen by the camera as an exact MOGE_GEOMETRY of core: points, depth, mask, intrinsics, normal,
+    image."""
     picture, depth, normal = photograph(camera)
     K = camera.K[0].double()
     y, x = torch.meshgrid(torch.arange(camera.height) + 0.5, torch.arange(camera.width) + 0.5, indexing="ij")
@@ -167,8 +169,8 @@ def geometry(camera: Cameras) -> dict:
 
 
 def panorama(height: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """All around the origin, equirectangular: the picture [height, 2 height, 3] in 0..1 and the distance along each
-    ray [height, 2 height]."""
+    """The scene all around the origin, equirectangular: the picture [height, 2·height, 3] in 0..1 and the distance
+    along each ray [height, 2·height]."""
     rays = directions(height, 2 * height)
     distance, _, color = cast(rays.new_zeros(3), rays.reshape(-1, 3))
     return color.view(rays.shape).float(), distance.view(rays.shape[:2]).float()
@@ -188,8 +190,8 @@ def depth_picture(depth: torch.Tensor) -> torch.Tensor:
 
 
 def sample() -> tuple[torch.Tensor, dict, torch.Tensor, PointCloud, Cameras]:
-    """Picture [1, H, W, 3], MOGE_GEOMETRY, depth picture [1, H, W, 3], points, and cameras: an orbit of 21 by 20
-    degrees to the left."""
+    """Picture [1, H, W, 3], MOGE_GEOMETRY, depth picture [1, H, W, 3], points, and 21 cameras: an orbit of 20 degrees
+    to the left."""
     camera = start_camera()
     exact = geometry(camera)
     depth = exact["depth"][0]
@@ -204,8 +206,8 @@ SAMPLE_GEOMETRIES = {"picture": lambda: geometry(start_camera()), "panorama": pa
 def picture_or_sample(
     image: torch.Tensor | None, moge_geometry: dict | None, kind: str = "picture"
 ) -> tuple[torch.Tensor, dict]:
-    """The picture and its MOGE_GEOMETRY, or the sample's of this kind where there are none. Raises ValueError for one
-    alone: the sample's would not belong to it."""
+    """The picture [1, H, W, 3] and its MOGE_GEOMETRY, or the sample's if both are None. kind: one of SAMPLE_GEOMETRIES.
+    Raises ValueError for one of the two alone, to which the sample's would not belong."""
     if (image is None) != (moge_geometry is None):
         there, missing = ("moge_geometry", "image") if image is None else ("image", "moge_geometry")
         raise ValueError(

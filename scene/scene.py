@@ -1,6 +1,6 @@
-"""A scene that remembers: the views seen so far, where each was taken from, the points they show, the paths taken.
+"""A scene that remembers: the views seen so far, their cameras, the points they show, and the paths taken.
 
-A value: its methods return new scenes, which share the pictures and depths of the old one.
+Scenes are immutable: methods return new ones, which share the pictures and depths of the old one.
 """
 
 from dataclasses import dataclass, replace
@@ -20,7 +20,7 @@ MAX_NAME = 200  # characters
 @dataclass(frozen=True, eq=False)
 class TakenPath:
     """A path that was generated. cameras: of all its frames. views: the numbers of the scene's views that were
-    remembered of it, in order; the last one is the path's last frame."""
+    remembered from it, in order; the last one is the path's last frame."""
 
     name: str
     cameras: Cameras
@@ -29,13 +29,13 @@ class TakenPath:
 
 @dataclass(frozen=True, eq=False)
 class Scene:
-    """N views of one world, all of one size.
+    """N views of one world, all of the same size.
 
-    pictures: N of uint8 [H, W, 3]. cameras: N, of W x H pictures. names: N different ones, of where each view came from
-    ("start", "panorama/0013", "path_1/0012"). depths: N of float32 [H, W] along z in the cameras' units, infinite where
-    there is none, or None. cloud: the points seen. paths: in the order taken.
+    pictures: N of uint8 [H, W, 3]. cameras: N, of W x H pictures. names: N different ones, which say where a view comes
+    from ("start", "panorama/0013", "path_1/0012"). depths: for each view float32 [H, W] along z in the cameras' units,
+    infinite where there is none, or None. cloud: the points seen. paths: in the order taken.
 
-    Raises ValueError where counts or sizes differ, names repeat, or MAX_VIEWS, MAX_PIXELS or MAX_POINTS is passed.
+    Raises ValueError if counts or sizes differ, names repeat, or MAX_VIEWS, MAX_PIXELS or MAX_POINTS is exceeded.
     """
 
     pictures: tuple[torch.Tensor, ...]
@@ -57,8 +57,8 @@ class Scene:
             raise ValueError(f"The scene's views do not match: {listed}. Each view has one of each.")
         if len(self.pictures) > MAX_VIEWS:
             raise ValueError(
-                f"The scene would hold {len(self.pictures)} views; it holds at most {MAX_VIEWS}. Remember fewer frames "
-                "of each path, or go on in a new scene."
+                f"The scene would hold {len(self.pictures)} views; at most {MAX_VIEWS} are allowed. Remember fewer "
+                "frames of each path, or continue in a new scene."
             )
         if len(self.pictures) * self.cameras.width * self.cameras.height > MAX_PIXELS:
             raise ValueError(
@@ -92,11 +92,11 @@ class Scene:
         )
 
     def view(self, name: str) -> int:
-        """The number of the view with this name. Raises ValueError."""
+        """The number of the view with this name. Raises ValueError if there is none."""
         return _number("view", name, self.names)
 
     def path(self, name: str) -> TakenPath:
-        """The path with this name. Raises ValueError."""
+        """The path with this name. Raises ValueError if there is none."""
         return self.paths[_number("path", name, [path.name for path in self.paths])]
 
     def picture(self, view: int) -> torch.Tensor:
@@ -104,7 +104,8 @@ class Scene:
         return self.pictures[view][None].float() / 255
 
     def with_views(self, pictures, cameras: Cameras, names, depths=None) -> "Scene":
-        """The scene with more views: N pictures [H, W, 3] in bytes, cameras of any picture size, names, depths."""
+        """The scene with N more views: pictures [H, W, 3] in bytes, cameras of any picture size, names, and depths
+        [H, W] or None. Raises ValueError as `Scene` does."""
         cameras = cameras.scaled_to(self.cameras.width, self.cameras.height)
         w2c = torch.cat([self.cameras.w2c, cameras.w2c])
         K = torch.cat([self.cameras.K, cameras.K])
@@ -117,8 +118,8 @@ class Scene:
         )
 
     def with_path(self, name: str, cameras: Cameras, remembered: list[int], pictures, depths=None) -> "Scene":
-        """The scene with a path of these cameras, of whose frames those with the numbers `remembered` become views,
-        named NAME/0012 by frame. pictures, depths: of the remembered frames, as in `with_views`."""
+        """The scene with a path of these cameras. The frames with the numbers `remembered` become views, named
+        NAME/0012 by frame. pictures, depths: of these frames, as in `with_views`. Raises ValueError as `Scene` does."""
         first = len(self)
         names = [f"{name}/{frame:04}" for frame in remembered]
         scene = self.with_views(pictures, cameras[list(remembered)], names, depths)
@@ -131,7 +132,7 @@ class Scene:
 
 
 def to_bytes(pictures: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Pictures [N, H, W, C] in 0..1 as a scene keeps them: N of uint8 [H, W, 3]."""
+    """Pictures [N, H, W, C] in 0..1 in a scene's form: N of uint8 [H, W, 3]."""
     return tuple(as_bytes(pictures[..., :3].float().cpu()).unbind())
 
 

@@ -1,4 +1,4 @@
-"""How a scene starts: from one picture with its depth, or from a panorama, of which 27 views are cut."""
+"""How a scene starts: from one picture with its depth, or from a panorama, from which 27 views are taken."""
 
 import math
 
@@ -16,7 +16,7 @@ from .pointcloud import PointCloud
 from .render import check_size
 from .scene import Scene, to_bytes
 
-START = "start"  # the name of the one picture's view
+START = "start"  # the name of the view in a scene from one picture
 HEADINGS = 9  # level views of a panorama
 TILT = math.degrees(math.atan(0.5))
 VIEW_SIZE = (832, 480)  # pixels wide and high
@@ -24,7 +24,7 @@ VIEW_FOV = (120.0, 90.0)  # degrees wide and high
 
 
 def is_panorama(geometry: object) -> bool:
-    """Whether this is core's MOGE_GEOMETRY of a panorama, which has no lens."""
+    """Whether this is core's MOGE_GEOMETRY of a panorama, which has no intrinsics."""
     return isinstance(geometry, dict) and "intrinsics" not in geometry
 
 
@@ -38,11 +38,11 @@ def scene_of_picture(
     width: int,
     height: int,
 ) -> Scene:
-    """A scene of one view, "start", of a picture [1, H, W, C] in 0..1 brought to width x height.
+    """A scene with one view, "start": a picture [1, H, W, C] in 0..1 resized to width x height.
 
-    depth: core's MOGE_GEOMETRY or a grey picture, as `render.render_start` takes them. The first camera of `camera`
-    took the picture; without one it stands at the origin, level, with MoGe's lens, else one of 60 degrees.
-    Raises ValueError for more than one picture and for unusable depth.
+    depth: core's MOGE_GEOMETRY or a grey picture, as for `render.render_start`. camera: the first one took the picture;
+    without it the camera is at the origin, level, with MoGe's lens or else one of 60 degrees. Raises ValueError for
+    more than one picture, a depth that cannot be used, and a size that `check_size` refuses.
     """
     check_size(1, height, width)
     if len(image) != 1:
@@ -67,9 +67,10 @@ def scene_of_picture(
 
 
 def scene_of_panorama(geometry: dict, width: int, height: int) -> Scene:
-    """A scene of the 27 views of WorldStereo's panorama bank, "panorama/0000" on, and the panorama's points.
+    """A scene with the 27 views of WorldStereo's panorama bank, named from "panorama/0000", and the panorama's points.
 
-    geometry: core's MOGE_GEOMETRY of a panorama. Raises ValueError for one of an ordinary picture, and without depth.
+    geometry: core's MOGE_GEOMETRY of a panorama. Raises ValueError for an ordinary picture's, for one without valid
+    depth, and for a size that `check_size` refuses.
     """
     check_size(1, height, width)
     cloud = points_of_panorama(geometry)
@@ -83,8 +84,8 @@ def scene_of_panorama(geometry: dict, width: int, height: int) -> Scene:
 
 
 def panorama_cameras(width: int, height: int) -> Cameras:
-    """The cameras of the 27 views, in the bank's order: the middle level, up and down, then the other headings, every
-    40 degrees to the right: all of them level, all up, all down."""
+    """The cameras of the 27 views, in the bank's order: the panorama's middle level, tilted up and tilted down, then
+    the other eight headings, every 40 degrees to the right: all level, all up, all down."""
     others = [360 / HEADINGS * number for number in range(1, HEADINGS)]
     turns = [(0.0, pitch) for pitch in (0.0, TILT, -TILT)]
     turns += [(yaw, pitch) for pitch in (0.0, TILT, -TILT) for yaw in others]
@@ -100,7 +101,7 @@ def panorama_view(number: int) -> str:
 
 
 def level_view(heading: int) -> str:
-    """The name of the level view at a heading, 0 the panorama's middle, each next 40 degrees to the right."""
+    """The name of the level view at a heading: 0 is the panorama's middle, each next one 40 degrees farther right."""
     return panorama_view(heading + 2 if heading else 0)
 
 

@@ -1,4 +1,4 @@
-"""A path through a scene: the render of the cloud, the references from memory, and what is kept of the result."""
+"""A path through a scene: the render of the cloud, the references from memory, and what is remembered of the result."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,10 +22,10 @@ ASK_NOTHING, ASK_SPARSELY, ASK_OFTEN, ASK_MIRRORED = ASKING = (
 
 
 @dataclass(frozen=True)
-class Outlook:
-    """A path's render and references. video [N, H, W, 3] in 0..1 and holes [N, H, W]: the cloud seen by each camera, the first frame
-    being the picture. views: the scene's views that are its references, with the pictures [R, H, W, 3] and ref_index of
-    each."""
+class PreparedPath:
+    """A path's render and references. video [N, H, W, 3] in 0..1 and holes [N, H, W]: the cloud seen by each camera,
+    with the picture as the first frame. views: the numbers of the scene's views that are references; pictures [R, H, W,
+    3] in 0..1 and ref_index are theirs."""
 
     video: torch.Tensor
     holes: torch.Tensor
@@ -34,7 +34,7 @@ class Outlook:
     ref_index: tuple[int, ...]
 
 
-def look_along(
+def prepare_path(
     scene: Scene,
     image: torch.Tensor,
     cameras: Cameras,
@@ -46,16 +46,17 @@ def look_along(
     radius: float,
     device: str | torch.device,
     progress: Callable[[int], None],
-) -> Outlook:
-    """The render and references of a path that starts with the picture image [1, H, W, C], at the scene's size.
+) -> PreparedPath:
+    """The render and references, at the scene's size, of a path that starts with the picture image [1, H, W, C].
 
-    keyframes: how many of the cameras the model takes (`Cameras.thinned`, as the conditioning takes them). References
-    are chosen for these, so that ref_index numbers what the model is given. WorldStereo's own retrieval takes every
-    fourth camera of a longer path, which is the same for its 81 cameras and 21 keyframes; with 41 or 161 every fourth
-    would be others than the model's keyframes. references: at most how many.
-    ask: one of ASKING, ask_path: the earlier path it means, or empty for the last one. embed takes pictures
-    [B, H, W, 3] in 0..1 to embeddings [B, D]; it is called where more than `references` views were chosen. radius: of a point,
-    as in `render.render_start`.
+    keyframes: how many of the cameras the model takes (`Cameras.thinned`, as in the conditioning). References are
+    chosen for these, so that ref_index counts the keyframes that the model gets. WorldStereo's own retrieval takes
+    every fourth camera of a longer path, which is the same for its 81 cameras and 21 keyframes; with 41 or 161 cameras
+    these would not be the model's keyframes. references: the largest number of them.
+    ask: one of ASKING; ask_path: the earlier path it refers to, or empty for the last one. embed: maps pictures
+    [B, H, W, 3] in 0..1 to embeddings [B, D]; it is called only if more than `references` views were chosen. radius,
+    device, progress: as in `render.render`. Raises ValueError for a single camera, as `render_start` does, and for an
+    ask_path that does not exist.
     """
     if len(cameras) < 2:
         raise ValueError("cameras holds one camera; a path needs at least 2.")
@@ -65,7 +66,7 @@ def look_along(
     splats = (radius, POINTS_PER_PIXEL, BACKGROUND, device, progress)
     video, holes, _ = render_start(image, scene.cloud, cameras, "", 0, 0, width, height, *splats)
     pictures = torch.cat([scene.picture(view) for view in views])
-    return Outlook(video, holes, pictures, tuple(views), tuple(ref_index))
+    return PreparedPath(video, holes, pictures, tuple(views), tuple(ref_index))
 
 
 def references_of(
@@ -76,12 +77,12 @@ def references_of(
     ask_path: str,
     embed: Callable[[torch.Tensor], torch.Tensor] | None,
 ) -> tuple[list[int], list[int]]:
-    """`memory.choose_references` for a scene. Pictures are looked at only where more than `limit` views were chosen,
-    and only those."""
+    """`memory.choose_references` for a scene; the arguments are those of `prepare_path`. Pictures are compared only if
+    more than `limit` views were chosen, and only those. Raises ValueError for an earlier path that does not exist."""
     asked = None
     if ask != ASK_NOTHING:
         if not scene.paths:
-            raise ValueError("ask_for: the scene has no earlier path to ask for; choose nothing.")
+            raise ValueError('ask_for: the scene has no earlier path to ask for; choose "nothing".')
         earlier = scene.path(ask_path) if ask_path else scene.paths[-1]
         asked = asked_views(earlier.views, len(cameras), ask == ASK_MIRRORED, ask != ASK_OFTEN)
     bank, size = scene.cameras, (scene.cameras.width, scene.cameras.height)
@@ -100,16 +101,16 @@ def references_of(
     )
 
 
-def go_on(scene: Scene, view: str) -> int:
-    """The view to start from: `first`, `last` (the last frame of the last path, or the first view before any), or a
-    name. Raises ValueError."""
+def start_view(scene: Scene, view: str) -> int:
+    """The number of the view to start from: "first", "last" (the last frame of the last path; without a path the first
+    view), or a name. Raises ValueError for a name that the scene does not have."""
     if view in ("", LAST):
         return scene.paths[-1].views[-1] if scene.paths else 0
     return 0 if view == FIRST else scene.view(view)
 
 
 def new_path_name(scene: Scene) -> str:
-    """path_1, path_2, … : the first that the scene does not have."""
+    """The first of path_1, path_2, … that the scene does not have."""
     taken = {path.name for path in scene.paths}
     return next(name for number in range(1, len(taken) + 2) if (name := f"path_{number}") not in taken)
 
@@ -125,15 +126,17 @@ def remember_clip(
     device: str | torch.device,
     progress: Callable[[int], None],
 ) -> tuple[Scene, FuseReport | None]:
-    """The scene with a clip [N, H, W, C] in 0..1: `count` of its frames as views and, where depths (N maps) are given,
-    the points they show, the cloud thinned to `points`.
+    """The scene with a clip [N, H, W, C] in 0..1: `count` of its frames become views and, if depths (N maps [h, w]) are
+    given, the points they show are added, and the cloud is thinned to `points`. Also the report of `fuse`, if it ran.
 
-    cameras: of the clip's frames; more of them are thinned as the conditioning thins them. The name is the path's, or
-    empty for the next number. A frame whose depth fits the cloud keeps that depth, in the scene's units.
-    Raises ValueError for fewer cameras than frames, and as `Scene` and `fuse` do.
+    cameras: of the clip's frames; if there are more, they are thinned as the conditioning thins them. name: the path's,
+    or empty for the next number. A frame whose depth fits the cloud keeps that depth, in the scene's units.
+    Raises ValueError for fewer cameras than frames, another number of depths, and as `Scene` and `fuse` do.
     """
     if len(cameras) < len(images):
-        raise ValueError(f"There are {len(images)} images and {len(cameras)} cameras: each keyframe needs its camera.")
+        raise ValueError(
+            f"There are {len(images)} images and {len(cameras)} cameras: each keyframe needs its own camera."
+        )
     name = name.strip() or new_path_name(scene)
     cameras = cameras.thinned(len(images)).scaled_to(scene.cameras.width, scene.cameras.height)
     frames = frames_to_remember(len(images), count)
@@ -142,8 +145,10 @@ def remember_clip(
     report, kept = None, None
     if depths is not None:
         if len(depths) != len(images):
-            raise ValueError(f"There are {len(images)} images and depth for {len(depths)}: give each keyframe's depth.")
-        moving = list(range(1, len(images)))  # the first frame is known already
+            raise ValueError(
+                f"There are {len(images)} images but depth for {len(depths)}: give the depth of each keyframe."
+            )
+        moving = list(range(1, len(images)))  # the scene already has the first frame
         names = [f"{name}/{frame:04}" for frame in moving]
         cloud, report = fuse(
             scene.cloud,
@@ -162,8 +167,8 @@ def remember_clip(
 
 
 def fitted_depth(depth: torch.Tensor, fit: FrameFit, height: int, width: int) -> torch.Tensor | None:
-    """A frame's depth [height, width] in the scene's units by its fit, infinite where there is none; None for a frame
-    that was refused."""
+    """A frame's depth [h, w] by its fit, in the scene's units and resized to [height, width] (nearest), infinite where
+    there is none; None for a frame that was refused."""
     if fit.refused:
         return None
     depth = torch.nn.functional.interpolate(depth[None, None].float(), (height, width), mode="nearest-exact")[0, 0]

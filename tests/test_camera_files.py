@@ -110,8 +110,8 @@ def test_colmap_distortion_is_left_out_with_a_warning(tmp_path, caplog):
 @pytest.mark.parametrize(
     "camera, message",
     [
-        ("1 FISHEYE 640 480 500 330 235", "images.txt. cameras.txt, line 2: the camera model FISHEYE is none of"),
-        ("1 PINHOLE 640 480 500", "line 2 is no camera"),
+        ("1 FISHEYE 640 480 500 330 235", "images.txt. cameras.txt, line 2: the camera model FISHEYE is not one of"),
+        ("1 PINHOLE 640 480 500", "line 2 is not a camera"),
         ("1 PINHOLE 640 -3 500 510 330 235", "picture size 640x-3"),
         ("9 PINHOLE 640 480 500 510 330 235", "Line 3 names camera 1"),
     ],
@@ -124,10 +124,10 @@ def test_bad_colmap_cameras_are_named(tmp_path, camera, message):
 def test_colmap_needs_both_files_and_poses(tmp_path):
     path = write_colmap(tmp_path)
     path.write_text("1 0.5 0.5 what 1 2 3 1 a.png")
-    with pytest.raises(ValueError, match="Line 1 is no COLMAP pose"):
+    with pytest.raises(ValueError, match="Line 1 is not a COLMAP pose"):
         read_cameras(path)
     path.write_text("1 1 0 0 0 1 2 3 1 a.png\n2 1 0 0 0 1 2 3 1 b.png")
-    with pytest.raises(ValueError, match="Line 2 is no list of 2-D points"):
+    with pytest.raises(ValueError, match="Line 2 is not a list of 2-D points"):
         read_cameras(path)
     path.write_text("# nothing")
     with pytest.raises(ValueError, match="It holds no poses"):
@@ -179,12 +179,12 @@ def test_realestate_has_shares_of_the_picture_and_world_to_camera_poses(tmp_path
 @pytest.mark.parametrize(
     "line, message",
     [
-        ("0 0.5 0.9 0.5 0.5 0 0 1 0 0 0 0 1 0 0 0 0 1", "Line 3 is no RealEstate10K camera"),
-        ("0 0.5 0.9 0.5 0.5 0 0 1 0 0 0 0 1 0 0 0 0 x 0", "Line 3 is no RealEstate10K camera"),
-        ("0 0 0.9 0.5 0.5 0 0 1 0 0 0 0 1 0 0 0 0 1 0", "shares of the picture"),
-        ("0 640 640 640 360 0 0 1 0 0 0 0 1 0 0 0 0 1 0", "shares of the picture"),
+        ("0 0.5 0.9 0.5 0.5 0 0 1 0 0 0 0 1 0 0 0 0 1", "Line 3 is not a RealEstate10K camera"),
+        ("0 0.5 0.9 0.5 0.5 0 0 1 0 0 0 0 1 0 0 0 0 x 0", "Line 3 is not a RealEstate10K camera"),
+        ("0 0 0.9 0.5 0.5 0 0 1 0 0 0 0 1 0 0 0 0 1 0", "fractions of the picture"),
+        ("0 640 640 640 360 0 0 1 0 0 0 0 1 0 0 0 0 1 0", "fractions of the picture"),
         ("0 0.5 0.9 0.5 0.5 0 0 2 0 0 0 0 1 0 0 0 0 1 0", "Camera 1 of 2.*orthonormal"),
-        ("0 0.5 0.9 0.5 nan 0 0 1 0 0 0 0 1 0 0 0 0 1 0", "shares of the picture"),
+        ("0 0.5 0.9 0.5 nan 0 0 1 0 0 0 0 1 0 0 0 0 1 0", "fractions of the picture"),
     ],
 )
 def test_bad_realestate_lines_are_named(tmp_path, line, message):

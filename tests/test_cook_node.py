@@ -98,8 +98,8 @@ def test_shards_by_their_index(comfyui):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"result": "../escaped"}, "'../escaped' is no file name"),
-        ({"result": "/tmp/escaped"}, "is no file name"),
+        ({"result": "../escaped"}, "'../escaped' is not a file name"),
+        ({"result": "/tmp/escaped"}, "is not a file name"),
         ({"result": "taken"}, "taken.safetensors exists already"),
         ({"result": "model", "overwrite": True}, "is the source itself"),
         ({"source": "../vae/model.safetensors"}, "not in list"),
@@ -114,7 +114,7 @@ def test_clear_errors(comfyui, changes, message):
 
 @pytest.mark.parametrize("name", ["", ".", "..", ".safetensors", "a/b", "a\\b", "C:\\a", "C:a", "/a", "../a", "a/"])
 def test_names_with_path_parts(name):
-    with pytest.raises(ValueError, match="is no file name"):
+    with pytest.raises(ValueError, match="is not a file name"):
         file_name(name, ".safetensors")
 
 

@@ -82,7 +82,7 @@ def test_moge_depth_is_infinite_outside_its_mask():
     "geometry, message",
     [
         ({"intrinsics": torch.eye(3)[None]}, "holds no depth"),
-        ({"depth": torch.ones(1, 2, 4)}, "is of a panorama"),
+        ({"depth": torch.ones(1, 2, 4)}, "is a panorama's"),
         ({"depth": torch.ones(3, 2, 4), "intrinsics": torch.eye(3).repeat(3, 1, 1)}, "holds 3 pictures"),
     ],
 )

@@ -299,7 +299,7 @@ def test_frames_that_are_mostly_holes_are_named_in_the_log(comfyui):
             frames=("PreviewImage", {"images": ("render", 0)}),
         )
     )
-    assert "more than half of these frames is holes: 1, 2, 3." in comfyui.log.read_text("utf-8")
+    assert "these frames are more than half holes: 1, 2, 3." in comfyui.log.read_text("utf-8")
 
 
 @pytest.mark.parametrize(

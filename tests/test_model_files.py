@@ -85,6 +85,6 @@ def test_a_cooks_last_words_say_where_the_file_is_and_what_to_press(folder, monk
 
 @pytest.mark.parametrize("name", ["a\0b", "a\nb", "\ud800", "a" * 250, "\x1b[31m"])
 def test_names_that_no_file_system_takes(name):
-    with pytest.raises(ValueError, match="is no file name") as caught:
+    with pytest.raises(ValueError, match="is not a file name") as caught:
         file_name(name, ".safetensors")
     assert str(caught.value).isprintable() and len(str(caught.value)) < 300

@@ -194,7 +194,7 @@ def change(path, old, new):
         (lambda f: change(f / "scene.json", '"name": "path 1"', '"name": 5'), "a path has no name"),
         (lambda f: change(f / "scene.json", '"names"', '"nam\\u001bes"'), "it has no 'names'"),
         (lambda f: change(f / "scene.json", '"start"', '"path 1/0003"'), "picture 0000_path_1_0003.png is missing"),
-        (lambda f: change(f / "scene.json", '"start"', '"st\\ud800rt"'), "missing|does not hold together"),
+        (lambda f: change(f / "scene.json", '"start"', '"st\\ud800rt"'), "missing|is inconsistent"),
         (lambda f: change(f / "scene.json", "1,\n", "9,\n"), "cannot be read as a scene"),
         (lambda f: (f / "scene.safetensors").write_bytes(b"\xff" * 100), "scene.safetensors .*damaged"),
         (lambda f: os.truncate(f / "scene.safetensors", 5000), "scene.safetensors .*damaged"),
@@ -202,7 +202,7 @@ def change(path, old, new):
         (lambda f: (f / "images" / "0000_start.png").unlink(), "0000_start.png is missing"),
         (lambda f: os.truncate(f / "images" / "0000_start.png", 300), "0000_start.png cannot be used"),
         (lambda f: Image.new("RGB", (8, 8)).save(f / "images" / "0000_start.png"), "it is 8x8 and the others 64x48"),
-        (lambda f: (only(f), None), "is no scene folder"),
+        (lambda f: (only(f), None), "is not a scene folder"),
         (
             lambda f: change(only(f, "transforms.json") / "transforms.json", "images/0000_start.png", "../../x.png"),
             "nor",
@@ -210,10 +210,13 @@ def change(path, old, new):
         (lambda f: change(only(f, "transforms.json") / "transforms.json", '"file_path"', '"path"'), "no `file_path`"),
         (lambda f: (only(f, "cameras.json") / "cameras.json").write_text('{"a": 5}'), "cameras.json is neither"),
         (lambda f: (only(f, "cameras.json") / "cameras.json").write_text("{}"), "cameras.json holds no cameras"),
-        (lambda f: (only(f, "sparse") / "sparse/0/points3D.txt").write_text("1 2"), "points3D.txt, line 1 is no point"),
+        (
+            lambda f: (only(f, "sparse") / "sparse/0/points3D.txt").write_text("1 2"),
+            "points3D.txt, line 1 is not a point",
+        ),
         (
             lambda f: (only(f, "transforms.json", "cloud.ply") / "cloud.ply").write_bytes(b"ply\n"),
-            "cloud.ply is no bin",
+            "cloud.ply is not a bin",
         ),
         (lambda f: os.truncate(only(f, "transforms.json", "cloud.ply") / "cloud.ply", 400), "cloud.ply cannot be read"),
     ],

@@ -45,7 +45,7 @@ def add(scene, images, cameras, name="", count=3, depths=None):
 
 
 def look(scene, image, cameras, limit=8, ask=walk.ASK_NOTHING, ask_path="", embed=None):
-    return walk.look_along(scene, image, cameras, 21, limit, ask, ask_path, embed, 0.03, "cpu", lambda frames: None)
+    return walk.prepare_path(scene, image, cameras, 21, limit, ask, ask_path, embed, 0.03, "cpu", lambda frames: None)
 
 
 def test_a_scene_of_one_picture(scene):
@@ -103,14 +103,14 @@ def test_frames_of_another_place_are_refused_by_name_and_keep_no_depth(scene, pa
 def test_a_path_finds_the_render_and_the_views(scene, path):
     cameras, pictures, depths = path
     grown, _ = add(scene, pictures, cameras, depths=list(depths))
-    outlook = look(grown, pictures[:1], cameras)
-    assert outlook.video.shape == (9, HEIGHT, WIDTH, 3) and not outlook.holes[0].any()
-    torch.testing.assert_close(outlook.video[0], pictures[0], atol=1e-4, rtol=0)
-    assert (outlook.video[5] - pictures[5]).abs().mean() < 0.05
-    assert outlook.holes.mean() < look(scene, pictures[:1], cameras).holes.mean()
+    path = look(grown, pictures[:1], cameras)
+    assert path.video.shape == (9, HEIGHT, WIDTH, 3) and not path.holes[0].any()
+    torch.testing.assert_close(path.video[0], pictures[0], atol=1e-4, rtol=0)
+    assert (path.video[5] - pictures[5]).abs().mean() < 0.05
+    assert path.holes.mean() < look(scene, pictures[:1], cameras).holes.mean()
     # Frame 1 and 2 stand nearest to the start, 3 and 4 to frame 3, and so on.
-    assert (outlook.views, outlook.ref_index) == ((0, 1, 2, 3), (0, 1, 4, 6))
-    torch.testing.assert_close(outlook.pictures[1], grown.picture(1)[0])
+    assert (path.views, path.ref_index) == ((0, 1, 2, 3), (0, 1, 4, 6))
+    torch.testing.assert_close(path.pictures[1], grown.picture(1)[0])
     assert look(grown, pictures[:1], cameras, ask=walk.ASK_OFTEN).views[0] == 3  # with fewer than 4 the last one
     with pytest.raises(ValueError, match="no earlier path"):
         look(scene, pictures[:1], cameras, ask=walk.ASK_MIRRORED)
@@ -125,13 +125,13 @@ def test_the_references_of_a_long_path_belong_to_the_keyframes(scene, path, coun
     grown = add(scene, pictures, cameras, "left", 8)[0]
     long = move_on(scene.cameras, Move("orbit left", 12.0, 0.0, count, "linear", "auto"), 4.0)
     keyframes = thin(count, 21).tolist()
-    outlook = walk.look_along(
+    path = walk.prepare_path(
         grown, pictures[:1], long, 21, 8, walk.ASK_NOTHING, "", None, 0.03, "cpu", lambda frames: None
     )
     bank = grown.cameras
     expected = choose_references(bank.w2c, bank.K, WIDTH, HEIGHT, long.w2c[keyframes], long.K[keyframes])
-    assert (list(outlook.views), list(outlook.ref_index)) == expected and max(outlook.ref_index) > 10
-    assert len(outlook.video) == count  # the render is thinned by the conditioning
+    assert (list(path.views), list(path.ref_index)) == expected and max(path.ref_index) > 10
+    assert len(path.video) == count  # the render is thinned by the conditioning
     assert (keyframes == list(range(0, count, 4))) == (count == 81)
 
 
@@ -154,11 +154,14 @@ def test_only_the_candidates_are_embedded_and_only_where_there_are_too_many(scen
 
 def test_where_a_path_goes_on(scene, path):
     cameras, pictures, _ = path
-    assert walk.go_on(scene, "last") == walk.go_on(scene, "first") == 0
+    assert walk.start_view(scene, "last") == walk.start_view(scene, "first") == 0
     grown, _ = add(scene, pictures, cameras, "left")
-    assert walk.go_on(grown, "last") == walk.go_on(grown, "left/0008") == 3 and walk.go_on(grown, "first") == 0
+    assert (
+        walk.start_view(grown, "last") == walk.start_view(grown, "left/0008") == 3
+        and walk.start_view(grown, "first") == 0
+    )
     with pytest.raises(ValueError, match="no view named 'left/0001'"):
-        walk.go_on(grown, "left/0001")
+        walk.start_view(grown, "left/0001")
     with pytest.raises(ValueError, match="9 images and 1 cameras"):
         add(scene, pictures, cameras[0])
 
@@ -204,7 +207,7 @@ def test_a_list_of_ones_own():
         ("", "holds 0 paths"),
         ("a: fly 3", "line 1 is 'a: fly 3'.*pan left"),
         ("a: pan left 3\na: pan left 3", "line 2: a is the name of an earlier line"),
-        ("a: pan left 3 asks b", "b is no path of an earlier line"),
+        ("a: pan left 3 asks b", "b is not the name of an earlier line"),
         ("\n".join(f"p{number}: pan left 3" for number in range(101)), "holds 101 paths: give 1 to 100"),
     ):
         with pytest.raises(ValueError, match=message):
