@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -177,9 +178,38 @@ def test_a_path_of_one_frame_takes_no_references_and_wrong_inputs_are_named():
         choose_references(w2c, K, WIDTH, HEIGHT, w2c, K, limit=0)
 
 
+def test_views_that_look_away_score_less_and_target_0_asks_for_nothing():
+    K = intrinsics("bank", 27)[:1].expand(4, 3, 3)
+    c2w = torch.eye(4, dtype=torch.float64).repeat(4, 1, 1)  # all at one place, turned by 0, 90, 120 and 180 degrees
+    for number, degrees in enumerate((0.0, 90.0, 120.0, 180.0)):
+        a = torch.tensor(degrees, dtype=torch.float64).deg2rad()
+        c2w[number, 0, 0], c2w[number, 0, 2], c2w[number, 2, 0], c2w[number, 2, 2] = a.cos(), a.sin(), -a.sin(), a.cos()
+    w2c = rigid_inverse(c2w)
+    low, high = memory._boxes(w2c, K, WIDTH, HEIGHT)
+    shared = (torch.minimum(high, high[0]) - torch.maximum(low, low[0])).clamp(min=0).prod(1)
+    volume = (high - low).prod(1)
+    factors = torch.tensor([1, 1, 5 * (90 - 120) / 180, 5 * (90 - 180) / 180], dtype=torch.float64)
+    factors[2:] = factors[2:].exp()
+    scores = memory.view_scores(w2c, K, w2c[:1], K[:1], WIDTH, HEIGHT)[0]
+    torch.testing.assert_close(scores, shared / (volume + volume[0] - shared) * factors, rtol=1e-6, atol=1e-9)
+    targets = w2c[[0, 0, 1]]
+    asked = choose_references(w2c, K, WIDTH, HEIGHT, targets, K[:3], ask={0: 3})
+    assert asked == choose_references(w2c, K, WIDTH, HEIGHT, targets, K[:3]) == ([0, 1], [0, 1])
+
+
+def test_a_better_picture_outweighs_a_tenth_of_the_distance():
+    """After the middle one the quality decides between two candidates whose distances differ by 10 %."""
+    w2c = torch.eye(4, dtype=torch.float64).repeat(5, 1, 1)
+    w2c[:, 0, 3] = torch.tensor([0.0, 1.15, -0.95, 0.05, -0.05])
+    quality = torch.tensor([2.0, 1.0, 3.0, 2.0, 2.0], dtype=torch.float64)
+    assert memory.spread_out(w2c, None, quality, 2) == [3, 2]
+    assert memory.spread_out(w2c, None, None, 2)[1] == 1
+
+
 def test_remembered_frames():
     assert frames_to_remember(21) == [3, 6, 9, 12, 14, 16, 18, 20]
     assert frames_to_remember(5) == [1, 2, 3, 4]
+    assert frames_to_remember(5, 1) == [4] and frames_to_remember(2, 1) == [1]
     for frames in range(2, 100):
         remembered = frames_to_remember(frames)
         gaps = [b - a for a, b in zip([0, *remembered], remembered)]
@@ -187,6 +217,8 @@ def test_remembered_frames():
         assert gaps == sorted(gaps, reverse=True) and gaps[-1] >= 1
     with pytest.raises(ValueError, match="needs 2 frames"):
         frames_to_remember(1)
+    with pytest.raises(ValueError, match="at least 1 is remembered"):
+        frames_to_remember(5, 0)
 
 
 def test_asked_views():
@@ -194,7 +226,11 @@ def test_asked_views():
     assert asked_views(views, 21) == {1: 30, 2: 30, 3: 30, 5: 30, 7: 32, 9: 32, 13: 32, 17: 34}
     assert set(asked_views(views, 21, mirrored=True).values()) == {30}
     assert sorted(asked_views(views, 21, sparsely=False)) == [i for i in range(1, 21) if i not in (4, 8, 12, 16)]
-    assert set(asked_views([7], 21).values()) == {7}
+    assert set(asked_views([7], 21).values()) == {7} and set(asked_views([7, 8, 9], 21).values()) == {9}
+    assert set(asked_views([7, 8, 9, 10], 21).values()) == {10}
+    assert set(asked_views([7, 8, 9], 21, mirrored=True).values()) == {9}  # none in the first half: the first of them
+    with pytest.raises(ValueError, match="no remembered views"):
+        asked_views([], 21)
 
 
 def test_the_quality_of_a_picture():
@@ -204,6 +240,14 @@ def test_the_quality_of_a_picture():
     # Laplacian ±1020 everywhere, one bit of entropy, deviation 127.5
     expected = 0.4 * torch.log1p(torch.tensor(1020.0**2)) + 0.3 + 0.3 * 127.5 / 128
     assert picture_quality(checks) == pytest.approx(expected.item(), rel=1e-6)
+    picture = torch.randint(0, 256, (5, 7, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8).numpy()
+    grey = np.rint(picture @ np.array([0.114, 0.587, 0.299]))
+    around = np.pad(grey, 1, mode="reflect")
+    laplacian = around[:-2, 1:-1] + around[2:, 1:-1] + around[1:-1, :-2] + around[1:-1, 2:] - 4 * grey
+    share = np.unique(grey, return_counts=True)[1] / grey.size
+    entropy = -(share * np.log2(share)).sum()
+    expected = 0.4 * np.log(1 + laplacian.var()) + 0.3 * entropy + 0.3 * grey.std() / 128
+    assert picture_quality(torch.from_numpy(picture)) == pytest.approx(expected, rel=1e-6)
 
 
 def test_retrieval_from_a_thousand_views_is_quick():

@@ -27,11 +27,20 @@ def test_crop_keeps_a_part_of_the_models_shape_and_shows_it(position, rows, amou
     torch.testing.assert_close(preview[:, outside], picture[:, outside] * 0.35)
 
 
+def test_a_picture_of_one_line_of_pixels_keeps_it():
+    fitted, _, line = fit_pictures(noise(1000, 1), 16, 16, "pad")
+    torch.testing.assert_close(fitted[:, :, 8:9], resize_pictures(noise(1000, 1), 16, 1))
+    assert (fitted[:, :, :8] == 0.5).all() and line.endswith("padded with 8 px left, 7 px right")
+    assert fit_pictures(noise(1, 1000), 16, 16, "pad")[2].endswith("padded with 8 px top, 7 px bottom")
+    assert fit_pictures(noise(1000, 1), 320, 832, "crop")[2].endswith("cropped by 500 px top, 499 px bottom")
+    assert fit_pictures(noise(1, 1000), 832, 320, "crop")[2].endswith("cropped by 500 px left, 499 px right")
+
+
 def test_pad_keeps_all_and_adds_the_colour():
-    fitted, _, line = fit_pictures(noise(40, 40, count=2), 20, 40, "pad", 1.0, (0.25, 0.5, 0.75))
+    fitted, preview, line = fit_pictures(noise(40, 40, count=2), 20, 40, "pad", 1.0, (0.25, 0.5, 0.75))
     torch.testing.assert_close(fitted[:, :, 20:], resize_pictures(noise(40, 40, count=2), 20, 20))
     assert (fitted[:, :, :20] == torch.tensor([0.25, 0.5, 0.75])).all()
-    assert line == "40×40 to 40×20: padded with 20 px left"
+    assert line == "40×40 to 40×20: padded with 20 px left" and torch.equal(preview, fitted[:1])
 
 
 def test_stretch_says_by_how_much():
@@ -72,6 +81,12 @@ def test_transparent_parts_are_laid_on_the_colour():
     assert torch.equal(laid[:, :, :6], picture[:, :, :6, :3])
     laid, transparent = lay_on(picture[..., :3], torch.zeros(1, 64, 64), colour)  # Load Image's, of an opaque picture
     assert not transparent and torch.equal(laid, picture[..., :3])
+    fine = torch.zeros(1, 32, 48)
+    fine[:, ::2] = 1  # every second line: half transparent where four lines become one
+    laid, _ = lay_on(picture[..., :3], fine, colour)
+    torch.testing.assert_close(laid[:, 2:-2], (picture[..., :3] + torch.tensor(colour))[:, 2:-2] / 2, atol=0.02, rtol=0)
+    with pytest.raises(ValueError, match="transparency holds 2 masks for 3 pictures"):
+        lay_on(noise(8, 12, count=3), mask.expand(2, 8, 12), colour)
 
 
 def test_what_another_shape_stretches_is_told():
