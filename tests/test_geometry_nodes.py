@@ -352,7 +352,7 @@ def test_only_the_files_of_the_input_folder_are_read(monkeypatch, tmp_path):
     assert camera_files() == ["camera.json"]
     assert camera_file("camera.json") == tmp_path / "input" / "camera.json"
     for name in ("../camera.json", str(tmp_path / "camera.json"), "picture.png", ".", ""):
-        with pytest.raises(ValueError, match="no camera file in ComfyUI's input folder"):
+        with pytest.raises(ValueError, match="not a camera file in ComfyUI's input folder"):
             camera_file(name)
 
 

@@ -227,3 +227,39 @@ def test_command_line_and_card(tmp_path, capsys):
     assert "rotated in groups of 256 channels and converted to int8" in notice
     assert command.main(["--verify", str(tmp_path / "dst.safetensors"), str(tmp_path / "src.safetensors")]) == 0
     assert "byte for byte" in capsys.readouterr().out
+
+
+def test_the_group_that_a_description_gives():
+    assert int8.group_of({"convrot": True, "convrot_groupsize": 64}) == 64
+    assert int8.group_of({"convrot": True}) == int8.group_of({"params": {"convrot": True}}) == 256
+    assert int8.group_of({}) == int8.group_of({"convrot": False, "convrot_groupsize": 64}) == 0
+    assert int8.group_of(int8.read_description(int8.description(0), "x")) == 0
+    assert int8.group_of(int8.read_description(int8.description(16), "x")) == 16
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"[]", "x is not a description"),
+        (b"{}", "x is not a description"),
+        (b'{"format": 1}', "x is not a description"),
+        *((b'{"format": "f", "convrot_groupsize": %b}' % value, "x says that") for value in (b"0", b"true", b'"8"')),
+        (b'{"format": "f", "params": {"convrot_groupsize": -4}}', "convrot_groupsize is -4; it must be a positive"),
+    ],
+)
+def test_other_descriptions_are_refused(content, message):
+    with pytest.raises(ValueError, match=message):
+        int8.read_description(content, "x")
+
+
+def test_groups_are_powers_of_4_that_divide_the_width():
+    assert [group for group in range(1, 300) if group_refusal(group, 0) is None] == [4, 16, 64, 256]
+    assert group_refusal(4, 8) is None and "6 channels, not a multiple of 4" in group_refusal(4, 6)
+    int8.check_group(0, 6, "x")
+    with pytest.raises(ValueError, match="x says that it is rotated in groups of 4"):
+        int8.check_group(4, 6, "x")
+    x = torch.randn(2, 3, 32, generator=torch.Generator().manual_seed(0))
+    for group in (4, 16):
+        rotated = rotate(x, group)
+        torch.testing.assert_close(rotated[1], rotate(x[1], group), rtol=0, atol=0)
+        torch.testing.assert_close(rotate(rotated, group), x)

@@ -307,5 +307,5 @@ def test_the_nodes_save_and_load_in_comfyuis_folders(scene, tmp_path, monkeypatc
     os.utime(tmp_path / "input" / "given" / "scene.json", (1, 1))
     assert WorldStereoLoadScene.fingerprint_inputs("given [input]") != stamp
     for name in ("../given [input]", "given [output]", str(tmp_path), "given", ""):
-        with pytest.raises(ValueError, match="no scene folder in ComfyUI's"):
+        with pytest.raises(ValueError, match="not a scene folder in ComfyUI's"):
             WorldStereoLoadScene.execute(name)
