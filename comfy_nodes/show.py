@@ -6,6 +6,7 @@ from io import BytesIO
 from pathlib import Path
 
 import folder_paths
+import torch
 from comfy_api.latest import InputImpl, Types, io, ui
 
 from ..files.atomic import new_file
@@ -54,10 +55,15 @@ class WorldStereoPreviewClip(io.ComfyNode):
                 f"images are {frames.shape[2]}x{frames.shape[1]}: a clip's sides have 2 to {MAX_CLIP_SIDE} pixels."
             )
         name = f"worldstereo_clip_{uuid.uuid4().hex}.mp4"
-        with new_file(Path(folder_paths.get_temp_directory()) / name) as file:
-            clip_of(StoppableFrames(even), fps).save_to(file, format=Types.VideoContainer.MP4)
+        write_clip(Path(folder_paths.get_temp_directory()) / name, even, fps)
         shown = ui.PreviewVideo([ui.SavedResult(name, "", io.FolderType.temp)])
         return io.NodeOutput(contact_sheet(frames), clip_of(even, fps), ui=shown)
+
+
+def write_clip(path: Path, frames: torch.Tensor, fps: float) -> None:
+    """Writes frames [N, H, W, 3] of even sides as an MP4, whole or not at all."""
+    with new_file(path) as file:
+        clip_of(StoppableFrames(frames), fps).save_to(file, format=Types.VideoContainer.MP4)
 
 
 def clip_of(frames, fps: float) -> InputImpl.VideoFromComponents:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from ..core import turbo
+from ..core import throw_exception_if_processing_interrupted, turbo
 from ..files.text import shown
 from .cameras import Cameras, centres, quaternion_to_rotation, rigid_inverse
 from .depth import depth_of_moge, points_from_depth
@@ -53,6 +53,7 @@ LOOK_AT = ("auto", "on", "off")
 LENSES = ("auto", "horizontal field of view (degrees)", "focal length (mm, full frame)")
 DEFAULT_FOV = 60.0
 POINTS_PIXELS = 1 << 21  # of a picture that becomes points to be drawn
+LOOKED_AT = 1 << 21  # of more than twice as many points every second or so is drawn and measured
 FULL_FRAME_WIDTH = 36.0  # mm
 
 
@@ -132,8 +133,9 @@ def camera_of_moge(geometry: dict, width: int, height: int, lens: str, value: fl
 def depth_of_scene(cloud: PointCloud, cameras: Cameras) -> float:
     """The median depth of the points that the last camera sees or, if it sees none, the first camera. Raises ValueError
     if neither sees any."""
+    points = cloud.points[:: max(1, len(cloud) // LOOKED_AT)]
     for i in (-1, 0):
-        x, y, z = cameras.w2c[i, :3, :3] @ cloud.points.T + cameras.w2c[i, :3, 3:]
+        x, y, z = cameras.w2c[i, :3, :3] @ points.T + cameras.w2c[i, :3, 3:]
         u, v, w = cameras.K[i] @ torch.stack([x, y, z])
         seen = (z > 0) & (u > 0) & (u < cameras.width * w) & (v > 0) & (v < cameras.height * w)
         if seen.any():
@@ -318,7 +320,11 @@ def draw_path(cameras: Cameras, depth: float, cloud: PointCloud | None = None) -
     panels = []
     cameras = cameras.thinned(FRUSTA)
     frusta = _frusta(cameras, 0.12 * depth)
+    if cloud is not None:
+        every = max(1, len(cloud) // LOOKED_AT)
+        cloud = PointCloud(cloud.points[::every], cloud.colors[::every])
     for title, axes, signs in views:
+        throw_exception_if_processing_interrupted()
         sign = np.array(signs)
         lines = frusta[..., axes].numpy() * sign
         shown = lines.reshape(-1, 2)

@@ -10,19 +10,21 @@ import math
 import torch
 import torch.nn.functional as F
 
+from ..core import throw_exception_if_processing_interrupted
 from .cameras import Cameras
 from .depth import points_kept
 from .pointcloud import PointCloud
 from .render import RADIUS
 
 WHOLE = 0.01  # by how much of its width a panorama may differ from twice its height
+ROWS = 256  # of a panorama that become points at a time
 NEARER = 2.0  # the factor by which things may come nearer than at the start before gaps open
 
 
-def directions(height: int, width: int) -> torch.Tensor:
-    """The unit rays [H, W, 3] of an equirectangular picture's pixel centres, in OpenCV axes."""
+def directions(height: int, width: int, rows: slice = slice(None)) -> torch.Tensor:
+    """The unit rays [H, W, 3] of an equirectangular picture's pixel centres, in OpenCV axes; or those of some rows."""
     longitude = ((torch.arange(width) + 0.5) / width - 0.5) * 2 * math.pi
-    elevation = (0.5 - (torch.arange(height)[:, None] + 0.5) / height) * math.pi
+    elevation = (0.5 - (torch.arange(height)[rows, None] + 0.5) / height) * math.pi
     x, y, z = elevation.cos() * longitude.sin(), -elevation.sin(), elevation.cos() * longitude.cos()
     return torch.stack([x, y.expand_as(x), z], dim=-1)
 
@@ -37,8 +39,15 @@ def points_of_panorama(geometry: dict) -> PointCloud:
         )
     distance, picture = geometry["depth"][0].float().cpu(), geometry["image"][0].float().cpu()
     keep, kept = points_kept(distance.where(geometry["mask"][0].cpu(), torch.inf))
-    points = directions(*distance.shape)[keep] * kept[:, None]
-    return PointCloud(points, picture[keep])
+    points, colors, done = torch.empty(len(kept), 3), torch.empty(len(kept), 3), 0
+    for top in range(0, len(keep), ROWS):  # the rays of all pixels would take as much as the points
+        throw_exception_if_processing_interrupted()
+        rows = slice(top, top + ROWS)
+        here = slice(done, done + int(keep[rows].sum()))
+        points[here] = directions(*distance.shape, rows)[keep[rows]] * kept[here, None]
+        colors[here] = picture[rows][keep[rows]]
+        done = here.stop
+    return PointCloud(points, colors)
 
 
 def too_coarse(panorama_width: int, camera: Cameras) -> str | None:
@@ -65,17 +74,29 @@ def not_whole(height: int, width: int) -> str | None:
     )
 
 
+def reduced(panorama: torch.Tensor, camera: Cameras) -> torch.Tensor:
+    """The panorama [1, H, W, 3] at the scale of the middle of a view of this (first) camera, or as it is where it is not
+    finer."""
+    panorama = panorama[..., :3].float().cpu()
+    height, width = panorama.shape[1:3]
+    wanted = max(1, round(2 * math.pi * camera.K[0, 0, 0].item()))
+    if wanted >= width:
+        return panorama
+    size = max(1, round(height * wanted / width)), wanted
+    channels = []
+    for channel in panorama.split(1, 3):
+        throw_exception_if_processing_interrupted()
+        channels.append(F.interpolate(channel.movedim(-1, 1), size, mode="bilinear", antialias=True).clamp_(0, 1))
+    return torch.cat(channels, 1).movedim(1, -1)
+
+
 def view_of_panorama(panorama: torch.Tensor, camera: Cameras) -> torch.Tensor:
     """The picture [1, height, width, 3] that the (first) camera takes from the panorama's centre.
 
     panorama [1, H, W, 3] in 0..1, equirectangular. If it is finer than the view, it is first reduced to the view's
-    scale.
+    scale (`reduced`, which serves all views of one lens).
     """
-    panorama = panorama[:, ..., :3].movedim(-1, 1).float().cpu()
-    wanted = 2 * math.pi * camera.K[0, 0, 0].item()  # the panorama's width at the scale of the middle of the view
-    if wanted < panorama.shape[3]:
-        size = (max(1, round(panorama.shape[2] * wanted / panorama.shape[3])), round(wanted))
-        panorama = F.interpolate(panorama, size, mode="bilinear", antialias=True).clamp(0, 1)
+    panorama = reduced(panorama, camera).movedim(-1, 1)
     x, y, z = rays(camera)
     longitude, elevation = torch.atan2(x, z), torch.atan2(-y, torch.hypot(x, z))
     panorama = F.pad(panorama, (1, 1, 0, 0), mode="circular")  # for interpolation across the seam

@@ -10,7 +10,7 @@ from .camera_path import LENSES, camera_of_moge, focal_length, pinhole
 from .cameras import Cameras
 from .depth import depth_of_moge, depth_of_picture, points_from_depth
 from .fuse import POINTS_LIMIT, thin_by_voxels
-from .panorama import depth_of_view, points_of_panorama, view_of_panorama
+from .panorama import depth_of_view, points_of_panorama, reduced, view_of_panorama
 from .pictures import resize_pictures, same_shape
 from .pointcloud import PointCloud
 from .render import check_size
@@ -77,7 +77,8 @@ def scene_of_panorama(geometry: dict, width: int, height: int) -> Scene:
     distance = geometry["depth"][0].float().cpu().where(geometry["mask"][0].cpu(), torch.inf)
     cameras = panorama_cameras(width, height)
     views = [cameras[number] for number in range(len(cameras))]
-    pictures = [to_bytes(view_of_panorama(geometry["image"], view))[0] for view in _interruptible(views)]
+    panorama = reduced(geometry["image"], cameras)  # once: all views have one lens
+    pictures = [to_bytes(view_of_panorama(panorama, view))[0] for view in _interruptible(views)]
     depths = tuple(_or_infinite(depth_of_view(distance, view)) for view in _interruptible(views))
     names = tuple(panorama_view(number) for number in range(len(views)))
     return Scene(tuple(pictures), cameras, names, depths, _thinned(cloud))

@@ -267,3 +267,24 @@ def test_a_failed_write_names_the_file(tmp_path):
         with open("/dev/full", "wb", buffering=0) as full:
             full.write(b"x")
     assert not any(tmp_path.iterdir())
+
+
+def test_what_killed_runs_left_is_removed_after_a_day(tmp_path):
+    """And nothing else: no run that is at work, no file of others."""
+    with pytest.raises(KeyboardInterrupt), new_file(tmp_path / "x"):
+        left = {kind: next(tmp_path.glob(".x.*")).name.replace(".x.", f".{kind}.") for kind in ("old", "young", "dir")}
+        raise KeyboardInterrupt
+    (tmp_path / left["old"]).write_bytes(b"half")
+    (tmp_path / left["young"]).write_bytes(b"half")
+    (tmp_path / left["dir"] / "images").mkdir(parents=True)
+    others = (".a.writing", "a.abcdefgh.writing", ".a.abcdefgh.writing.txt", ".a.ABCDEFGH.writing")
+    for name in others:
+        (tmp_path / name).write_text("theirs")
+    day_ago = time.time() - 86_500
+    for name in (left["old"], left["dir"], *others):
+        os.utime(tmp_path / name, (day_ago, day_ago))
+    (tmp_path / ".link.abcdefgh.writing").symlink_to(tmp_path / others[0])
+    with new_file(tmp_path / "a.bin"):
+        pass
+    link = ".link.abcdefgh.writing"
+    assert {path.name for path in tmp_path.iterdir()} == {"a.bin", left["young"], link, *others}

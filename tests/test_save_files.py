@@ -1,6 +1,8 @@
 """Whatever the prefix, a save is numbered on, replaces nothing and is never half."""
 
+import ast
 import os
+import re
 import subprocess
 import sys
 import time
@@ -10,8 +12,10 @@ from pathlib import Path
 import folder_paths
 import pytest
 import torch
+from worldstereo_fp8 import nodes
 from worldstereo_fp8.comfy_nodes.files import prefix_of, save_output
 from worldstereo_fp8.comfy_nodes.save import WorldStereoSaveCamera, WorldStereoSaveFrames, WorldStereoSavePointCloud
+from worldstereo_fp8.comfy_nodes.show import write_clip
 from worldstereo_fp8.files.atomic import write_file
 from worldstereo_fp8.scene.camera_files import read_cameras
 from worldstereo_fp8.scene.cameras import Cameras, write_camera_json
@@ -122,15 +126,53 @@ def test_what_came_meanwhile_is_passed_over(output, suffix):
     assert (output / "s" / f"x_00002_{suffix}").is_symlink() and not (output / "nowhere").exists()
 
 
+UNFINISHED = {  # what writes anything, and what cares for it: only files.atomic gives a file or folder its final name
+    "comfy_nodes/files.py keep_in_temp new_file",
+    "comfy_nodes/show.py write_clip new_file",
+    "cook_worldstereo_fp8.py _write new_file",
+    "cook_worldstereo_fp8.py write_report new_file",
+    "files/atomic.py write_file new_file",
+    "fp8/cook.py cook new_large_file",
+    "scene/cameras.py write_camera_json new_file",
+    "scene/folder.py write_scene new_folder",
+    "scene/pointcloud.py write_world_mirror new_folder",
+}
+PARTS = {  # what writes into a folder that one of these has made
+    "scene/folder.py _write_colmap",
+    "scene/folder.py _write_json",
+    "scene/folder.py _write_tensors",
+    "scene/folder.py write_scene",
+    "scene/pictures.py write_png",
+    "scene/pointcloud.py write_world_mirror",
+}
+DIRECT = re.compile(r"""\.write_(?:text|bytes)\(|\bopen\([^)]*"[wxa]b?"|\.savez?\(|save_file\(|tofile\(""")
+
+
+def test_every_writer_is_known():
+    """Each is under test here, in test_scene_folder.py or in test_cook.py."""
+    root, unfinished, parts = Path(nodes.__file__).parent, set(), set()
+    rooms = ("comfy_nodes", "files", "fp8", "loaders", "remap", "scene", "worldstereo")
+    for path in [root / "cook_worldstereo_fp8.py", *(path for room in rooms for path in (root / room).glob("*.py"))]:
+        tree = ast.parse(path.read_text("utf-8"))
+        for function in (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)):
+            if path.name == "atomic.py" and function.name.startswith("new_"):
+                continue
+            text, place = ast.unparse(function), f"{path.relative_to(root).as_posix()} {function.name}"
+            unfinished |= {f"{place} {used}" for used in re.findall(r"with (new_\w+)\(", text)}
+            if DIRECT.search(text.replace("'", '"')) and not re.search(r"with new_(large_)?file\(", text):
+                parts.add(place)
+    assert unfinished == UNFINISHED and parts == PARTS
+
+
 @pytest.mark.skipif(resource is None, reason="Windows limits no file's size")
-@pytest.mark.parametrize("suffix", WRITERS)
+@pytest.mark.parametrize("suffix", [*WRITERS, ".mp4"])
 @pytest.mark.parametrize("room", [0, 3000])
 def test_a_full_disk_leaves_nothing_and_is_told(output, suffix, room):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
     try:
         with pytest.raises(OSError, match="full_00001_.* could not be written: File too large"):
-            save_output("full", suffix, WRITERS[suffix])
+            save_output("full", suffix, (WRITERS | {".mp4": lambda path: write_clip(path, FRAMES, 16)})[suffix])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert list(output.iterdir()) == []

@@ -2,7 +2,6 @@
 
 import atexit
 import functools
-import json
 import re
 import tempfile
 import time
@@ -17,6 +16,7 @@ from worldstereo_fp8.scene.depth import DEPTH_PICTURES
 
 from . import VALUES, Case
 from .cameras import spoil
+from .headers import write_out
 from .inputs import COLOURS, LISTS, TEXTS, nodes
 
 try:
@@ -121,7 +121,7 @@ def upload(address: str, name: str, content: bytes):
 def case(random: Random, folder: Path) -> Case:
     running = server()
     name = random.choice(NAMES)
-    content = json.dumps(spoil(random, {"extrinsic": [[[1, 0, 0, 0]]], "intrinsic": []})).encode()
+    content = write_out(spoil(random, {"extrinsic": [[[1, 0, 0, 0]]], "intrinsic": []})).encode()
     uploaded = random.random() < 0.3
     prompt = hostile(random)
     number = random.randrange(10**9)
