@@ -38,11 +38,19 @@ def color_of(text: str) -> tuple[float, float, float]:
     return red, green, blue
 
 
-def splat_of(points: torch.Tensor, sizes: torch.Tensor, colors: torch.Tensor, opacity: float) -> Types.SPLAT:
-    """Round Gaussians in the form of core's splat nodes. points [P, 3]; sizes [P], their standard deviations; colors
-    [P, 3] in 0..1; one opacity for all."""
+def splat_of(
+    points: torch.Tensor,
+    sizes: torch.Tensor,
+    colors: torch.Tensor,
+    opacity: float,
+    rotations: torch.Tensor | None = None,
+) -> Types.SPLAT:
+    """Gaussians in the form of core's splat nodes. points [P, 3]; sizes [P, 3], the standard deviations along the axes of
+    each; colors [P, 3] in 0..1; one opacity for all; rotations [P, 4] of the axes, quaternions with the real part
+    first, or None for the world's axes."""
     count = len(points)
-    upright = points.new_tensor([1.0, 0, 0, 0]).expand(count, 4)
+    if rotations is None:
+        rotations = points.new_tensor([1.0, 0, 0, 0]).expand(count, 4)
     harmonics = ((colors - 0.5) / SH_DEGREE_0)[:, None]
-    parts = (points, sizes[:, None].expand(-1, 3), upright, points.new_full((count, 1), opacity), harmonics)
+    parts = (points, sizes, rotations, points.new_full((count, 1), opacity), harmonics)
     return Types.SPLAT(*(part[None] for part in parts))

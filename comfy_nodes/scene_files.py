@@ -92,8 +92,9 @@ class WorldStereoSceneToSplat(io.ComfyNode):
             node_id="WorldStereoSceneToSplat",
             display_name="WorldStereo Scene to Splat",
             category=CATEGORY,
-            description="Turns each remembered pixel that has a depth into a Gaussian, for core's Render Splat, Merge "
-            "Splats and Create 3D File (from Splat). It shows the views as they are; nothing is optimised.",
+            description="Turns each remembered pixel that has a depth into a flat Gaussian on its surface, for core's Render "
+            "Splat, Merge Splats and Create 3D File (from Splat). A surface that several views show is made once, of the "
+            "finest; what other views see through is left out. Nothing is optimised.",
             search_aliases=["gaussian splat", "3dgs", "splat", "preview scene", "export splat"],
             inputs=[
                 Scene.Input("scene"),
@@ -103,7 +104,7 @@ class WorldStereoSceneToSplat(io.ComfyNode):
                     min=1000,
                     max=MAX_POINTS,
                     step=1000,
-                    tooltip="At most this many; more are thinned evenly in space, and the remaining ones widened.",
+                    tooltip="At most this many. Where the views have more, they are taken at a smaller size.",
                 ),
             ],
             outputs=[io.Splat.Output(display_name="splat", tooltip="In the axes of splat files: y down, z forward.")],
@@ -113,9 +114,9 @@ class WorldStereoSceneToSplat(io.ComfyNode):
     @classmethod
     @checked
     def execute(cls, scene, gaussians) -> io.NodeOutput:
-        made = gaussians_of_scene(scene, gaussians)
-        show_on_node(cls, f"{len(made.points):,} Gaussians")
-        return io.NodeOutput(splat_of(made.points, made.sizes, made.colors, OPACITY))
+        made = gaussians_of_scene(scene, gaussians, ProgressBar(len(scene)).update)
+        show_on_node(cls, f"{len(made):,} Gaussians")
+        return io.NodeOutput(splat_of(made.points, made.sizes, made.colors, OPACITY, made.rotations))
 
 
 NODES = [WorldStereoSaveScene, WorldStereoLoadScene, WorldStereoSceneToSplat]

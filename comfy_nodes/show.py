@@ -93,7 +93,8 @@ class WorldStereoPointsTo3D(io.ComfyNode):
     @checked
     def execute(cls, points) -> io.NodeOutput:
         ply = Types.File3D(BytesIO(ply_bytes(points, y_up=True)), "ply")
-        return io.NodeOutput(ply, splat_of(points.points, splat_sizes(points), points.colors, 1.0))
+        sizes = splat_sizes(points)[:, None].expand(-1, 3)
+        return io.NodeOutput(ply, splat_of(points.points, sizes, points.colors, 1.0))
 
 
 NODES = [WorldStereoPreviewClip, WorldStereoPointsTo3D]

@@ -136,8 +136,8 @@ def fuse(
         fits.append(fit)
         progress(1)
     known = torch.ones(old, dtype=torch.bool)
-    keep = torch.cat([known, ~_seen_through(points[old:], seen)])
-    seen_through, points, colors = int((~keep).sum()), points[keep], colors[keep]
+    keep = torch.cat([known, ~seen_through(points[old:], seen)])
+    passed, points, colors = int((~keep).sum()), points[keep], colors[keep]
     keep = torch.cat([known, ~outliers(points, old)])
     far_off, points, colors = int((~keep).sum()), points[keep], colors[keep]
     keep, voxel = thin_by_voxels(points, limit)
@@ -146,10 +146,10 @@ def fuse(
         logging.warning(
             "WorldStereo: none of the %d frames fits the scene's point cloud, which stays as it is.", len(fits)
         )
-    return fused, FuseReport(len(cloud), len(fused), seen_through, far_off, voxel, tuple(fits))
+    return fused, FuseReport(len(cloud), len(fused), passed, far_off, voxel, tuple(fits))
 
 
-def _seen_through(points, seen):
+def seen_through(points, seen):
     """Which of points [P, 3] at least as many frames see through as see (things that moved, and errors), a mask [P].
     seen: each frame's fitted depth [H, W], its w2c and K, and its `FrameFit.same`."""
     votes = torch.zeros(len(points), dtype=torch.int32)
@@ -247,7 +247,7 @@ def _refined(depth, target, guesses, shift):
 def _fit_frame(name, points, depth, w2c, K, height, width, shift):
     """The frame's fit and, on the CPU, its fitted depth [H, W] and a mask [H, W] of the pixels that give new points."""
     depth = F.interpolate(depth[None, None].float(), (height, width), mode="nearest-exact")[0, 0]
-    depth, good = _despeckled(depth)
+    depth, good = despeckled(depth)
     seen, number = cloud_depth(points, w2c, K, height, width)
     close = _nearest_around(seen, 1)  # a pixel is a hole if none of the eight around it has a point either
     surface = _nearest_around(seen, max(1, round(RADIUS * min(height, width) / 2)))  # within a splat's radius
@@ -285,7 +285,7 @@ def _valid(depth):
     return depth.isfinite() & (depth > 0)
 
 
-def _despeckled(depth):
+def despeckled(depth):
     """The depth map [H, W], infinite where there is none, with speckles replaced by the median around them; and a mask
     [H, W] of the pixels that had a depth and were not speckles."""
     height, width = depth.shape

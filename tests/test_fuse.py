@@ -60,11 +60,12 @@ def off_the_surface(points):
 
 def spoilt(depth, generator, share=0.1):
     """The depth with a share of its pixels anything, and a box that moves through the picture."""
+    height, width = depth.shape
     depth = depth.clone()
     wrong = torch.rand(depth.shape, generator=generator) < share
     depth[wrong] = 0.3 + 12 * torch.rand(int(wrong.sum()), generator=generator)
-    left = int(torch.randint(WIDTH // 2, (1,), generator=generator))
-    depth[HEIGHT // 4 : HEIGHT // 2, left : left + WIDTH // 5] = 1.2
+    left = int(torch.randint(width // 2, (1,), generator=generator))
+    depth[height // 4 : height // 2, left : left + width // 5] = 1.2
     return depth
 
 
