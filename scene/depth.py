@@ -22,7 +22,8 @@ def depth_of_moge(geometry: dict) -> torch.Tensor:
         raise ValueError("The MoGe geometry holds no depth.")
     if "intrinsics" not in geometry:
         raise ValueError(
-            "This MoGe geometry is a panorama's: connect it to WorldStereo Panorama, and that node's point cloud here."
+            "This MoGe geometry has no intrinsics, so its depth is a panorama's: connect it to WorldStereo Panorama, and "
+            "that node's points here."
         )
     depth = geometry["depth"].float().cpu()
     if len(depth) != 1:

@@ -4,7 +4,9 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,23 +15,26 @@ import comfy.model_management as management
 import pytest
 import torch
 from fuzz.inputs import cameras, geometry, nodes, vae
+from fuzz.inputs import scene as fuzz_scene
 from worldstereo_fp8.comfy_nodes import camera, fly, limits, save, show
 from worldstereo_fp8.comfy_nodes import model as model_nodes
 from worldstereo_fp8.comfy_nodes import scene as scene_nodes
 from worldstereo_fp8.files import json as bounded_json
 from worldstereo_fp8.scene import folder as folder_module
-from worldstereo_fp8.scene import fuse as fuse_module
-from worldstereo_fp8.scene import pointcloud as pointcloud_module
-from worldstereo_fp8.scene import render as render_module
+from worldstereo_fp8.scene import pictures as pictures_module
 from worldstereo_fp8.scene.camera_files import read_cameras
-from worldstereo_fp8.scene.cameras import MAX_CAMERAS, Cameras
+from worldstereo_fp8.scene.cameras import MAX_CAMERAS, Cameras, plucker, write_camera_json
 from worldstereo_fp8.scene.depth import DEPTH_PICTURES
 from worldstereo_fp8.scene.explore import LISTS, read_walks
-from worldstereo_fp8.scene.fuse import fuse
+from worldstereo_fp8.scene.fuse import fuse, thin_by_voxels
 from worldstereo_fp8.scene.panorama import not_whole
-from worldstereo_fp8.scene.pointcloud import PointCloud, read_ply
+from worldstereo_fp8.scene.pictures import contact_sheet
+from worldstereo_fp8.scene.pointcloud import PointCloud, read_ply, splat_sizes, write_world_mirror
 from worldstereo_fp8.scene.render import RENDER_LIMIT, render
-from worldstereo_fp8.worldstereo import conditioning as conditioning_module
+from worldstereo_fp8.scene.scene import Scene
+from worldstereo_fp8.scene.splat import gaussians_of_scene
+from worldstereo_fp8.scene.start import scene_of_panorama
+from worldstereo_fp8.scene.stop import stoppable
 from worldstereo_fp8.worldstereo.conditioning import decode_keyframes, encode_keyframes
 
 LIMIT = 2 << 30  # bytes beside a result
@@ -250,20 +255,50 @@ def points_step():
 
 
 FRAMES_5 = cameras(5)
+POINTS_3M = PointCloud(torch.rand(3_000_000, 3), torch.rand(3_000_000, 3))
 LONG_WORK = {  # and in how many pieces at least
     "render": (4, lambda folder: render(POINTS_3M, FRAMES_5)),
     "fuse": (5, lambda folder: fuse(POINTS, [torch.rand(24, 32, 3)] * 5, [torch.rand(24, 32) + 1] * 5, FRAMES_5)),
+    "thin": (4, lambda folder: thin_by_voxels(POINTS_3M.points, 1_000_000)),
+    "sizes": (5, lambda folder: splat_sizes(PointCloud(POINTS_3M.points[::3], POINTS_3M.colors[::3]))),
     "ply": (4, lambda folder: read_ply(points_file(folder, "cloud.ply"))),
     "points3D": (4, lambda folder: folder_module._read_points(points_file(folder, "points3D.txt"), points_step())),
+    "save scene": (5, lambda folder: folder_module.write_scene(folder / "scene", scene())),
+    "load scene": (5, lambda folder: folder_module.read_scene(saved_scene(folder))),
+    "splat": (3, lambda folder: gaussians_of_scene(scene(deep=True), 1000)),
+    "panorama": (27, lambda folder: scene_of_panorama(geometry(panorama=True), 32, 24)),
+    "save cameras": (5, lambda folder: write_camera_json(folder / "camera.json", FRAMES_5)),
+    "save frames": (
+        5,
+        lambda folder: write_world_mirror(folder / "f", torch.rand(5, 8, 8, 3), FRAMES_5, lambda n: None),
+    ),
+    "clip": (5, lambda folder: show.write_clip(folder / "clip.mp4", torch.rand(5, 16, 16, 3), 16)),
+    "sheet": (5, lambda folder: contact_sheet(torch.rand(5, 16, 16, 3))),
+    "check": (5, lambda folder: limits.check(declared(show.WorldStereoPreviewClip, "images"), torch.rand(5, 8, 8, 3))),
+    "rays": (5, lambda folder: plucker(FRAMES_5.w2c, FRAMES_5.K, 24, 32)),
     "encode": (5, lambda folder: encode_keyframes(vae(), torch.rand(5, 16, 16, 3))),
     "decode": (5, lambda folder: decode_keyframes(vae(), torch.rand(1, 16, 5, 2, 2))),
 }
-POINTS_3M = PointCloud(torch.rand(3_000_000, 3), torch.rand(3_000_000, 3))
+
+
+def scene(deep: bool = False) -> Scene:
+    """Three views, as started and a path long; deep: each with a depth."""
+    found = fuzz_scene()
+    depths = tuple(torch.rand(24, 32) + 1 for _ in found.names) if deep else found.depths
+    return replace(found, depths=depths)
+
+
+def saved_scene(folder):
+    with pytest.MonkeyPatch.context() as patch:  # saving it is no part of the work
+        patch.setattr(folder_module, "throw_exception_if_processing_interrupted", lambda: None)
+        patch.setattr(pictures_module, "throw_exception_if_processing_interrupted", lambda: None)
+        folder_module.write_scene(folder / str(time.monotonic_ns()), scene())
+    return max(folder.iterdir())
 
 
 @pytest.mark.parametrize("name", LONG_WORK)
 def test_long_work_looks_at_the_stop_button(name, tmp_path, monkeypatch):
-    """The button is pressed after a piece: the next piece is not begun."""
+    """The button is pressed after a piece: the next piece is not begun, and nothing is left behind."""
     pieces, work = LONG_WORK[name]
     looks = []
 
@@ -272,14 +307,34 @@ def test_long_work_looks_at_the_stop_button(name, tmp_path, monkeypatch):
         if len(looks) == stop_at:
             raise management.InterruptProcessingException
 
+    ours = [module for key, module in sys.modules.items() if key.startswith("worldstereo_fp8.") and key[-5:] != ".core"]
     for stop_at in (pieces, 2):
         looks.clear()
-        for module in (render_module, fuse_module, pointcloud_module, folder_module, conditioning_module):
-            monkeypatch.setattr(module, "throw_exception_if_processing_interrupted", partial(look, stop_at))
+        for module in ours:
+            if hasattr(module, "throw_exception_if_processing_interrupted"):
+                monkeypatch.setattr(module, "throw_exception_if_processing_interrupted", partial(look, stop_at))
         with pytest.raises(management.InterruptProcessingException):
             work(tmp_path)
-        assert len(looks) == stop_at
-    assert looks[1] - looks[0] < 5  # seconds of one piece; far less where the machine does nothing else
+        assert len(looks) == stop_at and not list(tmp_path.glob("*.writing"))
+        gaps = [after - before for before, after in zip(looks, looks[1:], strict=False)]
+        assert max(gaps) < 10  # seconds; far less on a machine that does nothing else
+
+
+def test_a_librarys_call_is_left_behind():
+    """The stop button ends the waiting at once, not the call."""
+    ended = threading.Event()
+    press = threading.Timer(0.3, lambda: management.interrupt_current_processing(True))
+    press.start()
+    start = time.monotonic()
+    with pytest.raises(management.InterruptProcessingException):
+        stoppable(ended.wait, 60)
+    assert time.monotonic() - start < 10
+    ended.set()
+    assert stoppable(lambda a, b: a + b, 1, 2) == 3
+    with pytest.raises(KeyError):
+        stoppable({}.__getitem__, 1)
+    with torch.inference_mode():
+        assert stoppable(torch.zeros, 2).is_inference()
 
 
 @pytest.mark.parametrize("count", [MAX_CAMERAS + 1])
