@@ -173,17 +173,19 @@ def _visible(points, w2c, K, height, width, radius):
     if not parts:
         none = points.new_zeros(0)
         return none, none, none.int()
-    columns = [list(column) for column in zip(*parts)]
+    # One column after the other, from here on: with the most points each takes 130 MB.
+    pieces = [list(piece) for piece in zip(*parts)]
     parts.clear()
-    u, v, z, index = (
-        torch.cat(columns.pop(0)) for _ in range(4)
-    )  # one column after the other: each may fill the memory
+    u, v, z, index = (torch.cat(pieces.pop(0)) for _ in range(4))
     sort = partial(torch.argsort, stable=True)
     near_to_far = stoppable(sort, z) if z.device.type == "cpu" else sort(z)
     del z
-    u = u[near_to_far]
-    v = v[near_to_far]
-    return u, v, index[near_to_far]
+    columns = [u, v, index]
+    del u, v, index
+    for number, column in enumerate(columns):
+        throw_exception_if_processing_interrupted()
+        columns[number] = column[near_to_far]
+    return tuple(columns)
 
 
 def _splat(u, v, colors, index, top, bottom, width, radius, points_per_pixel, background):
