@@ -30,7 +30,7 @@ PLY_TYPES = {
     **{name: f"<{kind}" for name, kind in (("short", "i2"), ("ushort", "u2"), ("int", "i4"), ("uint", "u4"))},
     **{name: f"<{kind}" for name, kind in (("int16", "i2"), ("uint16", "u2"), ("int32", "i4"), ("uint32", "u4"))},
 }
-SPLAT_NEIGHBOURS, SPLAT_LIMIT = 3, 8.0
+SPLAT_NEIGHBOURS, SPLAT_LIMIT, SPLAT_PIECE = 3, 8.0, 1 << 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,10 +130,10 @@ def splat_sizes(cloud: PointCloud) -> torch.Tensor:
         return torch.zeros(len(cloud))
     points, size = cloud.points.numpy(), torch.empty(len(cloud))
     tree = stoppable(partial(cKDTree, balanced_tree=False, compact_nodes=False), points)
-    for first in range(0, len(points), PLY_PIECE):
+    for first in range(0, len(points), SPLAT_PIECE):
         throw_exception_if_processing_interrupted()
-        distance, _ = tree.query(points[first : first + PLY_PIECE], k=count + 1, workers=-1)
-        size[first : first + PLY_PIECE] = torch.from_numpy(distance[:, 1:].mean(1) / 2)
+        distance, _ = tree.query(points[first : first + SPLAT_PIECE], k=count + 1, workers=-1)
+        size[first : first + SPLAT_PIECE] = torch.from_numpy(distance[:, 1:].mean(1) / 2)
     return size.clamp_max(SPLAT_LIMIT * size.median())
 
 
