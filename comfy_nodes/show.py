@@ -66,8 +66,8 @@ def write_clip(path: Path, frames: torch.Tensor, fps: float) -> None:
         clip_of(StoppableFrames(frames), fps).save_to(file, format=Types.VideoContainer.MP4)
 
 
-def clip_of(frames, fps: float) -> InputImpl.VideoFromComponents:
-    """Frames [N, H, W, 3] as a video of core's."""
+def clip_of(frames: torch.Tensor | StoppableFrames, fps: float) -> InputImpl.VideoFromComponents:
+    """Frames [N, H, W, 3] in 0..1 as core's video type."""
     return InputImpl.VideoFromComponents(Types.VideoComponents(images=frames, frame_rate=Fraction(fps)))
 
 

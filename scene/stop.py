@@ -1,21 +1,23 @@
-"""The stop button during a library's call that takes seconds and cannot be cut into pieces."""
+"""ComfyUI's interrupt (the stop button) during a library call that takes seconds and cannot be split."""
 
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, wait
+from typing import TypeVar
 
 import torch
 
 from ..core import throw_exception_if_processing_interrupted
 
-SECONDS = 0.2  # between two looks at the stop button
+SECONDS = 0.2  # between two checks for an interrupt
+Result = TypeVar("Result")
 
 
-def stoppable(work: Callable, *arguments):
-    """work(*arguments), in a thread of its own. Raises ComfyUI's interruption within SECONDS of the stop button; the
-    thread then ends by itself, and its result is dropped. So `work` must change nothing that others see."""
+def stoppable(work: Callable[..., Result], *arguments) -> Result:
+    """work(*arguments), run in its own thread. Raises what `work` raises, and ComfyUI's interrupt within SECONDS of the
+    stop button. After an interrupt the thread runs on and its result is dropped, so `work` must not have side effects."""
     done: Future = Future()
-    inference = torch.is_inference_mode_enabled()  # each thread has a mode of its own
+    inference = torch.is_inference_mode_enabled()  # the mode is per thread
 
     def run():
         try:

@@ -77,3 +77,16 @@ def test_no_file_imports_one_that_imports_it():
 def test_the_check_itself_sees_imports():
     assert "scene.cameras" in imports_of(ROOT / "worldstereo" / "conditioning.py")
     assert "files.text" in imports_of(ROOT / "files" / "regular.py")
+
+
+@pytest.mark.parametrize("room", [room for room in ROOMS if room != "core"])
+def test_public_functions_have_type_hints_and_say_what_they_do(room):
+    for file in files_of(room):
+        for function in ast.parse(file.read_text("utf-8")).body:
+            if not isinstance(function, ast.FunctionDef) or function.name.startswith("_"):
+                continue
+            where = f"{module_of(file)}.{function.name}"
+            arguments = [*function.args.args, *function.args.kwonlyargs]
+            missing = [argument.arg for argument in arguments if argument.annotation is None]
+            assert not missing and function.returns is not None, f"{where} has no type hint for {missing or 'its result'}"
+            assert ast.get_docstring(function), f"{where} has no docstring"
