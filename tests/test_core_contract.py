@@ -280,6 +280,8 @@ def needs(module: str, seen: set | None = None) -> set[str]:
     seen.add(module)
     file = ROOT.joinpath(*module.split("."))
     file = file / "__init__.py" if file.is_dir() else file.with_suffix(".py")
+    if not file.is_file():  # a folder without an __init__.py
+        return set()
     package = file.relative_to(ROOT).parent.parts
     names = set()
     for node in ast.walk(ast.parse(file.read_text("utf-8"))):
