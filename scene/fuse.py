@@ -149,9 +149,12 @@ def fuse(
     return fused, FuseReport(len(cloud), len(fused), passed, far_off, voxel, tuple(fits))
 
 
-def seen_through(points, seen):
+def seen_through(
+    points: torch.Tensor, seen: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]]
+) -> torch.Tensor:
     """Which of points [P, 3] at least as many frames see through as see (things that moved, and errors), a mask [P].
-    seen: each frame's fitted depth [H, W], its w2c and K, and its `FrameFit.same`."""
+    seen: each frame's depth [H, W], its w2c [4, 4] and K [3, 3], and the relative distance within which depths are one
+    surface (`FrameFit.same`)."""
     votes = torch.zeros(len(points), dtype=torch.int32)
     for depth, w2c, K, same in seen:
         throw_exception_if_processing_interrupted()
@@ -285,7 +288,7 @@ def _valid(depth):
     return depth.isfinite() & (depth > 0)
 
 
-def despeckled(depth):
+def despeckled(depth: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The depth map [H, W], infinite where there is none, with speckles replaced by the median around them; and a mask
     [H, W] of the pixels that had a depth and were not speckles."""
     height, width = depth.shape

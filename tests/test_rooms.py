@@ -88,5 +88,7 @@ def test_public_functions_have_type_hints_and_say_what_they_do(room):
             where = f"{module_of(file)}.{function.name}"
             arguments = [*function.args.args, *function.args.kwonlyargs]
             missing = [argument.arg for argument in arguments if argument.annotation is None]
-            assert not missing and function.returns is not None, f"{where} has no type hint for {missing or 'its result'}"
+            assert not missing and function.returns is not None, (
+                f"{where} has no type hint for {missing or 'its result'}"
+            )
             assert ast.get_docstring(function), f"{where} has no docstring"
