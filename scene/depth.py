@@ -4,11 +4,13 @@ depths are compressed, edges and invalid depths dropped."""
 import torch
 import torch.nn.functional as F
 
+from ..core import throw_exception_if_processing_interrupted
 from .pointcloud import PointCloud
 
 FAR_MEDIANS = 8.0  # depths beyond this many medians are compressed
 NO_DEPTH_DISPARITY = 1e7  # what the edge test sees where there is no depth
 EDGE_STEEPNESS, EDGE_KEEP = 10.0, 0.35
+EDGE_PIXELS = 1 << 21  # looked at together: of a large picture they would take gigabytes
 DEPTH_PICTURES = ("disparity: near is white", "depth: near is black")
 GREY_TOLERANCE = 0.02
 
@@ -87,6 +89,7 @@ def points_kept(depth: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         )
     depth = depth.clone()
     depth[valid] = draw_in(depth[valid])
+    throw_exception_if_processing_interrupted()
     keep = valid & ~on_edge((1 / depth).masked_fill(~valid, NO_DEPTH_DISPARITY))
     return keep, depth[keep]
 
@@ -99,9 +102,16 @@ def on_edge(disparity: torch.Tensor) -> torch.Tensor:
         return torch.zeros_like(disparity, dtype=torch.bool)
     sobel_x = disparity.new_tensor([[-1, 0, 1], [-2, 0, 2], [-1, 0, 1]])
     kernels = torch.stack([sobel_x, sobel_x.T])[:, None]
-    scaled = F.pad(((disparity - low) / (high - low))[None, None], (1, 1, 1, 1), mode="replicate")
-    magnitude = F.conv2d(scaled, kernels).norm(dim=1)[0]
-    return torch.exp(-EDGE_STEEPNESS * magnitude) < EDGE_KEEP
+    height, width = disparity.shape
+    edge, rows = torch.empty_like(disparity, dtype=torch.bool), max(1, EDGE_PIXELS // width)
+    for top in range(0, height, rows):
+        throw_exception_if_processing_interrupted()
+        bottom = min(top + rows, height)
+        scaled = (disparity[max(0, top - 1) : bottom + 1] - low) / (high - low)
+        scaled = F.pad(scaled[None, None], (1, 1, int(top == 0), int(bottom == height)), mode="replicate")
+        magnitude = F.conv2d(scaled, kernels).norm(dim=1)[0]
+        edge[top:bottom] = torch.exp(-EDGE_STEEPNESS * magnitude) < EDGE_KEEP
+    return edge
 
 
 def points_from_depth(picture: torch.Tensor, depth: torch.Tensor, w2c: torch.Tensor, K: torch.Tensor) -> PointCloud:
