@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import comfy.model_management as management
 import pytest
 import torch
+from comfy_api.latest import io
 from fuzz.inputs import cameras, geometry, nodes, vae
 from fuzz.inputs import scene as fuzz_scene
 from worldstereo_fp8.comfy_nodes import camera, fly, limits, save, show
@@ -99,6 +100,39 @@ def test_every_node_is_checked(node):
 def test_an_input_is_refused_by_name(node, inputs, message):
     with pytest.raises(ValueError, match=message):
         run(node, **inputs)
+
+
+def test_the_limits_are_exact_and_every_kind_of_input_is_looked_at():
+    choice = declared(camera.WorldStereoLoadCamera, "camera")
+    assert limits.check(choice, "x" * limits.MAX_CHOICE) and limits.check(choice, "x.json") == "x.json"
+    given = declared(camera.WorldStereoRender, "cameras")
+    most = Cameras(torch.eye(4).expand(MAX_CAMERAS, 4, 4), torch.eye(3).expand(MAX_CAMERAS, 3, 3), 2, 2)
+    assert limits.check(given, most) is most
+    image = IMAGE.clone()
+    image[0, 0, 0, 0] = float("inf")
+    with pytest.raises(ValueError, match=r"image holds NaN or infinity, first in picture 1 \(the first is 0\)"):
+        limits.check(declared(camera.WorldStereoRender, "image"), torch.cat([IMAGE, image]))
+    scene = {"depth": torch.ones(1, 1, 3), "mask": torch.tensor([[[0.4, 0.5, 0.6]]])}
+    assert limits.check(declared(camera.WorldStereoCameraPath, "scene"), scene)["mask"].tolist() == [
+        [[False, False, True]]
+    ]
+    samples = declared(model_nodes.WorldStereoKeyframeDecode, "samples")
+    latent = {"samples": torch.zeros(1, 16, 2, 2, 2)}
+    assert limits.check(samples, latent) is latent
+    for wrong in ({}, {"samples": [1]}, {"samples": torch.zeros(1, 16, 0, 2, 2)}):
+        with pytest.raises(ValueError, match="samples is not a latent, or an empty one"):
+            limits.check(samples, wrong)
+    with pytest.raises(ValueError, match="samples holds NaN or infinity"):
+        limits.check(samples, {"samples": torch.full((1, 16, 2, 2, 2), float("inf"))})
+
+
+def test_inputs_given_by_place_are_checked_too():
+    schema = SimpleNamespace(inputs=[io.Int.Input("a", min=0, max=5), io.Int.Input("b", min=0, max=5)])
+    node = SimpleNamespace(define_schema=lambda: schema)
+    execute = limits.checked(lambda cls, a, b: (a, b))
+    assert execute(node, 1, 2) == execute(node, 1, b=2) == (1, 2)
+    with pytest.raises(ValueError, match="b is 6"):
+        execute(node, 1, 6)
 
 
 def test_a_camera_file_whose_name_is_not_utf_8(tmp_path, monkeypatch):

@@ -103,6 +103,9 @@ def test_what_may_be_no_intention_is_remarked():
     assert remarks(CONFIG, **fitting) == []
     inverted = remarks(CONFIG, **fitting | {"mask": torch.ones(5, 32, 48)})
     assert len(inverted) == 1 and inverted[0].startswith("render_mask has holes in 100% of frame 0")
+    half = torch.zeros(5, 32, 48)
+    half[0, :8] = 0.5
+    assert remarks(CONFIG, **fitting | {"mask": half})[-1].startswith("render_mask has holes in 25% of frame 0")
     colours = torch.rand(5, 32, 48)
     colours[0] = 0
     found = remarks(CONFIG, **fitting | {"mask": colours})

@@ -124,3 +124,5 @@ def test_conditions_are_converted_once_for_positive_and_negative():
     positive, negative = (patcher.model.extra_conds(noise=noise, device=device, **values) for _ in range(2))
     for name in ("render_latent", "reference_latent", "camera_qt", "ref_index"):
         assert positive[name].cond is negative[name].cond
+    moved = [patcher.model._on_device("camera_qt", values["camera_qt"], torch.device(name)) for name in ("cpu", "meta")]
+    assert [value.device.type for value in moved] == ["cpu", "meta"]
