@@ -2,13 +2,13 @@
 
 import os
 import stat
+from io import FileIO
 from pathlib import Path
-from typing import BinaryIO
 
 from .text import shown
 
 
-def open_regular(path: str | os.PathLike) -> BinaryIO:
+def open_regular(path: str | os.PathLike) -> FileIO:
     """Opens a regular file for reading, unbuffered and in binary.
 
     Raises ValueError for a folder, a FIFO (opening one would block), a socket or a device, and the OSError of `open`

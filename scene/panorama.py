@@ -39,12 +39,13 @@ def points_of_panorama(geometry: dict) -> PointCloud:
         )
     distance, picture = geometry["depth"][0].float().cpu(), geometry["image"][0].float().cpu()
     keep, kept = points_kept(distance.where(geometry["mask"][0].cpu(), torch.inf))
+    height, width = distance.shape
     points, colors, done = torch.empty(len(kept), 3), torch.empty(len(kept), 3), 0
     for top in range(0, len(keep), ROWS):  # the rays of all pixels would take as much as the points
         throw_exception_if_processing_interrupted()
         rows = slice(top, top + ROWS)
         here = slice(done, done + int(keep[rows].sum()))
-        points[here] = directions(*distance.shape, rows)[keep[rows]] * kept[here, None]
+        points[here] = directions(height, width, rows)[keep[rows]] * kept[here, None]
         colors[here] = picture[rows][keep[rows]]
         done = here.stop
     return PointCloud(points, colors)

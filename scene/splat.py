@@ -63,10 +63,14 @@ def gaussians_of_scene(scene: Scene, limit: int, progress: Callable[[int], objec
     more than `limit`, the views are taken smaller, until it does not. progress(1) is called after every view.
     Raises ValueError for a scene that has neither depth nor points.
     """
-    views = [view for view, depth in enumerate(scene.depths) if depth is not None and _valid(depth).any()]
+    depths = {
+        view: draw_in(depth.where(_valid(depth), torch.inf))
+        for view, depth in enumerate(scene.depths)
+        if depth is not None and _valid(depth).any()
+    }
+    views = list(depths)
     if not views:
         return _of_points(scene, limit)
-    depths = {view: draw_in(scene.depths[view].where(_valid(scene.depths[view]), torch.inf)) for view in views}
     others = _neighbours(scene, views)
     tolerances = {view: _tolerance(scene, depths, view, others[view]) for view in views}
     found = _collected(scene, depths, others, tolerances, FIRST_SCALE, lambda views: None)
@@ -129,7 +133,8 @@ def _collected(scene, depths, others, tolerances, scale, progress):
         slopes, good = _slopes(depth, K)
         cloud = unproject(picture, depth[good], good, w2c, K)
         y, x = good.nonzero(as_tuple=True)
-        new = Gaussians(cloud.points, *_surfels(x, y, depth[good], slopes[:, good], w2c, K), cloud.colors)
+        sizes, rotations = _surfels(x, y, depth[good], slopes[:, good], w2c, K)
+        new = Gaussians(cloud.points, sizes, rotations, cloud.colors)
         seen = [(depths[n], scene.cameras.w2c[n], scene.cameras.K[n], same) for n in (view, *others[view])]
         alive = ~seen_through(new.points, seen)
         if made is not None:

@@ -145,7 +145,7 @@ def test_impossible_moves_are_named(change, depth, message):
 
 def test_looking_along_its_own_down_axis_has_no_upright():
     start = pinhole(64, 48, 60.0, pitch=-45)
-    with pytest.raises(ValueError, match="no upright"):
+    with pytest.raises(ValueError, match="no direction is up"):
         move_on(start, Move("pedestal down", 0, math.sqrt(2), 2, "linear", "on"), DEPTH)
 
 
@@ -253,7 +253,7 @@ def test_a_path_says_what_it_assumes(caplog):
     assert "no scene is connected" in caplog.text
     tilted = sample.geometry(pinhole(104, 60, 80, pitch=-25))
     cameras, _, said = plan_path(tilted["image"], *arguments[1:], tilted, None, True)
-    assert "-25 degrees up" in said and "scene depth" in said
+    assert "pitch of the camera: -25 degrees" in said and "scene depth" in said
     assert centres(cameras.w2c)[:, 1].abs().max() < 0.05  # level, where the tilted camera's orbit would climb
     torch.testing.assert_close(cameras.w2c[0], pinhole(104, 60, 80, pitch=-25).w2c[0], rtol=0, atol=0.02)
     without = {key: value for key, value in geometry.items() if key != "normal"}

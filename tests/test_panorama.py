@@ -75,5 +75,5 @@ def test_a_panorama_too_small_for_its_splats_is_told_the_width_that_would_do():
         cloud = points_of_panorama({"image": picture[None], "depth": distance[None], "mask": mask[None]})
         holes[width] = render(cloud, nearer)[1][0, 100:140, 172:212].mean()  # of the wall
     message = too_coarse(512, camera)
-    assert "512 pixels wide" in message and "About 1088 wide" in message and too_coarse(1088, camera) is None
+    assert "512 pixels wide" in message and "about 1088 wide" in message and too_coarse(1088, camera) is None
     assert holes[512] > 0.05 and holes[1088] == 0
