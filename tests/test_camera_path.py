@@ -15,6 +15,7 @@ from worldstereo_fp8.scene.camera_path import (
     camera_of_viewer,
     depth_of_scene,
     draw_path,
+    extent,
     focal_length,
     move_on,
     pinhole,
@@ -210,6 +211,8 @@ def test_the_scenes_depth_is_the_median_of_what_the_camera_sees():
     assert depth_of_scene(cloud, START) == 3
     with pytest.raises(ValueError, match="sees none"):
         depth_of_scene(PointCloud(points[3:], torch.ones(2, 3)), START)
+    corner = torch.tensor([[-31.9 / 60, -23.9 / 60, 1.0]]) / 4  # in the first pixel, near
+    assert depth_of_scene(PointCloud(corner, torch.ones(1, 3)), START) == 0.25
 
 
 def test_a_chained_orbit_goes_round_what_the_last_camera_sees():
@@ -235,6 +238,31 @@ def test_the_drawing_shows_first_and_last_camera_in_their_colours(cloud):
     assert blue < red  # it goes to the right
 
 
+@pytest.mark.parametrize("preset, above, side", [("dolly in", (0, -1), (1, 0)), ("pedestal up", None, (0, -1))])
+def test_the_drawing_has_forward_up_and_to_the_right_and_up_above(preset, above, side):
+    """The way from the mark of the start to that of the end, in columns and rows, on each of the two views."""
+    image = draw_path(path(preset, keyframes=9), DEPTH)[0]
+    for view, expected in ((image[:, :512], above), (image[:, 512:], side)):
+        if expected is None:  # one mark over the other
+            continue
+        blue = ((view[..., 2] > 0.6) & (view[..., 0] < 0.4)).nonzero().float().mean(0)
+        red = ((view[..., 0] > 0.6) & (view[..., 2] < 0.2)).nonzero().float().mean(0)
+        row, column = (red - blue).tolist()
+        assert [0 if abs(way) < 20 else math.copysign(1, way) for way in (column, row)] == list(expected)
+
+
+@pytest.mark.parametrize("distance", [0.1, 0.4, 2.0, 30.0])
+def test_the_drawings_bar_is_a_tenth_to_a_half_of_its_width(distance):
+    image = draw_path(path("truck right", distance=distance), 1e-3 * distance)[0]
+    bar = (image[512 - 16, :512] > 0.8).all(1).sum().item()
+    assert 0.05 * 400 - 3 <= bar <= 0.5 * 400 + 3
+
+
+def test_the_extent_is_the_farthest_from_the_first_camera():
+    assert extent(path("truck right", distance=0.5, start=path("dolly in"))[4:]) == pytest.approx(1.0)
+    assert extent(path("pan left")) == 1.0
+
+
 def test_a_scene_out_of_sight_needs_a_depth():
     behind = PointCloud(torch.tensor([[0.0, 0.0, -2.0]]), torch.zeros(1, 3))
     move = Move("dolly in", 0.0, 0.5, 3, "linear", "auto")
@@ -249,7 +277,10 @@ def test_a_path_says_what_it_assumes(caplog):
     image, geometry, _, _, _ = sample.sample()
     move = Move("orbit left", 40.0, 0.0, 3, "linear", "auto")
     arguments = (image, move, "auto", 60.0, 0.0, 0.0)
-    assert plan_path(*arguments, None, None)[2].startswith("no scene is connected")
+    cameras, _, said = plan_path(*arguments, None, None)
+    assert said.startswith("no scene is connected") and centres(cameras.w2c)[-1, 2].item() == pytest.approx(
+        1 - math.cos(math.radians(40)), abs=1e-6
+    )  # an orbit of radius 1
     assert "no scene is connected" in caplog.text
     tilted = sample.geometry(pinhole(104, 60, 80, pitch=-25))
     cameras, _, said = plan_path(tilted["image"], *arguments[1:], tilted, None, True)

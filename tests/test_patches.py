@@ -189,6 +189,27 @@ class TestReplacedForward:
         assert torch.equal(sample(patcher, conditioning(0), conditioning(1), steps=1), plain)
 
 
+def test_which_replacements_are_remarked():
+    """Those of layers that are computed together with others, and of self-attention over references; not the others."""
+    memory, camera = (
+        load(GOLDEN / f"{case}.weights.safetensors").model.diffusion_model for case in ("memory_dmd", "camera")
+    )
+    for model in (memory, camera):
+        assert object_patches.remarks(model) == []
+        model.blocks[0].ffn.forward = model.blocks[0].cross_attn.forward = lambda x: x
+        assert object_patches.remarks(model) == []
+        model.blocks[0].self_attn.forward = lambda x: x
+    assert "reference views" in object_patches.remarks(memory)[0] and object_patches.remarks(camera) == []
+
+
+def test_hooks_count_as_replacements():
+    for register in ("register_forward_hook", "register_forward_pre_hook"):
+        layer = torch.nn.Linear(2, 2)
+        assert not object_patches.forward_is_replaced(layer)
+        getattr(layer, register)(lambda *_: None)
+        assert object_patches.forward_is_replaced(layer)
+
+
 def test_compiled_code_sees_what_is_replaced(files):
     """Neither more nor less: else compiled FP8 layers would do without FP8 tokens."""
     block = load(files["fp8"], disable_dynamic=True).model.diffusion_model.blocks[0]
