@@ -95,7 +95,7 @@ def _text(declared, value):
         raise ValueError(f"{declared.id} has {len(value)} characters; more than {MAX_TEXT} are not read.")
     if any("\ud800" <= letter <= "\udfff" for letter in value):
         raise ValueError(
-            f"{declared.id} is {shown(value)}: it holds half a character (a lone surrogate). Type it anew."
+            f"{declared.id} is {shown(value)}: it holds half a character (a lone surrogate). Type it again."
         )
     return value
 

@@ -173,7 +173,7 @@ def _remove_old(folder: Path):
     """Removes unfinished files and folders of `new_file` and `new_folder` that no run is still working on."""
     before = time.time() - ABANDONED_AFTER
     for entry in folder.glob(f".*{TEMPORARY}"):
-        with contextlib.suppress(OSError):  # gone meanwhile, or another user's
+        with contextlib.suppress(OSError):  # it may be gone by now, or belong to another user
             if not UNFINISHED.fullmatch(entry.name) or entry.is_symlink() or entry.stat().st_mtime > before:
                 continue
             if entry.is_dir():

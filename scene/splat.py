@@ -1,7 +1,7 @@
-"""A scene as Gaussians: flat ones on the surfaces that its views show, for viewers and renderers of splats.
+"""A scene as Gaussians, flat on the surfaces that its views show, for viewers and renderers of splats.
 
-Nothing is optimised: it is what the views show, where their depth puts it. A Gaussian covers the surface under its
-pixel, as a surfel does (Pfister et al., Surfels, 2000; Huang et al., 2D Gaussian Splatting, 2024).
+Nothing is optimised: the Gaussians show the views' pixels at their depths. Each covers the surface under its pixel,
+like a surfel (Pfister et al., Surfels, 2000; Huang et al., 2D Gaussian Splatting, 2024).
 """
 
 from collections.abc import Callable
@@ -19,24 +19,25 @@ from .pointcloud import PointCloud, splat_sizes
 from .render import project
 from .scene import Scene
 
-SIGMA_PIXELS = 0.75  # a Gaussian's deviation: at a spacing of one pixel its neighbours close the surface
+SIGMA_PIXELS = 0.75  # a Gaussian's standard deviation in pixels: Gaussians one pixel apart close the surface
 OPACITY = 0.99
-THICKNESS = 0.1  # the deviation along the normal, as a share of a pixel's
-STRETCH = 5.0  # the most by which a slanted surface makes a Gaussian longer than wide
-STEEPEST = 0.05  # cosine between a surface's normal and the ray: below it is a depth edge drawn out, no surface
-BEND = 0.05  # relative: a disparity that is off the line between its neighbours by more lies on a depth edge
-REACH = 2  # pixels on each side from which a surface's slope is taken
-FINER = 1.5  # a view replaces Gaussians that are coarser than its pixels by this factor
+THICKNESS = 0.1  # the standard deviation along the normal, relative to that of a pixel
+STRETCH = 5.0  # the largest ratio of a Gaussian's length to its width, on slanted surfaces
+STEEPEST = 0.05  # cosine between a surface's normal and the ray: below it, it is not a surface but a smeared depth edge
+BEND = 0.05  # relative: a disparity farther than this from the line between its neighbours is on a depth edge
+REACH = 2  # pixels on each side from which a surface's slope is estimated
+FINER = 1.5  # a view replaces Gaussians that are coarser than its pixels by more than this factor
 NEIGHBOURS = 16  # views that a view's depth is compared with
-SAME_LIMIT = 0.1  # the most that depths of one surface may differ, relative
-FIRST_SCALE = 4.0  # the pictures are first tried this much smaller, to see how many Gaussians come of them
-SURPLUS = 1.02
+SAME_LIMIT = 0.1  # the largest relative difference of two depths of one surface
+FIRST_SCALE = 4.0  # pictures are first reduced by this factor, to estimate the number of Gaussians
+SURPLUS = 1.02  # by which the pictures are reduced more than the estimate says
 
 
 @dataclass(frozen=True, eq=False)
 class Gaussians:
-    """points [P, 3] in the cameras' world (OpenCV axes); sizes [P, 3], the deviations along the axes of each, which its
-    rotation turns into the world: quaternions [P, 4], real part first; colors [P, 3] in 0..1. All of one OPACITY."""
+    """points [P, 3] in the cameras' world (OpenCV axes); sizes [P, 3], the standard deviations along each Gaussian's
+    own axes; rotations [P, 4], quaternions from these axes to the world's, real part first; colors [P, 3] in 0..1. All
+    have the same OPACITY."""
 
     points: torch.Tensor
     sizes: torch.Tensor
@@ -55,13 +56,13 @@ class Gaussians:
 
 
 def gaussians_of_scene(scene: Scene, limit: int, progress: Callable[[int], object] = lambda views: None) -> Gaussians:
-    """A Gaussian for each pixel of each view that has a depth, unless another view shows that surface as finely; where
+    """A Gaussian for each pixel with a depth of each view, unless another view shows the surface in as fine detail; if
     no view has depth, one for each point of the cloud.
 
-    Each covers its pixel on the surface and is flat along the normal. Speckles, depths drawn out between two surfaces,
-    and pixels that at least as many views see through as see are left out; far depths are drawn in. Where that gives
-    more than `limit`, the views are taken smaller, until it does not. progress(1) is called after every view.
-    Raises ValueError for a scene that has neither depth nor points.
+    Each covers its pixel on the surface and is flat along the normal. Speckles, smeared depth edges, and pixels that at
+    least as many views see through as see are left out; far depths are compressed. If there are more than `limit`, the
+    views are reduced in size. progress(1) is called after every view. Raises ValueError for a scene without depth and
+    points, and if no view's depth agrees with the others'.
     """
     depths = {
         view: draw_in(depth.where(_valid(depth), torch.inf))
@@ -96,7 +97,7 @@ def _valid(depth):
 
 
 def _neighbours(scene, views):
-    """{view: the views, out of these, that see most of what it sees}."""
+    """For each of these views, the others that see most of what it sees: {view: [views]}."""
     cameras = scene.cameras[views]
     w2c, K = cameras.w2c.double(), cameras.K.double()
     scores = view_scores(w2c, K, w2c, K, cameras.width, cameras.height).fill_diagonal_(0)
@@ -108,7 +109,7 @@ def _neighbours(scene, views):
 
 
 def _tolerance(scene, depths, view, others):
-    """The relative distance within which this view's depths and other views' are one surface."""
+    """The relative distance up to which this view's depths and other views' count as one surface."""
     w2c, K = scene.cameras.w2c, scene.cameras.K
     sparse = torch.zeros_like(depths[view], dtype=torch.bool)
     sparse[::8, ::8] = True
@@ -124,7 +125,7 @@ def _tolerance(scene, depths, view, others):
 
 
 def _collected(scene, depths, others, tolerances, scale, progress):
-    """All views' Gaussians, of pictures `scale` times smaller."""
+    """The Gaussians of all views, whose pictures are reduced by the factor `scale`."""
     made = None
     for view in depths:
         throw_exception_if_processing_interrupted()
@@ -159,7 +160,7 @@ def _collected(scene, depths, others, tolerances, scale, progress):
 
 
 def _smaller(picture, depth, K, scale):
-    """Intrinsics, picture [h, w, 3] in 0..1 and depth [h, w] of a view, `scale` times smaller."""
+    """Intrinsics [3, 3], picture [h, w, 3] in 0..1 and depth [h, w] of a view, reduced by the factor `scale`."""
     size = [max(1, round(side / scale)) for side in depth.shape]
     K = K * K.new_tensor([size[1] / depth.shape[1], size[0] / depth.shape[0], 1.0])[:, None]
     picture = F.interpolate(picture.movedim(-1, 0)[None].float() / 255, size, mode="area")[0].movedim(0, -1)
@@ -167,8 +168,9 @@ def _smaller(picture, depth, K, scale):
 
 
 def _slopes(depth, K):
-    """The slopes [2, H, W] of the disparity a pixel to the right and down, and which pixels lie on a surface: of the two sides the
-    smaller slope is taken, so that an edge beside a pixel does not bend it, and none where they differ in sign."""
+    """The slopes [2, H, W] of the disparity per pixel to the right and down, and a mask [H, W] of the pixels that lie
+    on a surface. The slope is the smaller one of the two sides, so that an edge on one side does not distort it, and 0
+    where they differ in sign."""
     depth, good = despeckled(depth)
     disparity = (1 / depth).masked_fill(~good, torch.nan)
     slopes, edge = [], torch.zeros_like(good)
@@ -183,7 +185,7 @@ def _slopes(depth, K):
         slopes.append(flatter.where(left * right > 0, torch.zeros_like(flatter)))
     slopes = torch.stack(slopes)
     y, x = torch.meshgrid(torch.arange(depth.shape[0]) + 0.5, torch.arange(depth.shape[1]) + 0.5, indexing="ij")
-    # Of a plane a X + b Y + c Z = 1 the disparity at the ray (x, y, 1) is a x + b y + c.
+    # The disparity of a plane a X + b Y + c Z = 1 at the ray (x, y, 1) is a x + b y + c.
     a, b, x, y = K[0, 0] * slopes[0], K[1, 1] * slopes[1], (x - K[0, 2]) / K[0, 0], (y - K[1, 2]) / K[1, 1]
     c = disparity - a * x - b * y
     lengths = (a * a + b * b + c * c).sqrt() * (x * x + y * y + 1).sqrt()
@@ -194,7 +196,7 @@ def _surfels(x, y, depth, slopes, w2c, K):
     """Sizes [P, 3] and rotations [P, 4] of the Gaussians that cover the pixels x, y [P] on their surfaces."""
     to_camera = torch.linalg.inv(K)
     rays = torch.stack([x + 0.5, y + 0.5, torch.ones_like(depth)], 1) @ to_camera.T
-    # The surface's steps [P, 3, 2] from a pixel to the next on both axes, in the world.
+    # The vectors [P, 3, 2] on the surface from a pixel to the next along both axes, in the world.
     steps = depth[:, None, None] * to_camera[:, :2] - rays[:, :, None] * (depth.square() * slopes).T[:, None]
     steps = w2c[:3, :3].T @ steps
     gram = steps.mT @ steps

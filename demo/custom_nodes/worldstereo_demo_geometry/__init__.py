@@ -1,4 +1,5 @@
-"""Three nodes for the demo and the tests alone: stand-ins for core's MoGe nodes and model, which cannot be toys."""
+"""Three nodes only for the demo and the tests: stand-ins for core's MoGe nodes and model, of which there is no toy
+size."""
 
 import torch
 from comfy.ldm.moge.panorama import _uv_grid, spherical_uv_to_directions
