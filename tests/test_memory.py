@@ -6,6 +6,7 @@ of their numbers, and in its metadata the views that each path was given as refe
 """
 
 import json
+import math
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
+from scipy.spatial.transform import Rotation
 from worldstereo_fp8.comfy_nodes.scene import WorldStereoScenePath
 from worldstereo_fp8.scene import memory, walk
 from worldstereo_fp8.scene.cameras import Cameras, rigid_inverse
@@ -138,6 +140,122 @@ def test_the_nodes_choose_the_originals_references_as_the_scene_grows(tmp_path, 
             expected["path"], cameras, frames, [picture(len(scene) + number) for number in range(len(frames))]
         )
     assert len(scene) == 27 + 8 * len(PATHS) == 163
+
+
+class Plain:
+    """Retrieval written down a second time, view by view and number by number, to compare with."""
+
+    def __init__(self, w2c, K, targets_w2c, targets_K):
+        self.views = list(zip(w2c.numpy(), K.numpy()))
+        self.targets = list(zip(targets_w2c.numpy(), targets_K.numpy()))
+
+    @staticmethod
+    def box(w2c, K):
+        corners = []
+        for x, y in ((0, 0), (WIDTH, 0), (WIDTH, HEIGHT), (0, HEIGHT)):
+            ray = np.array([(x - K[0, 2]) / K[0, 0], (y - K[1, 2]) / K[1, 1], 1.0])
+            ray = ray / math.sqrt(sum(ray**2))
+            for distance in (0.1, 10):
+                corners.append(np.linalg.inv(w2c) @ [*(distance * ray), 1.0])
+        return [(min(corner[axis] for corner in corners), max(corner[axis] for corner in corners)) for axis in range(3)]
+
+    def score(self, view, target):
+        one, other = self.box(*self.views[view]), self.box(*self.targets[target])
+        shared = volume = others = 1.0
+        for (low, high), (other_low, other_high) in zip(one, other):
+            shared *= max(0.0, min(high, other_high) - max(low, other_low))
+            volume *= high - low
+            others *= other_high - other_low
+        forward, other_forward = (np.linalg.inv(pose)[:3, 2] for pose in (self.views[view][0], self.targets[target][0]))
+        angle = math.degrees(math.acos(max(-1.0, min(1.0, float(forward @ other_forward)))))
+        return shared / (volume + others - shared + 1e-8) * min(1.0, math.exp(5 * (90 - angle) / 180))
+
+    def best(self, target, among, ask):
+        best, view_of_best = -1.0, None
+        for view in among:
+            score = self.score(view, target) + (1.0 if ask.get(target) == view else 0.0)
+            if score > best + 1e-12:
+                best, view_of_best = score, view
+        return view_of_best
+
+    def spread(self, candidates, features, quality, limit):
+        rows = []
+        for view in candidates:
+            w2c = self.views[view][0]
+            quaternion = Rotation.from_matrix(w2c[:3, :3]).as_quat()
+            rows.append([*np.linalg.inv(w2c)[:3, 3], *(quaternion if quaternion[3] >= 0 else -quaternion)])
+
+        def standard(table):
+            table = np.array(table, float)
+            return (table - table.mean(0)) / (np.sqrt(((table - table.mean(0)) ** 2).mean(0)) + 1e-8)
+
+        place = 0.3 * standard(rows)
+        if features is not None:
+            place = np.concatenate([place, 0.7 * standard([features[view] for view in candidates])], 1)
+        q = [0.5] * len(candidates)
+        if quality is not None:
+            raw = [quality[view] for view in candidates]
+            q = [(value - min(raw)) / (max(raw) - min(raw) + 1e-8) for value in raw]
+
+        def far(one, other):
+            return math.sqrt(sum((one - other) ** 2))
+
+        gains = [0.1 * q[i] - far(place[i], place.mean(0)) for i in range(len(q))]
+        picked = [gains.index(max(gains))]
+        while len(picked) < limit:
+            gains = [
+                -1.0 if i in picked else min(far(place[i], place[j]) for j in picked) * (1 + 0.1 * (q[i] - 0.5))
+                for i in range(len(q))
+            ]
+            picked.append(gains.index(max(gains)))
+        return [candidates[i] for i in picked]
+
+    def choose(self, features, quality, ask, limit):
+        every = range(len(self.views))
+        chosen = [self.best(target, every, ask or {}) for target in range(1, len(self.targets))]
+        if len(set(chosen)) > limit:
+            picked = self.spread(chosen, features, quality, limit)
+            chosen = [self.best(target, picked, {}) for target in range(1, len(self.targets))]
+        views = list(dict.fromkeys(chosen))
+        return views, [chosen.index(view) for view in views]
+
+
+def rig(generator, count, spread):
+    """Cameras of a walk that turns: their w2c and K."""
+    eyes = torch.randn(count, 3, generator=generator, dtype=torch.float64) * spread
+    turns = Rotation.from_rotvec((torch.randn(count, 3, generator=generator, dtype=torch.float64) * 0.9).numpy())
+    R = torch.from_numpy(turns.as_matrix())
+    w2c = torch.eye(4, dtype=torch.float64).repeat(count, 1, 1)
+    w2c[:, :3, :3], w2c[:, :3, 3] = R, -(R @ eyes[:, :, None])[:, :, 0]
+    focal = 200 + 500 * torch.rand(count, generator=generator, dtype=torch.float64)
+    K = torch.zeros(count, 3, 3, dtype=torch.float64)
+    K[:, 0, 0], K[:, 1, 1], K[:, 2, 2] = focal, focal * 1.1, 1
+    K[:, 0, 2], K[:, 1, 2] = WIDTH / 2 + 7, HEIGHT / 2 - 5
+    return w2c, K
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_any_rig_is_answered_as_by_a_second_plain_implementation(seed):
+    generator = torch.Generator().manual_seed(seed)
+    w2c, K = rig(generator, [1, 5, 40][seed % 3], spread=[0.5, 4.0][seed % 2])
+    again = torch.randint(len(w2c), (6,), generator=generator)  # cameras that are there twice: the first of them wins
+    w2c, K = torch.cat([w2c, w2c[again]]), torch.cat([K, K[again]])
+    targets, targets_K = rig(generator, 21, spread=[0.5, 4.0][seed % 2])
+    targets[3], targets_K[3] = w2c[-1], K[-1]
+    features = torch.rand(len(w2c), 12, generator=generator, dtype=torch.float64) if seed % 4 < 2 else None
+    quality = torch.rand(len(w2c), generator=generator, dtype=torch.float64) * 3 if seed % 4 in (0, 3) else None
+    ask = {0: 0, 1: 2, 2: len(w2c) - 1, 9: 0} if seed % 2 else None
+    plain = Plain(w2c, K, targets, targets_K)
+    crowded = 0
+    for limit in (1, 3, 8, 20):
+        expected = plain.choose(features, quality, ask, limit)
+        crowded += len(expected[0]) == limit
+        found = choose_references(
+            w2c, K, WIDTH, HEIGHT, targets, targets_K, features=features, quality=quality, ask=ask, limit=limit
+        )
+        assert found == expected
+        assert len(found[0]) <= limit
+    assert crowded or len(w2c) < 8
 
 
 def test_more_than_eight_are_spread_out_as_in_the_original():
