@@ -55,6 +55,61 @@ def test_edges_and_pixels_without_depth_leave_no_points():
         points_from_depth(picture, -depth, W2C, K)
 
 
+def plain_points(picture, depth, w2c, K):
+    """The rules of the renders written down a second time, pixel by pixel, in float64."""
+    height, width = depth.shape
+    valid = [[math.isfinite(z) and z > 0 for z in row] for row in depth.tolist()]
+    known = sorted(z for row, there in zip(depth.tolist(), valid) for z, ok in zip(row, there) if ok)
+    far = 8 * known[(len(known) - 1) // 2]
+    z = [
+        [2 * far - far * far / z if ok and z > far else z for z, ok in zip(*rows)]
+        for rows in zip(depth.tolist(), valid)
+    ]
+    disparity = [[1 / value if ok else 1e7 for value, ok in zip(*rows)] for rows in zip(z, valid)]
+    low, high = min(map(min, disparity)), max(map(max, disparity))
+
+    def at(y, x):
+        value = disparity[min(max(y, 0), height - 1)][min(max(x, 0), width - 1)]
+        return (value - low) / (high - low) if high > low else 0.0
+
+    points, colors = [], []
+    for y in range(height):
+        for x in range(width):
+            across = sum(weight * (at(y + dy, x + 1) - at(y + dy, x - 1)) for dy, weight in ((-1, 1), (0, 2), (1, 1)))
+            down = sum(weight * (at(y + 1, x + dx) - at(y - 1, x + dx)) for dx, weight in ((-1, 1), (0, 2), (1, 1)))
+            if not valid[y][x] or math.exp(-10 * math.hypot(across, down)) < 0.35:
+                continue
+            ray = torch.linalg.inv(K.double()) @ torch.tensor([x + 0.5, y + 0.5, 1.0], dtype=torch.float64)
+            points.append(torch.linalg.inv(w2c.double()) @ torch.cat([z[y][x] * ray, torch.ones(1)]))
+            colors.append(picture[y, x])
+    if not points:  # tiny pictures that are all edge
+        return torch.zeros(0, 3, dtype=torch.float64), torch.zeros(0, 3)
+    return torch.stack(points)[:, :3], torch.stack(colors)
+
+
+@pytest.mark.parametrize("height, width", [(7, 13), (12, 5), (9, 16), (1, 6), (3, 3)])
+@pytest.mark.parametrize("holes", ["none", "sky", "spots"])
+def test_the_points_are_those_of_a_second_plain_implementation(height, width, holes):
+    generator = torch.Generator().manual_seed(height * width)
+    smooth = torch.nn.functional.interpolate(
+        1 + 3 * torch.rand(1, 1, 3, 4, generator=generator), (height, width), mode="bilinear"
+    )[0, 0]
+    smooth[:, width // 2 :] *= 2.5  # an edge
+    smooth[-1, 0] = 300.0  # far beyond eight medians
+    if holes == "sky":
+        smooth[: height // 3] = torch.inf
+    elif holes == "spots":
+        for value in (torch.nan, torch.inf, 0.0):
+            smooth[torch.rand(smooth.shape, generator=generator) < 0.05] = value
+        smooth[-1, -1] = 2.0
+    picture = torch.rand(height, width, 3, generator=generator)
+    lens = torch.tensor([[11.0, 0, width / 2 + 1], [0, 13, height / 2 - 0.5], [0, 0, 1]])
+    cloud = points_from_depth(picture, smooth, W2C, lens)
+    points, colors = plain_points(picture, smooth, W2C, lens)
+    assert torch.equal(cloud.colors, colors)
+    torch.testing.assert_close(cloud.points.double(), points, atol=1e-4, rtol=1e-5)
+
+
 def test_a_depth_map_of_another_size_is_resized():
     cloud = points_from_depth(torch.zeros(8, 16, 3), torch.full((4, 8), 3.0), W2C, K)
     depth = (cloud.points @ W2C[:3, :3].T + W2C[:3, 3])[:, 2]
