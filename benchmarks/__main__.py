@@ -5,7 +5,7 @@
     python dev.py bench step [arguments]     denoising steps of the whole model
     python dev.py bench drift [arguments]    what FP8 and INT8 change of the whole model's result
     python dev.py bench multigpu             core's MultiGPU CFG Split; needs two GPUs, and is not part of "all"
-    python dev.py bench explore [arguments]  explore_picture at full size on the ComfyUI server: seconds of each path
+    python dev.py bench explore [arguments]  explore_picture at full size, without a server: seconds of each path
     python dev.py bench workflow [arguments] the example workflow at full size on the ComfyUI server
     python dev.py bench render               the point-cloud render
     python dev.py bench cook [arguments]     Cook FP8 against cp; needs 30 GB of disk, and is not part of "all"

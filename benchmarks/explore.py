@@ -1,85 +1,195 @@
-"""`explore_picture` at full size on the real ComfyUI server: seconds of each path and of its parts, VRAM taken.
+"""`explore_picture` at full size: seconds of each path and of its parts, VRAM taken, and what a scene of 33 paths would take.
 
-    python dev.py bench explore [--paths 3] [--vram 15.5] [--folder DIR]
+    python dev.py bench explore [--paths 4] [--vram 0] [--folder DIR]
+    python dev.py bench explore --toy        at toy size, on a machine without a GPU too
 
-The 14 B model and the VAE have random weights of the published shapes; text encoder, CLIP vision and MoGe are the demo's
-stand-ins, so that what those take is missing. --vram: how many GiB of VRAM are free before ComfyUI starts (0: all).
+What the workflow's nodes call is called here, in their order and in one process: it needs neither ComfyUI's server and page
+nor PyAV. The 14 B model and the VAE have random weights of the published shapes. Text, CLIP vision and MoGe are missing:
+random embeddings and the drawn room's exact depth take their place, and their time is not in the figures.
+--vram: how many GiB of VRAM the process can have beside its CUDA context (0: all); another process takes the rest.
 """
 
 import argparse
-import json
-import os
+import contextlib
+import importlib.util
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-from workflow import MODEL, LeastFree, prepare  # makes ComfyUI and the pack importable
+MISSING = [name for name in ("torch", "numpy", "scipy", "PIL", "safetensors") if importlib.util.find_spec(name) is None]
+if MISSING:
+    sys.exit(f"The benchmark explore needs these packages, which are not installed here: {', '.join(MISSING)}.")
+
+from step import file_of, make_checkpoint, make_vae, peak_bytes  # makes ComfyUI and the pack importable
 
 # isort: split
+import comfy.sample
+import comfy.samplers
+import comfy.sd
+import comfy.utils
 import torch
-from card import Card
-from worldstereo_fp8.demo import job, server
+from card import GIB, Card
+from worldstereo_fp8.demo import toy
+from worldstereo_fp8.loaders import load_worldstereo
+from worldstereo_fp8.scene import sample
+from worldstereo_fp8.scene.camera_path import Move, depth_of_scene, move_on
+from worldstereo_fp8.scene.cameras import Cameras
+from worldstereo_fp8.scene.explore import LISTS, read_walks
+from worldstereo_fp8.scene.fuse import POINTS_LIMIT
+from worldstereo_fp8.scene.memory import REFERENCES
+from worldstereo_fp8.scene.render import RADIUS
+from worldstereo_fp8.scene.start import scene_of_picture
+from worldstereo_fp8.scene.walk import prepare_path, remember_clip, start_view
+from worldstereo_fp8.worldstereo.comfy_model import config_of
+from worldstereo_fp8.worldstereo.conditioning import References, condition, decode_keyframes, keyframe_size
+from worldstereo_fp8.worldstereo.schedule import dmd_sigmas
 
-EXAMPLE = Path(__file__).resolve().parent.parent / "example_workflows" / "explore_picture.json"
-STAND_INS = job.STAND_INS | {"LoadMoGeModel": "WorldStereoDemoMoGeModel"}
-EXPLORER = "WorldStereoExploreScene"
+LIST = "picture: left, right, up, loop"
+SAMPLING = "sampling"
+REMEMBERED = 8
+TOY_KEYFRAMES = 5
+SCENE_PATHS, WANTED_MINUTES = 33, 10  # a published panorama scene's paths
+CUDA = torch.cuda.is_available()
 
 
-def example(object_info: dict, paths: int) -> dict:
-    """The workflow in API form: stand-ins for the encoders, the first `paths` paths of its longer list."""
-    prompt = server.to_api(json.loads(EXAMPLE.read_text("utf-8")), object_info)
-    for number, node in prompt.items():
-        kind, inputs = node["class_type"], node["inputs"]
-        if kind in STAND_INS:
-            prompt[number] = {"class_type": STAND_INS[kind], "inputs": {}}
-        elif kind == "LoadWorldStereoFP8":
-            inputs["model_name"] = MODEL
-        elif kind == "VAELoader":
-            inputs["vae_name"] = job.VAE
-        elif kind == "LoadImage":
-            inputs["image"] = "image.png"
-        elif kind == EXPLORER:
-            inputs |= {"paths": "picture: left, right, up, loop", "stop_after": paths}
-    return prompt
+class Clock:
+    """The seconds of each part of a path; the GPU's work is waited for."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def part(self, name: str):
+        start = time.perf_counter()
+        yield
+        if CUDA:
+            torch.cuda.synchronize()
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+class Vision:
+    """What CLIP vision gives of a picture."""
+
+    penultimate_hidden_states = torch.randn(1, 257, 1280, generator=torch.Generator().manual_seed(3))
+
+
+def exact_depths(cameras: Cameras) -> list[torch.Tensor]:
+    """The drawn room's depth [H, W] in each camera."""
+    depths = []
+    for number in range(len(cameras)):
+        origin, rays = sample.rays_of(cameras[number])
+        device = "cuda" if CUDA else "cpu"
+        distance = sample.cast(origin.to(device), rays.reshape(-1, 3).to(device))[0]
+        depths.append(distance.view(rays.shape[:2]).float().cpu())
+    return depths
+
+
+def take_path(scene, walk, patcher, vae, text, seed, keyframes, device):
+    """One path, as Explore Scene's nodes take it: the scene with it, and the seconds of its parts."""
+    clock, nothing = Clock(), lambda count: None
+    with clock.part("start and cameras"):
+        view = start_view(scene, walk.view)
+        image, camera = scene.picture(view), scene.cameras[view]
+        move = Move(walk.preset, walk.degrees, walk.distance, keyframes, "linear", "auto")
+        cameras = move_on(camera, move, depth_of_scene(scene.cloud, camera))
+    with clock.part("render and references"):
+        path = (image, cameras, keyframes, REFERENCES, walk.ask, walk.asked, None, RADIUS, device, nothing)
+        prepared = prepare_path(scene, *path)
+    with clock.part("conditioning"):
+        references = References(prepared.pictures, scene.cameras[list(prepared.views)], prepared.ref_index)
+        values, latent = condition(config_of(patcher), vae, image, prepared.video, prepared.holes, cameras, references)
+        conditions = [[text, values | {"clip_vision_output": Vision}]]
+    with clock.part(SAMPLING):
+        noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(seed))
+        euler, sigmas = comfy.samplers.sampler_object("euler"), dmd_sigmas(config_of(patcher))
+        sampled = comfy.sample.sample_custom(
+            patcher, noise, 1.0, euler, sigmas, conditions, conditions, latent, disable_pbar=True, seed=seed
+        )
+    with clock.part("decoding"):
+        images = decode_keyframes(vae, sampled)
+    if not images.isfinite().all():
+        sys.exit("The result is not finite.")
+    depths = exact_depths(cameras)
+    with clock.part("adding to the scene"):
+        scene, report = remember_clip(
+            scene, images, cameras, walk.name, REMEMBERED, depths, POINTS_LIMIT, device, nothing
+        )
+    refused = [frame.name for frame in report.frames if frame.refused]
+    if refused:
+        sys.exit(f"Exact depth was refused: {', '.join(refused)}.")
+    return scene, clock.seconds, len(prepared.views)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--paths", type=int, default=3)
-    parser.add_argument("--vram", type=float, default=15.5)
+    parser.add_argument("--paths", type=int, default=4)
+    parser.add_argument("--vram", type=float, default=0.0)
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
+    parser.add_argument("--toy", action="store_true")
     args = parser.parse_args()
-    if not torch.cuda.is_available():
-        sys.exit("The benchmark explore needs a CUDA GPU.")
-    base = args.folder / "worldstereo_workflow"
-    prepare(base, args.folder)
-    torch.cuda.empty_cache()
-    spent: dict[str, dict[str, float]] = {}  # by path, then by step
-    at = ["", "", time.perf_counter()]
-
-    def event(message):
-        if message["type"] != "executing":
-            return
-        now = time.perf_counter()
-        path, step, since = at
-        spent.setdefault(path, {}).setdefault(step, 0.0)
-        spent[path][step] += now - since
-        parts = (message["data"].get("node") or "").split(".")
-        at[:] = [parts[-2] if len(parts) > 2 else "", parts[-1] if len(parts) > 2 else "other", now]
-
-    with Card() as card:
-        free = card.leave_free(args.vram)
-        with LeastFree() as least, server.Server(Path(os.environ["COMFYUI_PATH"]), base) as comfyui:
-            comfyui.run(example(comfyui.object_info(), args.paths), event=event)
-        taken = free - least.bytes / 2**30
-    print(f"{torch.cuda.get_device_name()}, {free:.1f} GiB free, at most {taken:.2f} taken; before the paths and after: "
-          f"{sum(spent.get('', {}).values()):.1f} s\n\n| path | s | sampling s | the rest | its parts, s |\n|---|---:|---:|---:|---|")  # fmt: skip
-    for path, steps in spent.items():
-        if path:
-            total, sampling = sum(steps.values()), steps.get("sample", 0.0)
-            rest = ", ".join(f"{step} {s:.2f}" for step, s in steps.items() if step != "sample" and s >= 0.05)
-            print(f"| {path} | {total:.1f} | {sampling:.1f} | {(total - sampling) / total:.0%} | {rest} |")
+    if args.paths < 2:
+        parser.error("--paths must be at least 2: the first also compiles kernels.")
+    if not (CUDA or args.toy):
+        sys.exit("The benchmark explore needs a CUDA GPU; --toy runs without one.")
+    if args.toy:
+        args.folder = args.folder / "worldstereo_toy"
+        args.folder.mkdir(exist_ok=True)
+    model_file, vae_file = file_of(args.folder, "fp8"), args.folder / "wan_vae.safetensors"
+    if args.toy:
+        toy.save_model(model_file)
+        toy.save_vae(vae_file)
+    else:
+        make_checkpoint(model_file)
+        make_vae(vae_file)
+    device = torch.device("cuda" if CUDA else "cpu")
+    total = torch.cuda.get_device_properties(0).total_memory / GIB if CUDA else 0
+    with contextlib.ExitStack() as stack, torch.inference_mode():
+        if CUDA:
+            torch.cuda.empty_cache()
+            torch.cuda.mem_get_info()  # makes the CUDA context, which is not counted
+            stack.enter_context(Card()).leave_free(args.vram)
+            torch.cuda.set_per_process_memory_fraction(min((args.vram or total) / total, 1.0))
+        began = time.perf_counter()
+        patcher = load_worldstereo(model_file)
+        dtype = None if CUDA else torch.float32  # 3-D convolutions in half precision are slow on most CPUs
+        vae = comfy.sd.VAE(sd=comfy.utils.load_torch_file(str(vae_file)), dtype=dtype)
+        loaded = time.perf_counter() - began
+        height, width = keyframe_size(config_of(patcher), sample.HEIGHT, sample.WIDTH)
+        geometry = sample.geometry(sample.start_camera())
+        scene = scene_of_picture(geometry["image"], geometry, None, "", 0, 0, width, height)
+        width_of_text = patcher.model.diffusion_model.text_embedding[0].in_features
+        text = torch.randn(1, 512, width_of_text, generator=torch.Generator().manual_seed(1))
+        keyframes = TOY_KEYFRAMES if args.toy else config_of(patcher).nframe
+        name = torch.cuda.get_device_name() if CUDA else "CPU"
+        print(
+            f"{name}, {width}x{height}, {keyframes} keyframes, {'toy' if args.toy else '14 B'} model; read in {loaded:.1f} s\n"
+        )
+        print(
+            "| path | references | points after | s | sampling s | the rest | its parts, s |\n|---|---:|---:|---:|---:|---:|---|"
+        )
+        rows = []
+        for number, walk in enumerate(read_walks(LISTS[LIST])[: args.paths]):
+            scene, seconds, references = take_path(scene, walk, patcher, vae, text, number, keyframes, device)
+            whole, sampling = sum(seconds.values()), seconds[SAMPLING]
+            rows.append((whole, sampling))
+            parts = ", ".join(f"{part} {s:.2f}" for part, s in seconds.items() if part != SAMPLING)
+            print(
+                f"| {walk.name} | {references} | {len(scene.cloud):,} | {whole:.2f} | {sampling:.2f} | "
+                f"{1 - sampling / whole:.1%} | {parts} |",
+                flush=True,
+            )
+        peak = f"Peak VRAM {peak_bytes(patcher) / GIB:.2f} GiB. " if CUDA else ""
+    (first, _), *later = rows
+    whole, sampling = (sum(values) / len(later) for values in zip(*later))
+    scene_minutes = (loaded + first + (SCENE_PATHS - 1) * whole) / 60
+    print(
+        f"\n{peak}After the first path, which also compiles kernels and moves the weights, a path takes {whole:.2f} s, of it not "
+        f"sampling {1 - sampling / whole:.1%}. {SCENE_PATHS} paths: {scene_minutes:.1f} minutes (at most {WANTED_MINUTES} "
+        f"are wanted)."
+    )
+    if args.toy:
+        print("These are a toy's figures: they show no more than that the benchmark runs.")
     return 0
 
 

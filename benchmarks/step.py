@@ -46,6 +46,7 @@ import comfy.sample
 import comfy.sd
 import torch
 from card import GIB, Card
+from comfy.ldm.wan.vae import WanVAE
 from comfy_api.torch_helpers import set_torch_compile_wrapper
 from safetensors.torch import save_file
 from worldstereo_fp8 import loaders
@@ -61,6 +62,7 @@ from worldstereo_fp8.worldstereo.config import WorldStereoConfig
 from worldstereo_fp8.worldstereo.shapes import tensor_shapes
 
 STEPS = 4
+VAE_WIDTH = 96  # of Wan 2.1's
 CORE = "core"
 DEFAULT = {
     "weights": "fp8",
@@ -111,6 +113,15 @@ def make_checkpoint(path: Path, weights: str = "fp8", plain_wan: bool = False, q
     save_file(tensors, path, {"config": json.dumps({"model_type": "worldstereo-memory-dmd"})})
     if not quiet:
         print(f"made {path}, {path.stat().st_size / 1e9:.2f} GB, in {time.perf_counter() - start:.0f} s", flush=True)
+
+
+def make_vae(path: Path):
+    """Random weights of the Wan 2.1 VAE's shapes, FP16; activations stay near unit size."""
+    torch.manual_seed(0)
+    vae = WanVAE(dim=VAE_WIDTH, z_dim=16, temperal_downsample=[False, True, True])
+    for parameter in vae.parameters():
+        torch.nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
+    save_file({name: value.half() for name, value in vae.state_dict().items()}, path)
 
 
 @contextlib.contextmanager

@@ -3,7 +3,8 @@
     python dev.py bench workflow [--vram 5.5 7.5 15.5 0] [--runs 2]
 
 The 14 B model and the VAE have random weights of the published shapes; text encoder and CLIP vision are the demo's
-stand-ins. --vram: how many GiB of VRAM are free before ComfyUI starts (0: all); another process takes the rest.
+stand-ins. It needs everything that ComfyUI itself requires; where something is missing, `bench explore` measures the
+same parts without a server. --vram: how many GiB of VRAM are free before ComfyUI starts (0: all); another process takes the rest.
 """
 
 import argparse
@@ -14,16 +15,23 @@ import threading
 import time
 from pathlib import Path
 
-from step import make_checkpoint  # makes ComfyUI and the pack importable
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+
+import dev
+
+if missing := dev.missing_packages(sys.executable, Path(os.environ["COMFYUI_PATH"]) / "requirements.txt"):
+    sys.exit(
+        f"The benchmark workflow starts ComfyUI's server, which requires packages that are not installed here: "
+        f"{', '.join(missing)}. `bench explore` needs none of them."
+    )
+
+from step import make_checkpoint, make_vae  # makes ComfyUI and the pack importable
 
 # isort: split
 import torch
 from card import Card
-from comfy.ldm.wan.vae import WanVAE
-from safetensors.torch import save_file
 from worldstereo_fp8.demo import job, scene, server
 
-VAE_WIDTH = 96  # of Wan 2.1's
 MODEL = "worldstereo_fp8.safetensors"
 
 
@@ -34,11 +42,7 @@ def prepare(base: Path, models: Path):
     link = base / "models" / "diffusion_models" / MODEL
     link.unlink(missing_ok=True)
     link.symlink_to(models / MODEL)
-    torch.manual_seed(0)
-    vae = WanVAE(dim=VAE_WIDTH, z_dim=16, temperal_downsample=[False, True, True])
-    for parameter in vae.parameters():
-        torch.nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
-    save_file({name: value.half() for name, value in vae.state_dict().items()}, base / "models" / "vae" / job.VAE)
+    make_vae(base / "models" / "vae" / job.VAE)
     scene.draw(base / "input")
 
 

@@ -1,0 +1,28 @@
+"""The benchmark of Explore Scene runs to its end, at toy size, where the server's packages and PyAV are missing."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+EXPLORE = Path(__file__).resolve().parent.parent / "benchmarks" / "explore.py"
+BARE = """
+import runpy, sys
+for name in ("av", "aiohttp", "requests", "comfyui_frontend_package", "sqlalchemy"):
+    sys.modules[name] = None
+script, *sys.argv[1:] = sys.argv[1:]
+sys.path.insert(0, script.rpartition("explore.py")[0])
+runpy.run_path(script, run_name="__main__")
+"""
+
+
+def test_explore_runs_without_a_server_and_without_pyav(tmp_path):
+    command = [sys.executable, "-c", BARE, str(EXPLORE), "--toy", "--paths", "2", "--folder", str(tmp_path)]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    rows = [line.split("|")[1:-1] for line in run.stdout.splitlines() if line.startswith(("| left", "| right"))]
+    assert len(rows) == 2 and int(rows[0][1]) == 1 <= int(rows[1][1]) <= 8  # references
+    for row in rows:
+        whole, sampling = float(row[3]), float(row[4])
+        parts = sum(float(part.split()[-1]) for part in row[6].split(","))
+        assert 0 < sampling < whole and abs(sampling + parts - whole) < 0.1
+    assert "33 paths:" in run.stdout and "a toy's figures" in run.stdout
