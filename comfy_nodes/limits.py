@@ -26,6 +26,7 @@ MAX_SIDE, MAX_PIXELS = 1 << 15, 1 << 26  # of one picture: photos of 50 megapixe
 MAX_FRAMES = 10_000  # pictures of one input
 MAX_POINTS = 1 << 25  # a panorama's of 8192x4096
 MAX_CONDITIONS = 1000
+MAX_LATENT = 1 << 27  # numbers: 64 times those of 21 keyframes at 832x480
 OUTSIDE = 0.05  # how far pixels may lie outside 0..1, where filters leave them, before a warning is logged
 FILES = {
     "camera",
@@ -226,9 +227,11 @@ def _conditions(declared, conditions):
 
 def _latent(declared, latent):
     samples = latent.get("samples")
-    if not isinstance(samples, torch.Tensor) or samples.numel() == 0:
+    if not isinstance(samples, torch.Tensor) or samples.numel() == 0 or samples.ndim not in (4, 5):
         raise ValueError(f"{declared.id} is not a latent, or an empty one: connect a sampler's.")
-    if not all(part.isfinite().all() for part in samples.flatten(0, 1)):
+    if samples.numel() > MAX_LATENT:
+        raise ValueError(f"{declared.id} holds {samples.numel():,} numbers: at most {MAX_LATENT:,} are taken.")
+    if not all(part.isfinite().all() for part in samples):
         raise ValueError(f"{declared.id} holds NaN or infinity: the sampling failed.")
     return latent
 

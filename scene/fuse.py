@@ -16,7 +16,7 @@ from scipy.spatial import cKDTree
 
 from ..core import throw_exception_if_processing_interrupted
 from .cameras import Cameras
-from .depth import draw_in, on_edge, unproject
+from .depth import EDGE_PIXELS, draw_in, on_edge, unproject
 from .pointcloud import PointCloud
 from .render import RADIUS, project
 from .stop import stoppable
@@ -185,7 +185,9 @@ def cloud_depth(
 
 def _nearest_around(depth, reach):
     """The nearest depth in the (2 reach + 1)² pixels around each: the surface behind the gaps between points."""
-    return -F.max_pool2d(-depth[None, None], 2 * reach + 1, 1, reach)[0, 0]
+    side = 2 * reach + 1
+    columns = F.max_pool2d(-depth[None, None], (side, 1), 1, (reach, 0))
+    return -F.max_pool2d(columns, (1, side), 1, (0, reach))[0, 0]
 
 
 def fit_depth(depth: torch.Tensor, target: torch.Tensor, shift: bool = True) -> tuple[float, float, float]:
@@ -251,8 +253,10 @@ def _fit_frame(name, points, depth, w2c, K, height, width, shift):
     """The frame's fit and, on the CPU, its fitted depth [H, W] and a mask [H, W] of the pixels that give new points."""
     depth = F.interpolate(depth[None, None].float(), (height, width), mode="nearest-exact")[0, 0]
     depth, good = despeckled(depth)
+    throw_exception_if_processing_interrupted()
     seen, number = cloud_depth(points, w2c, K, height, width)
     close = _nearest_around(seen, 1)  # a pixel is a hole if none of the eight around it has a point either
+    throw_exception_if_processing_interrupted()
     surface = _nearest_around(seen, max(1, round(RADIUS * min(height, width) / 2)))  # within a splat's radius
     overlap = ((surface < torch.inf) & good).sum().item() / max(1, good.sum().item())
     shown = number[
@@ -266,6 +270,7 @@ def _fit_frame(name, points, depth, w2c, K, height, width, shift):
     if overlap < OVERLAP_LIMIT or valid.sum() < SAMPLES_LIMIT:
         reason = f"it sees too little of the cloud to fit its depth: {overlap:.1%} of its pixels."
         return FrameFit(name, overlap, refused=reason), None, None
+    throw_exception_if_processing_interrupted()
     scale, offset, residual = fit_depth(1 / sampled[valid], z[valid], shift)
     disparity = _disparity_words(1 / sampled[valid], z[valid], residual) if residual > SAME_SURFACE else ""
     if disparity or not residual <= RESIDUAL_LIMIT:
@@ -293,9 +298,14 @@ def despeckled(depth: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     [H, W] of the pixels that had a depth and were not speckles."""
     height, width = depth.shape
     depth = depth.where(_valid(depth), depth.new_tensor(torch.inf))
-    padded = F.pad(depth[None, None], (1, 1, 1, 1), mode="replicate")[0, 0]
-    around = torch.stack([padded[y : y + height, x : x + width] for y in range(3) for x in range(3)])
-    median = around.median(0).values
+    median, rows = torch.empty_like(depth), max(1, EDGE_PIXELS // width)
+    for top in range(0, height, rows):  # nine times the whole of a large map would take gigabytes
+        throw_exception_if_processing_interrupted()
+        bottom = min(top + rows, height)
+        part = depth[None, None, max(0, top - 1) : bottom + 1]
+        padded = F.pad(part, (1, 1, int(top == 0), int(bottom == height)), mode="replicate")[0, 0]
+        around = [padded[y : y + bottom - top, x : x + width] for y in range(3) for x in range(3)]
+        median[top:bottom] = torch.stack(around).median(0).values
     speckle = ~((depth / median - 1).abs() <= SPECKLE)
     good = depth.isfinite() & ~speckle
     return torch.where(speckle, median, depth), good

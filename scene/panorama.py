@@ -37,6 +37,10 @@ def points_of_panorama(geometry: dict) -> PointCloud:
             "This MoGe geometry is an ordinary picture's: connect it to WorldStereo Render, or run MoGe Panorama "
             "Inference on the panorama."
         )
+    if "image" not in geometry:
+        raise ValueError(
+            "This MoGe geometry has no image: it gives the points their colours. Run MoGe Panorama Inference."
+        )
     distance, picture = geometry["depth"][0].float().cpu(), geometry["image"][0].float().cpu()
     keep, kept = points_kept(distance.where(geometry["mask"][0].cpu(), torch.inf))
     height, width = distance.shape

@@ -6,6 +6,7 @@ like a surfel (Pfister et al., Surfels, 2000; Huang et al., 2D Gaussian Splattin
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +32,7 @@ NEIGHBOURS = 16  # views that a view's depth is compared with
 SAME_LIMIT = 0.1  # the largest relative difference of two depths of one surface
 FIRST_SCALE = 4.0  # pictures are first reduced by this factor, to estimate the number of Gaussians
 SURPLUS = 1.02  # by which the pictures are reduced more than the estimate says
+KEPT_PIXELS = 1 << 27  # of depths at a time: 0.5 GB
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,16 +66,13 @@ def gaussians_of_scene(scene: Scene, limit: int, progress: Callable[[int], objec
     views are reduced in size. progress(1) is called after every view. Raises ValueError for a scene without depth and
     points, and if no view's depth agrees with the others'.
     """
-    depths = {
-        view: draw_in(depth.where(_valid(depth), torch.inf))
-        for view, depth in enumerate(scene.depths)
-        if depth is not None and _valid(depth).any()
-    }
-    views = list(depths)
+    deep = [view for view, depth in enumerate(scene.depths) if depth is not None]
+    views = [view for view in _interruptible(deep) if _valid(scene.depths[view]).any()]
     if not views:
         return _of_points(scene, limit)
+    depths = _Depths(scene, views)
     others = _neighbours(scene, views)
-    tolerances = {view: _tolerance(scene, depths, view, others[view]) for view in views}
+    tolerances = {view: _tolerance(scene, depths, view, others[view]) for view in _interruptible(views)}
     found = _collected(scene, depths, others, tolerances, FIRST_SCALE, lambda views: None)
     scale = max(1.0, FIRST_SCALE * (len(found) / limit) ** 0.5)
     while len(found := _collected(scene, depths, others, tolerances, scale, progress)) > limit:
@@ -81,6 +80,31 @@ def gaussians_of_scene(scene: Scene, limit: int, progress: Callable[[int], objec
     if not len(found):
         raise ValueError("No view's depth agrees with the other views': there is nothing to make Gaussians of.")
     return found
+
+
+class _Depths:
+    """The views' depths, infinite where there is none, far ones compressed. They are made when they are needed, and
+    the last ones kept: all of a large scene's would take as much memory as the scene."""
+
+    def __init__(self, scene, views):
+        def depth_of(view):
+            depth = scene.depths[view]
+            return draw_in(depth.where(_valid(depth), torch.inf))
+
+        kept = max(2 * NEIGHBOURS, KEPT_PIXELS // (scene.cameras.width * scene.cameras.height))
+        self.views, self.depth_of = views, lru_cache(kept)(depth_of)
+
+    def __getitem__(self, view):
+        return self.depth_of(view)
+
+    def __iter__(self):
+        return iter(self.views)
+
+
+def _interruptible(views):
+    for view in views:
+        throw_exception_if_processing_interrupted()
+        yield view
 
 
 def _of_points(scene, limit):

@@ -51,6 +51,12 @@ PATH = dict(
 )  # fmt: skip
 
 
+DECODE = {"vae": vae()}
+HUGE = torch.zeros(1).expand(10**6, 24, 32, 3)
+VIEW = dict(yaw=0.0, pitch=0.0, fov=75.0, width=32, height=32)
+WITHOUT_IMAGE = geometry(panorama=True) | {"image": None}
+
+
 def run(node, **inputs):
     hidden = SimpleNamespace(unique_id=None, prompt=None, extra_pnginfo=None)
     return type(node.__name__, (node,), {"hidden": hidden}).execute(**inputs)
@@ -92,6 +98,13 @@ def test_every_node_is_checked(node):
         (camera.WorldStereoRender, RENDER | {"image": IMAGE * float("nan")}, "image holds NaN or infinity"),
         (fly.WorldStereoFlyPath, {"path": "x" * 70_000}, "path has 70000 characters"),
         (save.WorldStereoSaveCamera, {"cameras": cameras(), "filename_prefix": "\ud800"}, "filename_prefix is "),
+        (save.WorldStereoSaveCamera, {"cameras": cameras(), "filename_prefix": "a/" + "x" * 201}, "filename_prefix: x.* long"),
+        (save.WorldStereoSaveCamera, {"cameras": cameras(), "filename_prefix": "é" * 101}, "filename_prefix: é.* too long"),
+        (show.WorldStereoPreviewClip, {"images": torch.rand(1, 1, 30, 3)}, "images are 30x1: a clip's sides have 2 to 8192"),
+        (show.WorldStereoPreviewClip, {"images": torch.rand(1, 9000, 4, 3)}, "images are 4x9000: a clip's sides"),
+        (model_nodes.WorldStereoKeyframeDecode, DECODE | {"samples": {"samples": HUGE}}, "samples holds 2,304,000,000 num"),
+        (model_nodes.WorldStereoKeyframeDecode, DECODE | {"samples": {"samples": torch.ones(3)}}, "samples is not a latent"),
+        (camera.WorldStereoPanorama, VIEW | {"moge_geometry": WITHOUT_IMAGE}, "geometry has no image"),
         (show.WorldStereoPreviewClip, {"images": IMAGE, "fps": 0.0}, "fps is 0"),
         (scene_nodes.WorldStereoAddToScene, {"scene": cameras()}, "scene is a Cameras: give WORLDSTEREO_SCENE"),
         (scene_nodes.WorldStereoContinue, {"scene": None, "view": "last"}, "scene is None"),
