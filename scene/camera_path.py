@@ -88,7 +88,7 @@ def focal_length(lens: str, value: float, width: int) -> float:
         return value / FULL_FRAME_WIDTH * width
     fov = DEFAULT_FOV if lens == LENSES[0] else value
     if not 0 < fov < 180:
-        raise ValueError(f"The field of view is {fov} degrees: it must lie between 0 and 180.")
+        raise ValueError(f"The lens's field of view is {fov} degrees (lens_value): it must lie between 0 and 180.")
     return width / 2 / math.tan(math.radians(fov) / 2)
 
 
@@ -115,7 +115,7 @@ def camera_of_viewer(info: dict, width: int, height: int, lens: str, value: floa
         else:
             R = _looking_at(eye[None], centre, torch.tensor([0.0, 1.0, 0.0], dtype=torch.float64))
     except (KeyError, TypeError, ValueError, ZeroDivisionError, OverflowError, RuntimeError) as error:
-        raise ValueError(f"The 3-D viewer's camera_info cannot be used: {shown(repr(error))}.") from error
+        raise ValueError(f"The 3-D viewer's camera_info (start) cannot be used: {shown(repr(error))}.") from error
     camera = pinhole(width, height, focal)
     return Cameras(_poses(R, eye[None]), camera.K, width, height), (centre - eye).norm().item()
 

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from ..core import throw_exception_if_processing_interrupted
 from .pointcloud import PointCloud
+from .stop import stoppable
 
 FAR_MEDIANS = 8.0  # depths beyond this many medians are compressed
 NO_DEPTH_DISPARITY = 1e7  # what the edge test sees where there is no depth
@@ -87,8 +88,9 @@ def points_kept(depth: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             "The depth map has no valid depth: all of it is NaN, infinite or not positive. Check the mask "
             "of the depth model, or its near and far."
         )
+    drawn = stoppable(draw_in, depth[valid])
     depth = depth.clone()
-    depth[valid] = draw_in(depth[valid])
+    depth[valid] = drawn
     throw_exception_if_processing_interrupted()
     keep = valid & ~on_edge((1 / depth).masked_fill(~valid, NO_DEPTH_DISPARITY))
     return keep, depth[keep]

@@ -32,14 +32,12 @@ def directions(height: int, width: int, rows: slice = slice(None)) -> torch.Tens
 def points_of_panorama(geometry: dict) -> PointCloud:
     """The points of core's MOGE_GEOMETRY of a panorama, whose depth is the distance along the ray, by the rules of
     `depth.points_from_depth`. Raises ValueError for the geometry of an ordinary picture and if no distance is valid."""
-    if "intrinsics" in geometry or "mask" not in geometry:
+    if missing := [part for part in ("mask", "image") if part not in geometry]:
+        raise ValueError(f"The MoGe geometry of a panorama has no {missing[0]}: run MoGe Panorama Inference.")
+    if "intrinsics" in geometry:
         raise ValueError(
             "This MoGe geometry is an ordinary picture's: connect it to WorldStereo Render, or run MoGe Panorama "
             "Inference on the panorama."
-        )
-    if "image" not in geometry:
-        raise ValueError(
-            "This MoGe geometry has no image: it gives the points their colours. Run MoGe Panorama Inference."
         )
     distance, picture = geometry["depth"][0].float().cpu(), geometry["image"][0].float().cpu()
     keep, kept = points_kept(distance.where(geometry["mask"][0].cpu(), torch.inf))

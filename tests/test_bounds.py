@@ -104,7 +104,7 @@ def test_every_node_is_checked(node):
         (show.WorldStereoPreviewClip, {"images": torch.rand(1, 9000, 4, 3)}, "images are 4x9000: a clip's sides"),
         (model_nodes.WorldStereoKeyframeDecode, DECODE | {"samples": {"samples": HUGE}}, "samples holds 2,304,000,000 num"),
         (model_nodes.WorldStereoKeyframeDecode, DECODE | {"samples": {"samples": torch.ones(3)}}, "samples is not a latent"),
-        (camera.WorldStereoPanorama, VIEW | {"moge_geometry": WITHOUT_IMAGE}, "geometry has no image"),
+        (camera.WorldStereoPanorama, VIEW | {"moge_geometry": WITHOUT_IMAGE}, "MoGe geometry of a panorama has no image"),
         (show.WorldStereoPreviewClip, {"images": IMAGE, "fps": 0.0}, "fps is 0"),
         (scene_nodes.WorldStereoAddToScene, {"scene": cameras()}, "scene is a Cameras: give WORLDSTEREO_SCENE"),
         (scene_nodes.WorldStereoContinue, {"scene": None, "view": "last"}, "scene is None"),

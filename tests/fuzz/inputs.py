@@ -234,6 +234,6 @@ def case(random: Random, folder: Path) -> Case:
     names = [entry.id for entry in declared]
     return Case(
         lambda: node.execute(**given),
-        (*names, "Camera ", "path", "depth", "names", "not an input", "diffusion_models"),
+        (*names, "Camera ", "path", "depth", "names", "not an input", "diffusion_models", "MoGe geometry"),
         wrong,
     )
