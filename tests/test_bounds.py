@@ -212,7 +212,7 @@ def test_an_exploration_outside_the_output_folder_does_not_start(name, prefix):
     assert run(scene_nodes.WorldStereoExploreScene, **(inputs | {name: "a/b"})).expand
 
 
-def test_a_panorama_that_is_not_twice_as_wide_as_high_is_told(caplog):
+def test_a_panorama_that_is_not_twice_as_wide_as_high_is_reported(caplog):
     height, width = 64, 96
     depth = torch.rand(1, height, width) + 1
     panorama = {"depth": depth, "mask": depth > 0, "image": torch.rand(1, height, width, 3)}

@@ -94,7 +94,7 @@ def test_frames_of_other_sizes_are_scaled_to_the_first(tmp_path):
     assert_ours(read_cameras(tmp_path / "transforms.json")[0])
 
 
-def test_camera_json_is_told_by_its_content(tmp_path):
+def test_camera_json_is_recognised_by_its_content(tmp_path):
     write_camera_json(tmp_path / "anything.json", Cameras(W2C, K.repeat(3, 1, 1), 640, 480))
     cameras, kind = read_cameras(tmp_path / "anything.json")
     assert_ours(cameras)

@@ -105,7 +105,7 @@ def test_pixel_frames_of_a_window():
     assert context_windows.pixel_frames([5, 0], 4) == [20, 0, 0, 0, 0]  # a looped window
 
 
-def test_cores_reference_latent_is_told_and_left_out(caplog):
+def test_cores_reference_latent_is_reported_and_left_out(caplog):
     """It is called like ours, and is another thing."""
     patcher = load(GOLDEN / "memory_dmd.weights.safetensors")
     for changes in ({}, {"reference_latent": None, "ref_index": None, "camera_qt_ref": None}):

@@ -215,7 +215,7 @@ def test_every_declared_name_is_used():
 
 
 @pytest.mark.parametrize("name", core.NAMES)
-def test_a_name_that_is_gone_is_told(name, monkeypatch):
+def test_a_name_that_is_gone_is_reported(name, monkeypatch):
     module, reason = core.NAMES[name]
     monkeypatch.setitem(core.NAMES, name, (module, reason))
     monkeypatch.setitem(core.NAMES, "gone", (module, reason))

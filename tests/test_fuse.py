@@ -145,7 +145,7 @@ def test_frames_that_do_not_fit_are_refused_by_name(start, caplog):
     assert torch.equal(alone.points, fused.points)
 
 
-def test_depth_that_is_affine_in_disparity_is_refused_and_told(start, caplog):
+def test_depth_that_is_affine_in_disparity_is_refused_and_reported(start, caplog):
     cameras = orbit([5, 10])
     pictures, (near, far) = photographs(cameras)
     _, report = fuse(start, pictures, [1 / (0.5 / near - 0.066), 2 / far + 0.1], cameras)

@@ -63,7 +63,7 @@ def test_a_view_shows_what_lies_in_its_direction(yaw, pitch, forward):
     torch.testing.assert_close(direction[5, 40], ray, atol=0.02, rtol=0)
 
 
-def test_a_panorama_too_small_for_its_splats_is_told_the_width_that_would_do():
+def test_a_panorama_too_small_for_its_splats_names_the_width_it_needs():
     """And it is so: half-way to the wall, its points leave gaps, and those of the wide one do not."""
     camera = pinhole(384, 240, focal_length(LENSES[1], 120.0, 384), yaw=-90)
     nearer = Cameras(camera.w2c.clone(), camera.K, 384, 240)

@@ -89,7 +89,7 @@ def test_transparent_parts_are_laid_on_the_colour():
         lay_on(noise(8, 12, count=3), mask.expand(2, 8, 12), colour)
 
 
-def test_what_another_shape_stretches_is_told():
+def test_what_another_shape_stretches_is_reported():
     assert stretches(480, 832, image=(512, 768), render_video=(960, 1664), cameras=(483, 832)) == [
         "image 768×512 stretched to 832×480: 16% wider"
     ]

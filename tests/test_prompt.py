@@ -52,7 +52,7 @@ def test_parentheses_are_text(encoder):
     assert {weight for _, weight in encoder.tokenize(CAPTION)["umt5xxl"][0]} > {1.0}  # what core alone makes of it
 
 
-def test_a_long_caption_is_cut_at_512_tokens_and_told(encoder):
+def test_a_long_caption_is_cut_at_512_tokens_and_reported(encoder):
     text = CAPTION * 50
     tokens, count, remarks = encode_caption(encoder, text)
     whole = encoder.model.encode(text)

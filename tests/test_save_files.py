@@ -167,7 +167,7 @@ def test_every_writer_is_known():
 @pytest.mark.skipif(resource is None, reason="Windows limits no file's size")
 @pytest.mark.parametrize("suffix", [*WRITERS, ".mp4"])
 @pytest.mark.parametrize("room", [0, 3000])
-def test_a_full_disk_leaves_nothing_and_is_told(output, suffix, room):
+def test_a_full_disk_leaves_nothing_and_is_reported(output, suffix, room):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
     try:
