@@ -206,6 +206,18 @@ def test_far_points_are_outliers():
     assert not outliers(points[:5]).any()
 
 
+def test_outliers_by_all_distances_and_in_pieces():
+    points = torch.randn(400, 3, generator=torch.Generator().manual_seed(0))
+    for start in (0, 150):
+        mean = torch.cdist(points[start:], points).sort(1).values[:, 1:21].mean(1)
+        assert torch.equal(outliers(points, start), mean > mean.mean() + 2 * mean.std(correction=0))
+    many = torch.rand(70_000, 3, generator=torch.Generator().manual_seed(0))
+    many[69_000] = 9.0
+    found = outliers(many, 100)
+    assert found[68_900]
+    assert found.float().mean() < 0.06
+
+
 @pytest.mark.parametrize("limit", [1, 700, 20_000, 49_999])
 def test_voxels_thin_to_within_a_fifth_of_what_is_wanted(limit):
     points = torch.rand(50_000, 3, generator=torch.Generator().manual_seed(0)) ** 3
