@@ -11,6 +11,7 @@ from toy import GOLDEN, golden_weights, save
 from worldstereo_fp8.loaders import load_worldstereo
 from worldstereo_fp8.scene.cameras import Cameras, normalise, plucker
 from worldstereo_fp8.scene.pictures import resize_pictures
+from worldstereo_fp8.worldstereo import conditioning as conditioning_module
 from worldstereo_fp8.worldstereo.conditioning import (
     References,
     check_vae,
@@ -101,6 +102,8 @@ def test_what_may_be_no_intention_is_remarked():
         "cameras": path(5, 48, 32),
     }
     assert remarks(CONFIG, **fitting) == []
+    square = References(torch.rand(1, 20, 20, 3), path(9)[[3]], (0,))
+    assert remarks(CONFIG, **fitting, references=square) == ["reference_images 20×20 stretched to 48×32: 50% wider"]
     inverted = remarks(CONFIG, **fitting | {"mask": torch.ones(5, 32, 48)})
     assert len(inverted) == 1 and inverted[0].startswith("render_mask has holes in 100% of frame 0")
     half = torch.zeros(5, 32, 48)
@@ -132,6 +135,25 @@ def test_the_condition_latent(mode, vae):
         grey = vae.encode(torch.full((1, 32, 48, 3), 0.5))
         expected = torch.cat([vae.encode(image), grey, grey, grey, grey], dim=2)
     assert torch.allclose(values["concat_latent_image"], expected, atol=1e-5)
+
+
+def test_progress_counts_each_picture_that_is_encoded(vae, monkeypatch):
+    bars = []
+
+    class Bar:
+        def __init__(self, total):
+            self.total, self.done = total, 0
+            bars.append(self)
+
+        def update(self, value):
+            self.done += value
+
+    monkeypatch.setattr(conditioning_module, "ProgressBar", Bar)
+    condition(CONFIG, vae, **inputs())
+    encode_keyframes(vae, torch.rand(3, 32, 48, 3))
+    decode_keyframes(vae, torch.zeros(1, 16, 2, 4, 6))
+    totals = [2 + 5 + 1, 3, 2]  # the picture and grey, the render, the reference; pictures; latents
+    assert [(bar.total, bar.done) for bar in bars] == [(total, total) for total in totals]
 
 
 def test_more_frames_than_keyframes_are_thinned(vae):

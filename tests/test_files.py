@@ -43,6 +43,7 @@ def test_large_foreign_text_is_quick():
     [
         (b"[" * 100_000, "x.json is nested more than 64 deep"),
         (b'{"a": [' * 70, "nested more than 64 deep"),
+        (b"[[]," * 70, "nested more than 64 deep"),
         (b"1" * 5000, "an integer of 5000 digits"),
         (b'{"a"', "x.json is not JSON"),
         (b"\xff", "x.json is not JSON"),
