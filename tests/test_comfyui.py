@@ -581,6 +581,13 @@ def test_the_memory_estimate_term_by_term(files, monkeypatch):
     assert alone == fixed + 36 * (3 * dim * 4 + rope) + (second - alone)
 
 
+def test_a_kept_prompt_moves_as_a_whole():
+    keys = prompt_cache_module.KeysValues(torch.ones(1, 2, 4), torch.ones(1, 2, 4), None, None)
+    moved = prompt_cache_module.Prompt(torch.ones(1, 2, 4), [keys, None]).to(torch.device("meta"))
+    assert moved.context.device.type == moved.blocks[0].k.device.type == moved.blocks[0].v.device.type == "meta"
+    assert moved.blocks[0].k_img is None and moved.blocks[1] is None
+
+
 def test_a_condition_alone_in_its_batch_is_not_copied():
     condition = comfy_model.OnDevice(torch.randn(1, 3))
     assert condition.concat([]) is condition.cond
