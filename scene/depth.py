@@ -111,7 +111,8 @@ def on_edge(disparity: torch.Tensor) -> torch.Tensor:
         bottom = min(top + rows, height)
         scaled = (disparity[max(0, top - 1) : bottom + 1] - low) / (high - low)
         scaled = F.pad(scaled[None, None], (1, 1, int(top == 0), int(bottom == height)), mode="replicate")
-        magnitude = F.conv2d(scaled, kernels).norm(dim=1)[0]
+        across, down = F.conv2d(scaled, kernels)[0]
+        magnitude = (across * across + down * down).sqrt()
         edge[top:bottom] = torch.exp(-EDGE_STEEPNESS * magnitude) < EDGE_KEEP
     return edge
 
