@@ -12,7 +12,7 @@ from comfy_extras.nodes_model_advanced import ModelSamplingSD3
 from comfy_extras.nodes_torch_compile import TorchCompileModel
 from torch._dynamo.eval_frame import _debug_get_cache_entry_list
 from toy import cooked, forward, golden_inputs, golden_weights, relative_error, run, save, source
-from worldstereo_fp8 import loaders, remap
+from worldstereo_fp8 import core, loaders, remap
 from worldstereo_fp8.fp8.arithmetic import FP8_MATMUL
 from worldstereo_fp8.loaders import load_worldstereo
 from worldstereo_fp8.worldstereo import blocks, comfy_model, control, model
@@ -579,6 +579,12 @@ def test_the_memory_estimate_term_by_term(files, monkeypatch):
     assert model.memory_required(shape, references) - alone == 24 * (3 * dim * 4 + rope) + 24 * dim * 4
     fixed = comfy_model.WORKSPACE + (2 * comfy_model.UPCAST_QUERIES * dim + dim**2) * 4
     assert alone == fixed + 36 * (3 * dim * 4 + rope) + (second - alone)
+
+
+def test_lora_names_are_registered_once():
+    wrapped = core.lora.model_lora_keys_unet
+    loaders.lora.register()
+    assert core.lora.model_lora_keys_unet is wrapped
 
 
 def test_a_kept_prompt_moves_as_a_whole():

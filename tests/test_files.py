@@ -3,11 +3,12 @@
 import errno
 import io
 import os
+import stat
 import time
 
 import pytest
 from worldstereo_fp8.files import atomic, json, regular
-from worldstereo_fp8.files.atomic import new_file, new_folder, new_large_file
+from worldstereo_fp8.files.atomic import new_file, new_folder, new_large_file, write_file
 from worldstereo_fp8.files.regular import open_regular, read_regular
 from worldstereo_fp8.files.text import first_few, shown
 
@@ -103,11 +104,12 @@ def test_only_ordinary_files_are_opened(tmp_path):
 def test_a_file_that_grows_while_it_is_read(tmp_path, monkeypatch):
     (tmp_path / "file").write_bytes(b"123")
     with open(tmp_path / "file", "rb") as small:
-        growing = io.BytesIO(b"123456")
-        growing.fileno = small.fileno
-        monkeypatch.setattr(regular, "open_regular", lambda path: growing)
-        with pytest.raises(ValueError, match="file grew over 5 bytes"):
-            read_regular(tmp_path / "file", 5)
+        for blocks in ([b"123456"], [b"12345", b"6"]):
+            growing = io.BytesIO()
+            growing.fileno, growing.read = small.fileno, lambda _, blocks=blocks: blocks.pop(0) if blocks else b""
+            monkeypatch.setattr(regular, "open_regular", lambda path, growing=growing: growing)
+            with pytest.raises(ValueError, match="file grew over 5 bytes"):
+                read_regular(tmp_path / "file", 5)
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="This system does not list open files.")
@@ -143,6 +145,8 @@ def test_what_is_written_is_on_disk_before_it_gets_its_name(tmp_path, monkeypatc
     with new_file(tmp_path / "a.bin") as file:
         file.write(b"one")
     assert synced == [3]
+    write_file(tmp_path / "b.bin", b"four")
+    assert synced == [3, 4] and (tmp_path / "b.bin").read_bytes() == b"four"
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such modes.")
@@ -178,7 +182,12 @@ class TestLargeFiles:
     def test_they_are_flushed_while_they_grow(self, tmp_path, monkeypatch):
         synced = []
         monkeypatch.setattr(atomic, "SECONDS_BETWEEN_SYNCS", 0.01)
-        monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(descriptor))
+        folders = []
+
+        def fsync(descriptor):
+            (folders if stat.S_ISDIR(os.fstat(descriptor).st_mode) else synced).append(descriptor)
+
+        monkeypatch.setattr(os, "fsync", fsync)
         with new_large_file(tmp_path / "a.bin", 10) as file:
             file.write(b"1234")
             until = time.monotonic() + 10
@@ -186,6 +195,9 @@ class TestLargeFiles:
                 time.sleep(0.01)
             assert file.fileno() in synced
         assert (tmp_path / "a.bin").read_bytes() == b"1234" and os.listdir(tmp_path) == ["a.bin"]
+        assert len(folders) == (1 if hasattr(os, "O_DIRECTORY") else 0)
+        with pytest.raises(FileExistsError, match=r"a\.bin exists already"), new_large_file(tmp_path / "a.bin", 10):
+            pytest.fail("the name is refused before the work")
 
     def test_a_failed_flush_or_an_exception_leaves_nothing(self, tmp_path, monkeypatch):
         with pytest.raises(RuntimeError), new_large_file(tmp_path / "a.bin", 10) as file:
@@ -193,13 +205,21 @@ class TestLargeFiles:
             raise RuntimeError
         assert not any(tmp_path.iterdir())
 
-        def fsync(_):
-            raise OSError(errno.EIO, "broken disk")
+        failed = []
 
+        def fsync(_):  # as the system does, it reports a failed write only once
+            if not failed:
+                failed.append(True)
+                raise OSError(errno.EIO, "broken disk")
+
+        monkeypatch.setattr(atomic, "SECONDS_BETWEEN_SYNCS", 0.01)
         monkeypatch.setattr(os, "fsync", fsync)
         with pytest.raises(OSError, match=r"a\.bin could not be written: broken disk"):
             with new_large_file(tmp_path / "a.bin", 10) as file:
                 file.write(b"1234")
+                until = time.monotonic() + 10
+                while not failed and time.monotonic() < until:
+                    time.sleep(0.01)
         assert not any(tmp_path.iterdir())
 
     def test_one_run_at_a_time_and_what_a_killed_one_left_is_removed(self, tmp_path):
