@@ -22,6 +22,8 @@ MAX_NAME = 1000  # characters of a picture's name by which it is sorted
 MAX_LINES, MAX_LINE = 100_000, 1 << 23  # of a text file, and characters of a line of 2-D points
 MAX_LENSES = 10_000  # of a cameras.txt
 LENS_KEYS = ("w", "h", "fl_x", "fl_y", "cx", "cy", "camera_angle_x")  # of a transforms.json, for all or a frame
+DISTORTION_KEYS = ("k1", "k2", "k3", "k4", "p1", "p2")  # the same
+NERF_MODELS = (*COLMAP_FOCALS, "PERSPECTIVE")  # values of `camera_model` that are pinholes, but for distortion
 OPENGL_TO_OPENCV = torch.diag(torch.tensor([1.0, -1.0, -1.0, 1.0], dtype=torch.float64))  # camera axes
 
 
@@ -41,21 +43,22 @@ def _cameras_in_the_same_case(images: re.Match) -> str:
     return "CAMERAS" if images[0].isupper() else "Cameras" if images[0].istitle() else "cameras"
 
 
-def read_cameras(path: str | Path) -> tuple[Cameras, str]:
+def read_cameras(path: str | Path, refuse_distortion: bool = False) -> tuple[Cameras, str]:
     """The cameras of a file, and what kind of file it was read as, in words.
 
     A JSON file with `extrinsic` is a camera.json, one with `frames` a NeRF transforms.json. A text file of 19 numbers
-    per line is RealEstate10K's, any other one COLMAP's images.txt, which needs its cameras.txt beside it. Raises
-    ValueError, which names the file and says what to do, and OSError.
+    per line is RealEstate10K's, any other one COLMAP's images.txt, which needs its cameras.txt beside it. Lens
+    distortion is ignored with a warning, or refused where pictures of those cameras are to be used. Raises ValueError,
+    which names the file and says what to do, and OSError.
     """
     path = Path(path)
     try:
         if path.suffix.lower() != ".json":
             text = _read_text(path)
-            return _realestate(text) if _is_realestate(text) else _colmap(text, path)
+            return _realestate(text) if _is_realestate(text) else _colmap(text, path, refuse_distortion)
         content = json.parse(read_regular(path, json.CAMERA_LIMIT), "It", limit=json.CAMERA_LIMIT)
         if isinstance(content, dict) and "frames" in content:
-            return _nerf(content)
+            return _nerf(content, refuse_distortion)
         return cameras_from_json(content), "camera.json"
     except (ValueError, OverflowError) as error:
         raise ValueError(f"No cameras could be read from {shown(path.name)}. {error}") from error
@@ -157,7 +160,7 @@ def _realestate(text: str) -> tuple[Cameras, str]:
     return Cameras(w2c, K, width, height), "RealEstate10K; the picture's size is not in the file, its pixels are square"
 
 
-def _colmap(text: str, path: Path) -> tuple[Cameras, str]:
+def _colmap(text: str, path: Path, refuse_distortion: bool) -> tuple[Cameras, str]:
     """COLMAP's images.txt, in which a pose line and a line of 2-D points alternate. Poses are world-to-camera in OpenCV
     axes. Raises ValueError."""
     cameras_path = files_of(path)[-1]
@@ -167,7 +170,7 @@ def _colmap(text: str, path: Path) -> tuple[Cameras, str]:
             "cameras.txt: put both into the input folder (such as room_images.txt and room_cameras.txt) and choose the "
             "images."
         )
-    intrinsics = _colmap_intrinsics(cameras_path)
+    intrinsics = _colmap_intrinsics(cameras_path, refuse_distortion)
     poses, lines = [], _lines(text)
     while lines and not lines[0][1].strip():
         del lines[0]
@@ -199,7 +202,7 @@ def _colmap(text: str, path: Path) -> tuple[Cameras, str]:
     return _of_one_size(w2c, K, sizes, *sizes[0]), "COLMAP model, in the order of the picture names"
 
 
-def _colmap_intrinsics(path: Path) -> dict[str, tuple[list[list[float]], tuple[int, int]]]:
+def _colmap_intrinsics(path: Path, refuse_distortion: bool) -> dict[str, tuple[list[list[float]], tuple[int, int]]]:
     """The intrinsic matrix and picture size of each camera id in a cameras.txt. Raises ValueError."""
     cameras: dict[str, tuple[list[list[float]], tuple[int, int]]] = {}
     name = shown(path.name)
@@ -227,11 +230,18 @@ def _colmap_intrinsics(path: Path) -> dict[str, tuple[list[list[float]], tuple[i
                 f"{name}, line {number}: the picture size {width}x{height} cannot be used; sides are 1 to {MAX_SIDE}."
             )
         if any(values[focals + 2 :]):
-            logging.warning(
-                "%s: camera %s has lens distortion, which is ignored: it is treated as a pinhole.", name, shown(camera)
-            )
+            _distorted(f"{name}: camera {shown(camera)}", refuse_distortion)
         cameras[camera] = _matrix(values[0], values[focals - 1], cx, cy), (width, height)
     return cameras
+
+
+def _distorted(camera: str, refuse: bool) -> None:
+    if refuse:
+        raise ValueError(
+            f"{camera} has lens distortion, and its pictures are distorted too: undistort them first, with COLMAP's "
+            "image_undistorter."
+        )
+    logging.warning("%s has lens distortion, which is ignored: it is treated as a pinhole.", camera)
 
 
 def _lines(text: str) -> list[tuple[int, str]]:
@@ -250,16 +260,27 @@ def _pose(matrix) -> torch.Tensor:
     return torch.tensor(matrix, dtype=torch.float64).view(4, 4)
 
 
-def _nerf(content: dict) -> tuple[Cameras, str]:
+def _nerf(content: dict, refuse_distortion: bool) -> tuple[Cameras, str]:
     """NeRF's transforms.json: camera-to-world poses in OpenGL axes; lens values of the file, or of each frame."""
     frames = content["frames"]
     if not isinstance(frames, list) or not frames or not all(isinstance(frame, dict) for frame in frames):
         raise ValueError("`frames` is not a list of frames.")
     check_count(frames)
     c2w, K, sizes = [], [], []
-    for_all = {key: content[key] for key in (*LENS_KEYS, "transform_matrix") if key in content}
+    keys = (*LENS_KEYS, *DISTORTION_KEYS, "camera_model", "is_fisheye", "transform_matrix")
+    for_all = {key: content[key] for key in keys if key in content}
+    warned = False
     for number, frame in _every_so_often(enumerate(frames), 100):
-        values = for_all | {key: frame[key] for key in (*LENS_KEYS, "transform_matrix") if key in frame}
+        values = for_all | {key: frame[key] for key in keys if key in frame}
+        model = values.get("camera_model", NERF_MODELS[0])
+        if model not in NERF_MODELS or values.get("is_fisheye"):
+            raise ValueError(
+                f"Frame {number}: the camera model {shown('fisheye' if model in NERF_MODELS else model)} is not one of "
+                f"{', '.join(NERF_MODELS)}; undistort the pictures first."
+            )
+        if not warned and any(values.get(key) for key in DISTORTION_KEYS):
+            _distorted(f"Frame {number}", refuse_distortion)
+            warned = True
         try:
             c2w.append(_pose(values["transform_matrix"]))
             width, height = json_size(values["w"], "w"), json_size(values["h"], "h")

@@ -369,7 +369,7 @@ def _size(path: Path) -> tuple[int, int]:
 
 def _read_named(folder: Path, path: Path):
     """nerfstudio's and COLMAP's files, whose cameras `camera_files` reads."""
-    cameras, words = camera_files.read_cameras(path)
+    cameras, words = camera_files.read_cameras(path, refuse_distortion=True)
     names = camera_files.picture_names(path)
     return [_picture(folder, name, path.name) for name in names], cameras, words
 

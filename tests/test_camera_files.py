@@ -104,7 +104,29 @@ def test_camera_json_is_recognised_by_its_content(tmp_path):
 def test_colmap_distortion_is_left_out_with_a_warning(tmp_path, caplog):
     path = write_colmap(tmp_path, "1 SIMPLE_RADIAL 640 480 500 330 235 0.01")
     torch.testing.assert_close(read_cameras(path)[0].K[0, 1, 1].item(), 500.0)
-    assert "has lens distortion" in caplog.text
+    assert "camera 1 has lens distortion" in caplog.text
+    with pytest.raises(ValueError, match="camera 1 has lens distortion, and its pictures are distorted too: undistort"):
+        read_cameras(path, refuse_distortion=True)
+
+
+def test_a_distorted_lens_of_a_transforms_json_is_named(tmp_path, caplog):
+    path = tmp_path / "transforms.json"
+    frame = {"file_path": "a.png", "transform_matrix": torch.eye(4).tolist()}
+    content = {"w": 64, "h": 48, "fl_x": 50.0, "camera_model": "OPENCV", "k1": 0.0, "p2": 0.0}
+    path.write_text(json.dumps(content | {"frames": [frame] * 3}))
+    assert len(read_cameras(path, refuse_distortion=True)[0]) == 3 and not caplog.text
+    path.write_text(json.dumps(content | {"frames": [frame, frame | {"k1": 0.1}, frame | {"p1": 0.1}]}))
+    assert len(read_cameras(path)[0]) == 3
+    assert caplog.text.count("has lens distortion") == 1 and "Frame 1 has lens distortion" in caplog.text
+    with pytest.raises(ValueError, match="transforms.json. Frame 1 has lens distortion, and its pictures are"):
+        read_cameras(path, refuse_distortion=True)
+    for lens, word in (({"camera_model": "OPENCV_FISHEYE"}, "OPENCV_FISHEYE"), ({"is_fisheye": True}, "fisheye")):
+        path.write_text(json.dumps(content | {"frames": [frame | lens]}))
+        with pytest.raises(ValueError, match=f"Frame 0: the camera model {word} is not one of"):
+            read_cameras(path)
+    path.write_text(json.dumps(content | {"camera_model": ["x" * 500], "frames": [frame]}))
+    with pytest.raises(ValueError, match="Frame 0: the camera model"):
+        read_cameras(path)
 
 
 @pytest.mark.parametrize(
