@@ -51,6 +51,7 @@ class WorldStereoLoadCamera(io.ComfyNode):
                 io.Image.Output(display_name="picture", tooltip="The path from above and from the side."),
             ],
             hidden=[io.Hidden.unique_id],
+            has_intermediate_output=True,
         )
 
     @classmethod
@@ -323,6 +324,7 @@ class WorldStereoRender(io.ComfyNode):
                 Points.Output(display_name="points"),
             ],
             hidden=[io.Hidden.unique_id],
+            has_intermediate_output=True,
         )
 
     @classmethod
@@ -416,6 +418,7 @@ class WorldStereoPanorama(io.ComfyNode):
                 Cameras.Output(display_name="camera", tooltip="The start picture's camera, for start of Camera Path."),
             ],
             hidden=[io.Hidden.unique_id],
+            has_intermediate_output=True,
         )
 
     @classmethod

@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Sequence
+from contextvars import ContextVar
 
 import torch
 from comfy_api.latest import Types, io
@@ -20,6 +21,8 @@ SceneReferences = io.Custom("WORLDSTEREO_REFERENCES")  # worldstereo.conditionin
 MoGeModel = io.Custom("MOGE_MODEL")
 MoGeGeometry = io.Custom("MOGE_GEOMETRY")  # core's dict of comfy_extras/nodes_moge.py
 
+text_shown: ContextVar[str | None] = ContextVar("text_shown", default=None)  # by the node that is running
+
 
 def show_on_node(node: type[io.ComfyNode], text: str, remarks: Sequence[str] = ()) -> None:
     """Shows a text on the running node, and below it remarks, which are also logged as warnings. A node that another
@@ -27,8 +30,19 @@ def show_on_node(node: type[io.ComfyNode], text: str, remarks: Sequence[str] = (
     for remark in remarks:
         logging.warning("%s: %s.", node.define_schema().display_name, remark)
     text = "\n".join([text, *remarks])
+    text_shown.set(text)
     if node.hidden.unique_id:
         PromptServer.instance.send_progress_text(text, node.hidden.unique_id.partition(".")[0])
+
+
+def with_text_shown(node: type[io.ComfyNode], output: io.NodeOutput) -> io.NodeOutput:
+    """A node's output with the text it has shown. ComfyUI's cache keeps that with the previews, and web/js/node_text.js
+    shows it again where the node need not run again."""
+    text = text_shown.get()
+    if text and node.hidden.unique_id and "." not in node.hidden.unique_id:  # the node that expanded has its own text
+        previews = output.ui if isinstance(output.ui, dict | None) else output.ui.as_dict()
+        output.ui = (previews or {}) | {"worldstereo_text": [text]}
+    return output
 
 
 def color_of(text: str) -> tuple[float, float, float]:

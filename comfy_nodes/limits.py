@@ -41,7 +41,8 @@ def checked(execute: Callable) -> Callable:
     """A decorator for `execute` of every node: refuses inputs that do not have their declared type, range or choices.
 
     A ValueError names the input. Tensors, cameras and geometries are checked as far as the nodes rely on them. Pictures
-    with one channel become grey ones with three; a mask [H, W] becomes [1, H, W].
+    with one channel become grey ones with three; a mask [H, W] becomes [1, H, W]. The output gets the text that the node
+    has shown.
     """
     names = list(inspect.signature(execute).parameters)[1:]
 
@@ -53,7 +54,8 @@ def checked(execute: Callable) -> Callable:
             if name not in declared:
                 raise ValueError(f"{shown(name)} is not an input of {cls.define_schema().display_name}.")
             given[name] = check(declared[name], value)
-        return execute(cls, **given)
+        common.text_shown.set(None)
+        return common.with_text_shown(cls, execute(cls, **given))
 
     return run
 

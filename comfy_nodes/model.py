@@ -158,6 +158,7 @@ class WorldStereoConditioning(io.ComfyNode):
                 io.Latent.Output(display_name="latent"),
             ],
             hidden=[io.Hidden.unique_id],
+            has_intermediate_output=True,
         )
 
     @classmethod

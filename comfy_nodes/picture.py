@@ -61,6 +61,7 @@ class WorldStereoPicture(io.ComfyNode):
             ],
             outputs=[io.Image.Output(display_name="picture", tooltip="At the model's size.")],
             hidden=[io.Hidden.unique_id],
+            has_intermediate_output=True,
         )
 
     @classmethod
@@ -94,6 +95,7 @@ class WorldStereoPrompt(io.ComfyNode):
             ],
             outputs=[io.Conditioning.Output()],
             hidden=[io.Hidden.unique_id],
+            has_intermediate_output=True,
         )
 
     @classmethod

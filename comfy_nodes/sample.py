@@ -37,6 +37,7 @@ class WorldStereoSampleScene(io.ComfyNode):
                     "left.",
                 ),
             ],
+            has_intermediate_output=True,
         )
 
     @classmethod
@@ -62,6 +63,7 @@ class WorldStereoSamplePanorama(io.ComfyNode):
                     display_name="moge_geometry", tooltip="As core's Run MoGe Panorama Inference gives it."
                 ),
             ],
+            has_intermediate_output=True,
         )
 
     @classmethod
@@ -92,6 +94,7 @@ class WorldStereoPictureOrSample(io.ComfyNode):
                 ),
             ],
             outputs=[io.Image.Output(display_name="image"), MoGeGeometry.Output(display_name="moge_geometry")],
+            has_intermediate_output=True,
         )
 
     @classmethod

@@ -101,6 +101,7 @@ class WorldStereoStartScene(io.ComfyNode):
             ],
             outputs=[Scene.Output(display_name="scene")],
             hidden=[io.Hidden.unique_id],
+            has_intermediate_output=True,
         )
 
     @classmethod
@@ -175,6 +176,7 @@ class WorldStereoScenePath(io.ComfyNode):
                 io.Image.Output(display_name="reference_images", tooltip="The chosen views, to look at."),
             ],
             hidden=[io.Hidden.unique_id],
+            has_intermediate_output=True,
         )
 
     @classmethod
@@ -246,6 +248,7 @@ class WorldStereoAddToScene(io.ComfyNode):
                 Points.Output(display_name="points", tooltip="The scene's point cloud."),
             ],
             hidden=[io.Hidden.unique_id],
+            has_intermediate_output=True,
         )
 
     @classmethod

@@ -68,6 +68,7 @@ class WorldStereoLoadScene(io.ComfyNode):
             ],
             outputs=[Scene.Output(display_name="scene")],
             hidden=[io.Hidden.unique_id],
+            has_intermediate_output=True,
         )
 
     @classmethod
@@ -109,6 +110,7 @@ class WorldStereoSceneToSplat(io.ComfyNode):
             ],
             outputs=[io.Splat.Output(display_name="splat", tooltip="In the axes of splat files: y down, z forward.")],
             hidden=[io.Hidden.unique_id],
+            has_intermediate_output=True,
         )
 
     @classmethod

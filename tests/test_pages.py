@@ -1,5 +1,6 @@
 """What a user finds about every node: a page, a description, search words, tooltips, a place in an example workflow."""
 
+import inspect
 import json
 import re
 from pathlib import Path
@@ -39,6 +40,15 @@ def test_a_node_describes_itself(name):
     for each in schema.inputs:
         if isinstance(each, io.WidgetInput) or each.id not in PLAIN:
             assert each.tooltip, f"{each.id} has no tooltip"
+
+
+# Explore Scene shows what the nodes of its paths show, and a cached Continue of the first would hide the last's video.
+@pytest.mark.parametrize("name", sorted(set(NODES) - {"WorldStereoExploreScene", "WorldStereoContinue"}))
+def test_what_a_node_shows_comes_from_the_cache_too(name):
+    """ComfyUI sends the previews and texts of a cached node if the schema asks for it, or of an output node."""
+    schema = NODES[name].define_schema()
+    shows = "show_on_node(" in inspect.getsource(NODES[name]) or "ui=" in inspect.getsource(NODES[name])
+    assert not shows or schema.has_intermediate_output or schema.is_output_node
 
 
 @pytest.mark.parametrize("name", NODES)

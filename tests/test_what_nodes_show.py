@@ -19,7 +19,9 @@ def shown(monkeypatch):
     texts = []
     server = SimpleNamespace(send_progress_text=lambda text, node: texts.append(text))
     monkeypatch.setattr(common, "PromptServer", SimpleNamespace(instance=server))
-    monkeypatch.setattr(comfy_api.latest.ui, "PreviewImage", lambda image, cls: image)
+    monkeypatch.setattr(
+        comfy_api.latest.ui, "PreviewImage", lambda image, cls: SimpleNamespace(as_dict=lambda: {"images": image})
+    )
     return texts
 
 
@@ -55,7 +57,8 @@ def render(image, cameras, **inputs):
 def test_picture_shows_its_crop_and_what_lies_under_transparent_parts(shown, worldstereo):
     image = torch.rand(1, 40, 48, 3)
     result = run(picture.WorldStereoPicture, image, "crop", 0.5, "#204060", worldstereo)
-    assert result.result[0].shape == (1, 32, 48, 3) and result.ui.shape == (1, 40, 48, 3)
+    assert result.result[0].shape == (1, 32, 48, 3) and result.ui["images"].shape == (1, 40, 48, 3)
+    assert result.ui["worldstereo_text"] == shown  # for when ComfyUI has it in its cache
     transparency = torch.zeros(1, 40, 48)
     transparency[:, :, :10] = 1
     result = run(picture.WorldStereoPicture, image, "stretch", 0.5, "#204060", worldstereo, transparency)
