@@ -82,6 +82,7 @@ def points_kept(depth: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     the edge test as a disparity of 1e7, beside which all other edges are flat: with sky in the picture only the points
     beside the sky are dropped. Raises ValueError if no depth is positive.
     """
+    throw_exception_if_processing_interrupted()
     valid = depth.isfinite() & (depth != 0)
     if not (valid & (depth > 0)).any():
         raise ValueError(

@@ -263,6 +263,7 @@ def _fit_frame(name, points, depth, w2c, K, height, width, shift):
         (seen <= surface * (1 + FIT_SCALE)) & (number >= 0)
     ]  # without points seen through gaps in nearer ones
     u, v, z = project(points[shown], w2c, K)
+    throw_exception_if_processing_interrupted()
     there = torch.where(good & ~on_edge(1 / depth), 1 / depth, torch.nan)
     grid = torch.stack([2 * u / width - 1, 2 * v / height - 1], 1)[None, None]
     sampled = F.grid_sample(there[None, None], grid, padding_mode="border", align_corners=False).flatten()
