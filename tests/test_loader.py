@@ -14,6 +14,7 @@ from toy import GOLDEN, comfy_style, cooked, golden_inputs, golden_weights, nati
 from worldstereo_fp8 import loaders, remap
 from worldstereo_fp8.fp8.recipe import quantise_weight, scale_name
 from worldstereo_fp8.loaders import load_worldstereo
+from worldstereo_fp8.loaders.checkpoint import describe
 from worldstereo_fp8.worldstereo.config import WorldStereoConfig, config_content, read_config
 from worldstereo_fp8.worldstereo.shapes import native_shapes
 
@@ -322,6 +323,21 @@ class TestNotSafetensors:
         for content, message in ((b"<!DOCTYPE html><html>" * 10, "is a web page"), (b"GGUF\x03" * 20, "header length")):
             with pytest.raises(ValueError, match=message):
                 load_worldstereo(self.write(tmp_path, content))
+
+
+def test_wans_own_models_are_recognised():
+    names = ["blocks.0.self_attn.q.weight", "patch_embedding.weight"]
+    assert describe(names).startswith("a plain Wan text-to-video model")
+    assert describe([*names, "img_emb.proj.1.weight"]).startswith("a plain Wan2.1-I2V model without WorldStereo's")
+    assert describe([*names, "controlnet.proj_in.weight"]).startswith("an unknown kind of file")
+
+
+def test_a_description_of_another_format_than_the_weights(tmp_path):
+    tensors = comfy_style(cooked(CASE, convs="bf16"))
+    name = next(name for name in tensors if name.endswith("comfy_quant"))
+    tensors[name] = torch.tensor(list(b'{"format": "int8_tensorwise"}'), dtype=torch.uint8)
+    with pytest.raises(ValueError, match="weight is F8_E4M3, but .*comfy_quant says int8_tensorwise"):
+        load_worldstereo(save(tensors, tmp_path / "m.safetensors"))
 
 
 @pytest.mark.parametrize("save_node", ["ModelSave", "CheckpointSave"])
