@@ -8,6 +8,7 @@ import sys
 import time
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import aiohttp
@@ -99,7 +100,8 @@ class Server:
         the JPEG file of each preview picture; `event` with every message about this run; `extra_data` goes to ComfyUI with the prompt. Raises ServerError with
         ComfyUI's own words if the workflow is refused or fails.
         """
-        return asyncio.run(self._run(prompt, progress, preview, event, extra_data))
+        with ThreadPoolExecutor(1) as thread:  # the caller's may have an event loop already: Playwright's has one
+            return thread.submit(asyncio.run, self._run(prompt, progress, preview, event, extra_data)).result()
 
     async def _run(self, prompt: dict, progress, preview, event, extra_data: dict) -> dict:
         client = uuid.uuid4().hex

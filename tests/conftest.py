@@ -1,6 +1,7 @@
 """Makes ComfyUI and this pack importable: the tests write `from worldstereo_fp8.loaders import ...`."""
 
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -16,6 +17,9 @@ import standalone
 COMFYUI = standalone.import_comfyui()
 standalone.import_pack()
 sys.path.insert(0, str(TESTS))  # the tests' own helpers
+
+from forker import Forker
+from web_page import page_of
 
 SETTINGS = {"Comfy.TutorialCompleted": True, "Comfy.Minimap.Visible": False}
 
@@ -48,8 +52,39 @@ def comfyui(shared_server, request):
     return shared_server
 
 
+@pytest.fixture(scope="session")
+def forker():
+    """Runs Python code in forks of a process that has made the imports."""
+    if not hasattr(os, "fork"):
+        pytest.skip("Windows has no fork")
+    with Forker() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def page_and_errors(comfyui, request):
+    errors = []
+    with page_of(comfyui, errors, getattr(request.module, "WEBGL", False)) as page:
+        yield page, errors
+
+
+@pytest.fixture
+def page(page_and_errors):
+    """ComfyUI's web page, which takes seconds to open: a module's tests share it. With WebGL if the module says so."""
+    return page_and_errors[0]
+
+
+@pytest.fixture
+def errors(page_and_errors):
+    """What the page reports from now on: console errors and exceptions."""
+    page_and_errors[1].clear()
+    return page_and_errors[1]
+
+
 def pytest_collection_modifyitems(items):
-    """Tests that take the fixture `comfyui`, a running server, have the mark for it."""
+    """Tests that need a running server or its page have the marks for them."""
     for item in items:
         if "comfyui" in item.fixturenames:
             item.add_marker("server")
+        if "page" in item.fixturenames:
+            item.add_marker("page")

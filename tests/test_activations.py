@@ -31,6 +31,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HERE = [name for name, implementation in BACKENDS.items() if implementation.refusal(DEVICE) is None]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 EPS = 1e-6
+WIDTH = 21 if INTERPRETED else 333  # the interpreter adds up a LayerNorm's row number by number
 
 if INTERPRETED:
     # Triton 3.6's interpreter loses the carry of a value that is rounded up to a power of two, and makes NaN a number.
@@ -131,14 +132,14 @@ def modulation(*shape, dtype):
     return [torch.randn(shape, generator=generator).to(DEVICE, dtype) for _ in range(2)]
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 333), (2, 1, 333), (2, 6, 333), (1, 6, 333)])
+@pytest.mark.parametrize("batch, rows", [(1, 1), (2, 1), (2, 6), (1, 6)])
 @pytest.mark.parametrize("dtype, scale_dtype", [(dtype, dtype) for dtype in DTYPES] + [(torch.bfloat16, torch.float32)])
 @pytest.mark.parametrize("magnitude", [1e-3, 1.0, 1e3])
-def test_layer_norm(name, shape, dtype, scale_dtype, magnitude):
-    x = tokens(2, 6, 333, dtype=dtype, magnitude=magnitude)
-    shift, scale = modulation(*shape, dtype=dtype)
+def test_layer_norm(name, batch, rows, dtype, scale_dtype, magnitude):
+    x = tokens(2, 6, WIDTH, dtype=dtype, magnitude=magnitude)
+    shift, scale = modulation(batch, rows, WIDTH, dtype=dtype)
     scale = scale.to(scale_dtype)
-    normal = F.layer_norm(x.double(), (333,), eps=EPS)
+    normal = F.layer_norm(x.double(), (WIDTH,), eps=EPS)
     exact = shift.double() + normal * (1 + scale.double())
     out = layer_norm_modulate(x, shift, scale, EPS)
     assert out.shape == x.shape and out.dtype == dtype
@@ -199,8 +200,8 @@ def test_views_give_what_their_copies_give():
             a, b = a.dequantise(), b.dequantise()
         assert torch.equal(a, b)
 
-    x = tokens(2, 9, 480)
-    views = (x[:, 3:], x.transpose(0, 1), x[:, :, :96], x[:, :, ::5])
+    x = tokens(2, 5, 120)
+    views = (x[:, 3:], x.transpose(0, 1), x[:, :, :48], x[:, :, ::5])
     for view in views:
         same(quantise, view)
         same(gelu_quantise, view)

@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 import threading
 import time
@@ -416,9 +415,7 @@ def test_a_walk_is_bounded(line):
 
 
 MEASURE = """
-import sys
-sys.path.insert(0, {tests!r})
-import conftest, torch, json, test_bounds
+import sys, test_bounds
 from pathlib import Path
 def status(key):
     return next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith(key))
@@ -535,9 +532,7 @@ def big_ply(folder):
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks are measured through Linux's /proc")
 @pytest.mark.parametrize("work", ["render", "conditioning", "save", "load", "text", "explore", "fuse", "scene", "ply"])
-def test_memory_beside_the_result(work, tmp_path):
-    code = MEASURE.format(tests=str(Path(__file__).parent))
-    done = subprocess.run([sys.executable, "-c", code, work, str(tmp_path)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert int(done.stdout.split()[-1]) < LIMIT
-    print(work, f"{int(done.stdout.split()[-1]) / 1e9:.2f} GB")
+def test_memory_beside_the_result(work, tmp_path, forker):
+    taken = int(forker.run(MEASURE, work, tmp_path).split()[-1])
+    assert taken < LIMIT
+    print(work, f"{taken / 1e9:.2f} GB")

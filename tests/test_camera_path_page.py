@@ -4,72 +4,68 @@ import os
 from pathlib import Path
 
 import pytest
-from web_page import page_of
 
 
 def prepare(base):
     """No files are needed."""
 
 
-@pytest.mark.page
 @pytest.mark.parametrize("nodes2", [False, True])
-def test_a_preset_shows_the_widgets_that_it_uses(comfyui, nodes2):
-    errors = []
-    with page_of(comfyui, errors) as page:
-        page.evaluate(
-            """async (nodes2) => {
-                await window.app.extensionManager.setting.set("Comfy.VueNodes.Enabled", nodes2);
-                window.app.graph.clear();
-                window.node = window.LiteGraph.createNode("WorldStereoCameraPath");
-                window.node.pos = [200, 200];
-                window.app.graph.add(window.node);
-                window.app.canvas.ds.scale = 1;
-                window.app.canvas.ds.offset = [0, 0];
-            }""",
-            nodes2,
-        )
-        page.wait_for_timeout(1000)
+def test_a_preset_shows_the_widgets_that_it_uses(comfyui, page, errors, nodes2):
+    page.evaluate(
+        """async (nodes2) => {
+            await window.app.extensionManager.setting.set("Comfy.VueNodes.Enabled", nodes2);
+            window.app.graph.clear();
+            window.node = window.LiteGraph.createNode("WorldStereoCameraPath");
+            window.node.pos = [200, 200];
+            window.app.graph.add(window.node);
+            window.app.canvas.ds.scale = 1;
+            window.app.canvas.ds.offset = [0, 0];
+        }""",
+        nodes2,
+    )
+    page.wait_for_timeout(1000)
 
-        def shown():
-            if nodes2:  # what the page draws
-                text = page.locator(".lg-node").inner_text()
-            else:
-                text = page.evaluate("window.node.getLayoutWidgets().map(widget => widget.name).join('\\n')")
-            return {name for name in ("degrees", "distance", "lens_value") if name in text.split("\n")}
+    def shown():
+        if nodes2:  # what the page draws
+            text = page.locator(".lg-node").inner_text()
+        else:
+            text = page.evaluate("window.node.getLayoutWidgets().map(widget => widget.name).join('\\n')")
+        return {name for name in ("degrees", "distance", "lens_value") if name in text.split("\n")}
 
-        def choose(name, value):
-            if nodes2:  # as a user does
-                row = page.locator(".lg-node-widget", has_text=name).first
-                row.get_by_role("combobox").click()
-                page.get_by_role("option", name=value, exact=True).click()
-            else:
-                page.evaluate(
-                    """([name, value]) => {
-                        const widget = window.node.widgets.find(widget => widget.name === name);
-                        widget.value = value;
-                        widget.callback(value);
-                    }""",
-                    [name, value],
-                )
-            page.wait_for_timeout(500)
+    def choose(name, value):
+        if nodes2:  # as a user does
+            row = page.locator(".lg-node-widget", has_text=name).first
+            row.get_by_role("combobox").click()
+            page.get_by_role("option", name=value, exact=True).click()
+        else:
+            page.evaluate(
+                """([name, value]) => {
+                    const widget = window.node.widgets.find(widget => widget.name === name);
+                    widget.value = value;
+                    widget.callback(value);
+                }""",
+                [name, value],
+            )
+        page.wait_for_timeout(500)
 
-        assert shown() == {"degrees"}
-        choose("preset", "truck right")
-        assert shown() == {"distance"}
-        choose("lens", "focal length (mm, full frame)")
-        assert shown() == {"distance", "lens_value"}
-        if folder := os.environ.get("SCREENSHOTS"):
-            page.screenshot(path=Path(folder) / f"camera_path_{'nodes2' if nodes2 else 'classic'}.png")
+    assert shown() == {"degrees"}
+    choose("preset", "truck right")
+    assert shown() == {"distance"}
+    choose("lens", "focal length (mm, full frame)")
+    assert shown() == {"distance", "lens_value"}
+    if folder := os.environ.get("SCREENSHOTS"):
+        page.screenshot(path=Path(folder) / f"camera_path_{'nodes2' if nodes2 else 'classic'}.png")
 
-        saved = page.evaluate("window.app.graph.serialize()")
-        values = saved["nodes"][0]["widgets_values"]
-        assert values[:3] == ["truck right", 30, 0.3] and values[6:8] == ["focal length (mm, full frame)", 60]
-        page.evaluate(
-            "async saved => { await window.app.loadGraphData(saved); window.node = window.app.graph.nodes[0]; }", saved
-        )
-        page.wait_for_timeout(1000)
-        assert shown() == {"distance", "lens_value"}
-        choose("preset", "tilt up")
-        choose("lens", "auto")
-        assert shown() == {"degrees"}
+    saved = page.evaluate("window.app.graph.serialize()")
+    values = saved["nodes"][0]["widgets_values"]
+    assert values[:3] == ["truck right", 30, 0.3] and values[6:8] == ["focal length (mm, full frame)", 60]
+    page.evaluate(
+        "async saved => { await window.app.loadGraphData(saved); window.node = window.app.graph.nodes[0]; }", saved
+    )
+    page.wait_for_timeout(1000)
+    assert shown() == {"distance", "lens_value"}
+    choose("preset", "tilt up")
+    choose("lens", "auto")
+    assert shown() == {"degrees"}
     assert errors == []

@@ -1,5 +1,6 @@
 """The cook: its bytes against the recipe in a few lines, what it refuses, and that it never leaves half a file."""
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -556,22 +557,19 @@ def test_cuda_or_the_cpu():
 
 
 MEMORY = """
-import resource, sys
-sys.path.insert(0, {root!r})
-import torch
-import cook_worldstereo_fp8 as command
+import resource, sys, torch
+from worldstereo_fp8.fp8.cook import cook
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-command.cook(*sys.argv[1:], device=torch.device("cpu"))
+cook(*sys.argv[1:], device=torch.device("cpu"))
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
 """
 
 
 @pytest.mark.skipif(resource is None, reason="Windows has no getrusage")
-def test_memory_does_not_grow_with_the_file(tmp_path):
+def test_memory_does_not_grow_with_the_file(tmp_path, forker):
     """Peak memory above that of the imports, MB, for 0.3 GB and 0.8 GB of source (zeros, which take no room on disk);
     one tensor is too large to be held whole."""
-    script, src = tmp_path / "memory.py", tmp_path / "source.safetensors"
-    script.write_text(MEMORY.format(root=str(ROOT)))
+    src = tmp_path / "source.safetensors"
     grown = []
     for count in (1, 6):
         layout = {"controlnet.proj_in.weight": Tensor("", "BF16", (10_000, 10_000), 0)}
@@ -579,32 +577,19 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
             layout[f"blocks.{i}.attn1.to_q.weight"] = Tensor("", "BF16", (5000, 10_000), (i + 2) * 100_000_000)
         with open(src, "wb") as file:
             file.truncate(file.write(engine.header(layout, {})) + sum(tensor.nbytes for tensor in layout.values()))
-        done = subprocess.run(
-            [sys.executable, script, src, tmp_path / f"{count}.safetensors"], capture_output=True, text=True
-        )
-        grown.append(int(done.stdout or pytest.fail(done.stderr)))
+        grown.append(int(forker.run(MEMORY, src, tmp_path / f"{count}.safetensors").split()[-1]))
     budget = (reading.BUFFERS * reading.SLICE >> 20) + 150
     assert grown[1] < min(grown[0] + 60, budget), grown
 
 
-FORK = """
-import os, sys
-sys.path.insert(0, {root!r})
-import cook_worldstereo_fp8 as command
-for line in sys.stdin:
-    pid = os.fork()
-    if pid == 0:
-        command.cook(*line.split())
-        os._exit(0)
-    print(pid, flush=True)
-    sys.stdin.readline()
-    os.waitpid(pid, 0)
-    print("gone", flush=True)
+COOK = """
+import sys
+from worldstereo_fp8.fp8.cook import cook
+cook(*sys.argv[1:])
 """
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows has no fork")
-def test_kill_at_random_moments(tmp_path):
+def test_kill_at_random_moments(tmp_path, forker):
     """SIGKILL while the file is made: no file under its name, one temporary at most, the next run cleans it."""
     torch.manual_seed(0)
     weights = {f"blocks.{i}.attn1.to_q.weight": torch.randn(2048, 2048).to(torch.bfloat16) for i in range(8)}
@@ -613,33 +598,21 @@ def test_kill_at_random_moments(tmp_path):
     )
     before, folder = sha256(tmp_path / "source.safetensors"), tmp_path / "result"
     folder.mkdir()
-    script = tmp_path / "fork.py"
-    script.write_text(FORK.format(root=str(ROOT)))
-    forker = subprocess.Popen([sys.executable, script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-    def start() -> int:
-        print(tmp_path / "source.safetensors", folder / "out.safetensors", file=forker.stdin, flush=True)
-        return int(forker.stdout.readline())
-
-    def gone():
-        print(file=forker.stdin, flush=True)
-        assert forker.stdout.readline() == "gone\n"
-
-    start()
-    gone()
+    arguments = COOK, tmp_path / "source.safetensors", folder / "out.safetensors"
+    forker.run(*arguments)
     (folder / "out.safetensors").unlink()
     started = time.monotonic()
-    start()
-    gone()
+    forker.run(*arguments)
     duration = time.monotonic() - started
     expected = (folder / "out.safetensors").read_bytes()
     moments, interrupted = random.Random(0), 0
     for _ in range(KILLS):
         (folder / "out.safetensors").unlink(missing_ok=True)
-        pid = start()
+        pid = forker.start(*arguments)
         time.sleep(moments.uniform(0, duration))
-        os.kill(pid, signal.SIGKILL)
-        gone()
+        with contextlib.suppress(ProcessLookupError):  # it had ended
+            os.kill(pid, signal.SIGKILL)
+        forker.wait()
         left = {path.name for path in folder.iterdir()}
         interrupted += "out.safetensors.cooking" in left
         assert left <= {"out.safetensors.cooking"} or left == {"out.safetensors"}
@@ -649,10 +622,7 @@ def test_kill_at_random_moments(tmp_path):
     assert interrupted >= KILLS // 4
     (folder / "out.safetensors").unlink(missing_ok=True)
     (folder / "another.safetensors.cooking").write_bytes(b"left by a run for another name")
-    start()
-    gone()
-    forker.stdin.close()
-    assert forker.wait() == 0
+    forker.run(*arguments)
     assert [path.name for path in folder.iterdir()] == ["out.safetensors"]
     assert (folder / "out.safetensors").read_bytes() == expected
 
@@ -780,22 +750,37 @@ def test_report(sources, tmp_path):
 # The command line
 
 
+CALLS = """
+import contextlib, io, json, pathlib, runpy, sys
+script = sys.argv[1]
+sys.path[0] = str(pathlib.Path(script).parent)  # as Python itself does for a script
+for line in sys.stdin:
+    sys.argv = [script, *json.loads(line)]
+    out, err, code = io.StringIO(), io.StringIO(), None
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            runpy.run_path(script, run_name="__main__")
+        except SystemExit as end:
+            code = end.code
+    assert "comfy" not in sys.modules and "numpy.testing" not in sys.modules
+    print(json.dumps([code, out.getvalue(), err.getvalue()]), flush=True)
+"""
+
+
 def test_command_line(sources, tmp_path):
-    """As a script, from another folder, without ComfyUI."""
+    """As a script, from another folder, without ComfyUI; one process makes all calls, as it begins by importing torch."""
+
+    calls = subprocess.Popen(
+        [sys.executable, "-c", CALLS, ROOT / "cook_worldstereo_fp8.py"],
+        cwd=tmp_path,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
 
     def call(*arguments):
-        script = (
-            "import runpy, sys; sys.argv = sys.argv[1:]; path = sys.argv[0]\n"
-            "try: runpy.run_path(path, run_name='__main__')\n"
-            "finally: assert 'comfy' not in sys.modules and 'numpy.testing' not in sys.modules"
-        )
-        done = subprocess.run(
-            [sys.executable, "-c", script, ROOT / "cook_worldstereo_fp8.py", *arguments],
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-        )
-        return done.returncode, done.stdout, done.stderr
+        print(json.dumps([*map(str, arguments)]), file=calls.stdin, flush=True)
+        return json.loads(calls.stdout.readline())
 
     src = sources / "bf16.safetensors"
     code, out, err = call(src, "out.safetensors", "--recipe", "published", "--report", "report", "--card", "card")
@@ -821,3 +806,5 @@ def test_command_line(sources, tmp_path):
     assert code == 1 and "error: out.safetensors exists already" in err and "Traceback" not in err
     code, _, err = call(src, "more.safetensors", "--card", "card")
     assert code == 1 and "error: card holds README.md" in err and not (tmp_path / "more.safetensors").exists()
+    calls.stdin.close()
+    assert calls.wait() == 0

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 from toy import golden_weights, source
-from web_page import open_workflow, page_of
+from web_page import open_workflow
 from worldstereo_fp8.comfy_nodes.files import file_name
 from worldstereo_fp8.demo import server
 from worldstereo_fp8.fp8.cook import verify
@@ -176,10 +176,7 @@ def test_interrupt_leaves_nothing(comfyui):
     assert [path.name for path in folder.iterdir()] == ["model.safetensors"]
 
 
-@pytest.mark.page
-def test_the_workflow_in_the_web_page(comfyui):
-    errors = []
-    with page_of(comfyui, errors) as page:
-        faulty, prompt = open_workflow(page, json.loads(WORKFLOW.read_text("utf-8")))
+def test_the_workflow_in_the_web_page(comfyui, page, errors):
+    faulty, prompt = open_workflow(page, json.loads(WORKFLOW.read_text("utf-8")))
     assert errors == [] and faulty == []
     assert prompt == workflow(comfyui)

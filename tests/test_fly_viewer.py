@@ -2,15 +2,12 @@
 
 import json
 import os
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from web_page import page_of
 from worldstereo_fp8.scene.camera_files import read_cameras
 from worldstereo_fp8.scene.camera_path import EASINGS, Move, move_on, pinhole
 from worldstereo_fp8.scene.cameras import Cameras, quaternion_to_rotation, rigid_inverse
@@ -21,10 +18,10 @@ from worldstereo_fp8.scene.render import render
 from worldstereo_fp8.worldstereo.conditioning import keyframe_size
 from worldstereo_fp8.worldstereo.config import WorldStereoConfig
 
-pytestmark = pytest.mark.page
+WEBGL = True
 MODES = {"classic": False, "Nodes 2.0": True}
-HEIGHT, WIDTH = 480, 832  # so that the stand-in's depth has no steps, which count as edges
-PICTURE = np.random.default_rng(0).integers(0, 256, (30, 52, 3), dtype=np.uint8).repeat(16, 0).repeat(16, 1)
+HEIGHT, WIDTH = 240, 416  # fewer rows would make the stand-in's depth rise in steps, which count as edges
+PICTURE = np.random.default_rng(0).integers(0, 256, (30, 52, 3), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
 PATIENCE = 180_000  # ms; other work may have the machine
 
 
@@ -32,31 +29,28 @@ def prepare(base):
     Image.fromarray(PICTURE).save(base / "input" / "picture.png")
 
 
-@contextmanager
-def fly_page(comfyui, errors, mode="classic"):
-    """The page with a WorldStereo Fly Path over a picture and the demo's depth of it: a floor that runs up into a wall."""
-    with page_of(comfyui, errors, webgl=True) as page:
-        page.evaluate("on => window.app.extensionManager.setting.set('Comfy.VueNodes.Enabled', on)", MODES[mode])
-        page.evaluate("""() => {
-            app.graph.clear();
-            const types = ["LoadImage", "WorldStereoDemoGeometry", "WorldStereoFlyPath"];
-            const [picture, geometry, fly] = types.map((type, i) => {
-                const node = LiteGraph.createNode(type);
-                app.graph.add(node);
-                node.pos = [i * 320, 60];
-                return node;
-            });
-            picture.widgets[0].value = "picture.png";
-            picture.connect(0, geometry, 0);
-            picture.connect(0, fly, 0);
-            geometry.connect(0, fly, fly.inputs.findIndex(input => input.name === "scene"));
-            Object.assign(app.canvas.ds, {scale: 1, offset: [80, 60]});
-            // Loaded, as a person's workflow is: that gives the graph an id, and undo a state to go back to.
-            return app.loadGraphData({...app.graph.serialize(), id: crypto.randomUUID()});
-        }""")
-        page.locator(".ws-fly").wait_for()
-        page.wait_for_timeout(1000)
-        yield page
+def set_up_flight(page, mode="classic"):
+    """A WorldStereo Fly Path over a picture and the demo's depth of it: a floor that runs up into a wall."""
+    page.evaluate("on => window.app.extensionManager.setting.set('Comfy.VueNodes.Enabled', on)", MODES[mode])
+    page.evaluate("""() => {
+        app.graph.clear();
+        const types = ["LoadImage", "WorldStereoDemoGeometry", "WorldStereoFlyPath"];
+        const [picture, geometry, fly] = types.map((type, i) => {
+            const node = LiteGraph.createNode(type);
+            app.graph.add(node);
+            node.pos = [i * 320, 60];
+            return node;
+        });
+        picture.widgets[0].value = "picture.png";
+        picture.connect(0, geometry, 0);
+        picture.connect(0, fly, 0);
+        geometry.connect(0, fly, fly.inputs.findIndex(input => input.name === "scene"));
+        Object.assign(app.canvas.ds, {scale: 1, offset: [80, 60]});
+        // Loaded, as a person's workflow is: that gives the graph an id, and undo a state to go back to.
+        return app.loadGraphData({...app.graph.serialize(), id: crypto.randomUUID()});
+    }""")
+    page.locator(".ws-fly").wait_for()
+    page.wait_for_timeout(1000)
 
 
 def button(page, name):
@@ -123,163 +117,158 @@ def random_path(seed, views):
     return json.dumps(content)
 
 
-def test_the_viewer_computes_the_servers_curve(comfyui):
-    errors = []
-    with page_of(comfyui, errors) as page:
-        still = '{"views": [{"position": [0, 0, 0], "rotation": [1, 0, 0, 0]}]}'
-        for text in (DEFAULT_PATH, still, "{}", *(random_path(seed, views) for seed, views in enumerate((1, 2, 3, 9)))):
-            for of_viewer, of_server in zip(keyframes(page, text), fly(read_fly_path(text)), strict=True):
-                torch.testing.assert_close(of_viewer, of_server, atol=1e-6, rtol=0)
-        written = of_curve(page, "curve.formatPath(curve.parsePath(argument))", DEFAULT_PATH)
-        assert json.loads(written) == json.loads(DEFAULT_PATH)
+def test_the_viewer_computes_the_servers_curve(comfyui, page, errors):
+    still = '{"views": [{"position": [0, 0, 0], "rotation": [1, 0, 0, 0]}]}'
+    for text in (DEFAULT_PATH, still, "{}", *(random_path(seed, views) for seed, views in enumerate((1, 2, 3, 9)))):
+        for of_viewer, of_server in zip(keyframes(page, text), fly(read_fly_path(text)), strict=True):
+            torch.testing.assert_close(of_viewer, of_server, atol=1e-6, rtol=0)
+    written = of_curve(page, "curve.formatPath(curve.parsePath(argument))", DEFAULT_PATH)
+    assert json.loads(written) == json.loads(DEFAULT_PATH)
 
-        # The presets end where Camera Path's of the same names do.
-        start = pinhole(64, 48, 60.0)
-        presets = of_curve(page, "Object.entries(curve.PRESETS).map(([name, make]) => [name, make([0, -1, 0])])")
-        for name, views in presets:
-            path = read_fly_path(json.dumps({"views": views}))
-            move = Move(name, 30.0, 0.3, 21, "linear", "off" if name.startswith(("truck", "pedestal")) else "auto")
-            wanted = move_on(start, move, 1.0).w2c[-1]
-            torch.testing.assert_close(fly_on(start, path, 1.0).w2c[-1], wanted, atol=1e-5, rtol=0, msg=name)
-        assert len(presets) > 8
+    # The presets end where Camera Path's of the same names do.
+    start = pinhole(64, 48, 60.0)
+    presets = of_curve(page, "Object.entries(curve.PRESETS).map(([name, make]) => [name, make([0, -1, 0])])")
+    for name, views in presets:
+        path = read_fly_path(json.dumps({"views": views}))
+        move = Move(name, 30.0, 0.3, 21, "linear", "off" if name.startswith(("truck", "pedestal")) else "auto")
+        wanted = move_on(start, move, 1.0).w2c[-1]
+        torch.testing.assert_close(fly_on(start, path, 1.0).w2c[-1], wanted, atol=1e-5, rtol=0, msg=name)
+    assert len(presets) > 8
     assert errors == []
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_flying(comfyui, mode):
+def test_flying(comfyui, page, errors, mode):
     """Three views by mouse and keys give the cameras that the server computes; undo, reload and bad text work."""
-    errors = []
-    with fly_page(comfyui, errors, mode) as page:
-        assert path_text(page) == DEFAULT_PATH
-        assert colours(page) < 100  # grey, and the drawn path
-        show_scene(page)
-        assert colours(page) > 1000
+    set_up_flight(page, mode)
+    assert path_text(page) == DEFAULT_PATH
+    assert colours(page) < 100  # grey, and the drawn path
+    show_scene(page)
+    assert colours(page) > 1000
 
-        page.locator(".ws-fly select").first.select_option("dolly in")
-        texts = [path_text(page)]
-        assert len(json.loads(texts[0])["views"]) == 1
-        stage = page.locator(".ws-stage canvas").bounding_box()
-        middle = stage["x"] + stage["width"] / 2, stage["y"] + stage["height"] / 2
-        for drag, key in ((60, "w"), (-90, "d"), (40, "e")):
-            page.mouse.move(*middle)
-            page.mouse.down()
-            page.mouse.move(middle[0] + drag, middle[1] + 10, steps=3)
-            page.mouse.up()
-            page.keyboard.down(key)
-            page.wait_for_timeout(400)
-            page.keyboard.up(key)
-            page.keyboard.press("Enter")
-            page.wait_for_timeout(100)
-            texts.append(path_text(page))
-        views = json.loads(texts[-1])["views"]
-        assert len(views) == 4
-        positions = np.array([view["position"] for view in views])
-        assert np.linalg.norm(np.diff(positions[1:], axis=0), axis=1).min() > 0.01  # the keys moved
-        assert len({tuple(view["rotation"]) for view in views}) == 4  # and the mouse turned
+    page.locator(".ws-fly select").first.select_option("dolly in")
+    texts = [path_text(page)]
+    assert len(json.loads(texts[0])["views"]) == 1
+    stage = page.locator(".ws-stage canvas").bounding_box()
+    middle = stage["x"] + stage["width"] / 2, stage["y"] + stage["height"] / 2
+    for drag, key in ((60, "w"), (-90, "d"), (40, "e")):
+        page.mouse.move(*middle)
+        page.mouse.down()
+        page.mouse.move(middle[0] + drag, middle[1] + 10, steps=3)
+        page.mouse.up()
+        page.keyboard.down(key)
+        page.wait_for_timeout(400)
+        page.keyboard.up(key)
+        page.keyboard.press("Enter")
+        page.wait_for_timeout(100)
+        texts.append(path_text(page))
+    views = json.loads(texts[-1])["views"]
+    assert len(views) == 4
+    positions = np.array([view["position"] for view in views])
+    assert np.linalg.norm(np.diff(positions[1:], axis=0), axis=1).min() > 0.01  # the keys moved
+    assert len({tuple(view["rotation"]) for view in views}) == 4  # and the mouse turned
 
-        # Keys of the viewer are not ComfyUI's: the node is still there, and no sidebar has opened.
-        assert page.evaluate("app.graph.nodes.length") == 3
-        assert page.evaluate("app.extensionManager.sidebarTab?.activeSidebarTabId ?? null") is None
-        if folder := os.environ.get("SCREENSHOTS"):
-            page.wait_for_timeout(5000)
-            page.screenshot(path=Path(folder) / f"fly_path_{mode}.png")
+    # Keys of the viewer are not ComfyUI's: the node is still there, and no sidebar has opened.
+    assert page.evaluate("app.graph.nodes.length") == 3
+    assert page.evaluate("app.extensionManager.sidebarTab?.activeSidebarTabId ?? null") is None
+    if folder := os.environ.get("SCREENSHOTS"):
+        page.wait_for_timeout(5000)
+        page.screenshot(path=Path(folder) / f"fly_path_{mode}.png")
 
-        # The server's cameras are the viewer's.
-        position, rotation = keyframes(page, texts[-1])
-        prompt = page.evaluate("async () => (await app.graphToPrompt()).output")
-        name, node = next((n, node) for n, node in prompt.items() if node["class_type"] == "WorldStereoFlyPath")
-        assert node["inputs"]["path"] == texts[-1]
-        prefix = f"fly/{mode[0]}"
-        prompt["save"] = {
-            "class_type": "WorldStereoSaveCamera",
-            "inputs": {"cameras": [name, 0], "filename_prefix": prefix},
-        }
-        with ThreadPoolExecutor() as elsewhere:  # not in the page's event loop
-            elsewhere.submit(comfyui.run, prompt).result()
-        cameras = read_cameras(comfyui.base / "output" / f"{prefix}_00001_.json")[0]
-        relative = cameras.w2c[0].double() @ rigid_inverse(cameras.w2c.double())
-        depth = relative[-1, :3, 3].norm() / position[-1].norm()
-        torch.testing.assert_close(relative[:, :3, 3], position * depth, atol=1e-4, rtol=0)
-        torch.testing.assert_close(relative[:, :3, :3], quaternion_to_rotation(rotation), atol=1e-4, rtol=0)
+    # The server's cameras are the viewer's.
+    position, rotation = keyframes(page, texts[-1])
+    prompt = page.evaluate("async () => (await app.graphToPrompt()).output")
+    name, node = next((n, node) for n, node in prompt.items() if node["class_type"] == "WorldStereoFlyPath")
+    assert node["inputs"]["path"] == texts[-1]
+    prefix = f"fly/{mode[0]}"
+    prompt["save"] = {
+        "class_type": "WorldStereoSaveCamera",
+        "inputs": {"cameras": [name, 0], "filename_prefix": prefix},
+    }
+    comfyui.run(prompt)
+    cameras = read_cameras(comfyui.base / "output" / f"{prefix}_00001_.json")[0]
+    relative = cameras.w2c[0].double() @ rigid_inverse(cameras.w2c.double())
+    depth = relative[-1, :3, 3].norm() / position[-1].norm()
+    torch.testing.assert_close(relative[:, :3, 3], position * depth, atol=1e-4, rtol=0)
+    torch.testing.assert_close(relative[:, :3, :3], quaternion_to_rotation(rotation), atol=1e-4, rtol=0)
 
-        # And so are the holes of the last one.
-        page.locator(".ws-time input").fill("20")
-        wait_for_status(page, "21 of 21, .*holes")
-        shown = int(page.locator(".ws-status").inner_text().split(",")[1].split()[0])
-        size = keyframe_size(WorldStereoConfig(), HEIGHT, WIDTH)
-        image = resize_pictures(torch.from_numpy(PICTURE)[None] / 255, *size)
-        depth = 1 / torch.linspace(-0.5, 0.5, HEIGHT)[:, None].expand(HEIGHT, WIDTH).clamp_min(0.15)
-        cameras = cameras.scaled_to(size[1], size[0])
-        points = points_from_depth(image[0], depth, cameras.w2c[0], cameras.K[0])
-        _, holes = render(points, Cameras(cameras.w2c[-1:], cameras.K[-1:], cameras.width, cameras.height))
-        assert shown == pytest.approx(100 * holes.mean().item(), abs=3)
-        assert colours(page) > 1000
+    # And so are the holes of the last one.
+    page.locator(".ws-time input").fill("20")
+    wait_for_status(page, "21 of 21, .*holes")
+    shown = int(page.locator(".ws-status").inner_text().split(",")[1].split()[0])
+    size = keyframe_size(WorldStereoConfig(), HEIGHT, WIDTH)
+    image = resize_pictures(torch.from_numpy(PICTURE)[None] / 255, *size)
+    depth = 1 / torch.linspace(-0.5, 0.5, size[0])[:, None].expand(size).clamp_min(0.15)
+    cameras = cameras.scaled_to(size[1], size[0])
+    points = points_from_depth(image[0], depth, cameras.w2c[0], cameras.K[0])
+    _, holes = render(points, Cameras(cameras.w2c[-1:], cameras.K[-1:], cameras.width, cameras.height))
+    assert shown == pytest.approx(100 * holes.mean().item(), abs=3)
+    assert colours(page) > 1000
 
-        # Undo, twice, and redo.
-        page.locator(".ws-fly").focus()
-        page.keyboard.press("Control+z")
-        page.wait_for_timeout(1500)
-        assert path_text(page) == texts[-2]
-        assert colours(page) > 1000  # the scene is still there
-        page.keyboard.press("Control+z")
-        page.wait_for_timeout(1500)
-        assert path_text(page) == texts[-3]
-        page.keyboard.press("Control+y")
-        page.wait_for_timeout(1500)
-        assert path_text(page) == texts[-2]
+    # Undo, twice, and redo.
+    page.locator(".ws-fly").focus()
+    page.keyboard.press("Control+z")
+    page.wait_for_timeout(1500)
+    assert path_text(page) == texts[-2]
+    assert colours(page) > 1000  # the scene is still there
+    page.keyboard.press("Control+z")
+    page.wait_for_timeout(1500)
+    assert path_text(page) == texts[-3]
+    page.keyboard.press("Control+y")
+    page.wait_for_timeout(1500)
+    assert path_text(page) == texts[-2]
 
-        # Choose, move, reorder, delete.
-        button(page, "1").click()
-        page.keyboard.press("s")
-        button(page, "Move here").click()
-        moved = json.loads(path_text(page))["views"]
-        button(page, "▶").click()
-        assert json.loads(path_text(page))["views"] == [moved[1], moved[0], *moved[2:]]
-        page.keyboard.press("Delete")
-        assert json.loads(path_text(page))["views"] == [moved[1], *moved[2:]]
-        assert page.evaluate("app.graph.nodes.length") == 3
+    # Choose, move, reorder, delete.
+    button(page, "1").click()
+    page.keyboard.press("s")
+    button(page, "Move here").click()
+    moved = json.loads(path_text(page))["views"]
+    button(page, "▶").click()
+    assert json.loads(path_text(page))["views"] == [moved[1], moved[0], *moved[2:]]
+    page.keyboard.press("Delete")
+    assert json.loads(path_text(page))["views"] == [moved[1], *moved[2:]]
+    assert page.evaluate("app.graph.nodes.length") == 3
 
-        # Reload.
-        saved, text = page.evaluate("app.graph.serialize()"), path_text(page)
-        page.reload()
-        page.wait_for_function("window.app?.extensionManager?.workflow?.activeWorkflow", timeout=90_000)
-        page.wait_for_load_state("networkidle")
-        page.evaluate("workflow => app.loadGraphData(workflow)", saved)
-        page.locator(".ws-fly").wait_for()
-        assert path_text(page) == text
-        assert page.locator(".ws-fly .ws-row .ws-row button").count() == 1 + len(json.loads(text)["views"])
-        show_scene(page)
-        assert colours(page) > 1000
+    # Reload.
+    saved, text = page.evaluate("app.graph.serialize()"), path_text(page)
+    page.reload()
+    page.wait_for_function("window.app?.extensionManager?.workflow?.activeWorkflow", timeout=90_000)
+    page.wait_for_load_state("networkidle")
+    page.evaluate("workflow => app.loadGraphData(workflow)", saved)
+    page.locator(".ws-fly").wait_for()
+    assert path_text(page) == text
+    assert page.locator(".ws-fly .ws-row .ws-row button").count() == 1 + len(json.loads(text)["views"])
+    show_scene(page)
+    assert colours(page) > 1000
     assert errors == []
 
 
-def test_keys_without_the_focus_are_the_pages(comfyui):
+def test_keys_without_the_focus_are_the_pages(comfyui, page, errors):
     """And the viewer reports bad text."""
-    errors = []
-    with fly_page(comfyui, errors) as page:
-        page.mouse.click(1800, 1200)  # the empty graph
-        scale = page.evaluate("app.canvas.ds.scale")
-        stage = page.locator(".ws-stage canvas").bounding_box()
-        page.mouse.move(stage["x"] + 50, stage["y"] + 50)
-        page.mouse.wheel(0, 100)
-        page.wait_for_timeout(300)
-        assert page.evaluate("app.canvas.ds.scale") != scale  # the wheel zooms the graph
-        page.keyboard.press("Enter")
-        assert path_text(page) == DEFAULT_PATH
+    set_up_flight(page)
+    page.mouse.click(1800, 1200)  # the empty graph
+    scale = page.evaluate("app.canvas.ds.scale")
+    stage = page.locator(".ws-stage canvas").bounding_box()
+    page.mouse.move(stage["x"] + 50, stage["y"] + 50)
+    page.mouse.wheel(0, 100)
+    page.wait_for_timeout(300)
+    assert page.evaluate("app.canvas.ds.scale") != scale  # the wheel zooms the graph
+    page.keyboard.press("Enter")
+    assert path_text(page) == DEFAULT_PATH
 
-        scale = page.evaluate("app.canvas.ds.scale")
-        page.locator(".ws-fly").focus()
-        page.mouse.wheel(0, 100)
-        page.wait_for_timeout(300)
-        assert page.evaluate("app.canvas.ds.scale") == scale
+    scale = page.evaluate("app.canvas.ds.scale")
+    page.locator(".ws-fly").focus()
+    page.mouse.wheel(0, 100)
+    page.wait_for_timeout(300)
+    assert page.evaluate("app.canvas.ds.scale") == scale
 
-        button(page, "Text").click()
-        page.locator(".ws-fly textarea").fill('{"views": 3}')
-        page.locator(".ws-fly").focus()
-        wait_for_status(page, "views must be a list")
-        page.locator(".ws-fly select").first.select_option("pan left")
-        wait_for_status(page, "^$")
-        assert len(json.loads(path_text(page))["views"]) == 2
+    button(page, "Text").click()
+    page.locator(".ws-fly textarea").fill('{"views": 3}')
+    page.locator(".ws-fly").focus()
+    wait_for_status(page, "views must be a list")
+    page.locator(".ws-fly select").first.select_option("pan left")
+    wait_for_status(page, "^$")
+    assert len(json.loads(path_text(page))["views"]) == 2
     assert errors == []
 
 
@@ -300,122 +289,120 @@ def chosen(page):
     return page.locator(".ws-fly .ws-chosen").inner_text()
 
 
-def test_what_a_flight_shows(comfyui):
+def test_what_a_flight_shows(comfyui, page, errors):
     """Show scene runs what it needs alone; red holes, playing, picking in the picture, and a lost WebGL context."""
-    errors = []
-    with fly_page(comfyui, errors) as page:
-        page.evaluate("""() => {
-            const [picture] = app.graph.nodes.filter(node => node.type === "LoadImage");
-            const [loader, sized, preview] = ["LoadWorldStereoFP8", "WorldStereoPicture", "PreviewImage"].map(type => {
-                const node = LiteGraph.createNode(type);
-                app.graph.add(node);
-                return node;
-            });
-            picture.connect(0, sized, sized.inputs.findIndex(input => input.name === "image"));
-            loader.connect(0, sized, sized.inputs.findIndex(input => input.name === "model"));
-            sized.connect(0, preview, 0);
-            window.ran = [];
-            app.api.addEventListener("executing", event => event.detail && window.ran.push(String(event.detail)));
-        }""")
-        show_scene(page)
-        ran = page.evaluate("window.ran.map(id => app.graph.getNodeById(id).type)")
-        # What an earlier flight on this server computed is cached.
-        assert {"WorldStereoFlyPath"} <= set(ran) <= {"LoadImage", "WorldStereoDemoGeometry", "WorldStereoFlyPath"}
+    set_up_flight(page)
+    page.evaluate("""() => {
+        const [picture] = app.graph.nodes.filter(node => node.type === "LoadImage");
+        const [loader, sized, preview] = ["LoadWorldStereoFP8", "WorldStereoPicture", "PreviewImage"].map(type => {
+            const node = LiteGraph.createNode(type);
+            app.graph.add(node);
+            return node;
+        });
+        picture.connect(0, sized, sized.inputs.findIndex(input => input.name === "image"));
+        loader.connect(0, sized, sized.inputs.findIndex(input => input.name === "model"));
+        sized.connect(0, preview, 0);
+        window.ran = [];
+        app.api.addEventListener("executing", event => event.detail && window.ran.push(String(event.detail)));
+    }""")
+    show_scene(page)
+    ran = page.evaluate("window.ran.map(id => app.graph.getNodeById(id).type)")
+    # What an earlier flight on this server computed is cached.
+    assert {"WorldStereoFlyPath"} <= set(ran) <= {"LoadImage", "WorldStereoDemoGeometry", "WorldStereoFlyPath"}
 
-        # A turn to where nothing is known.
-        red = [0xE5, 0x48, 0x4D]
-        assert not strip_has(page, red)
-        button(page, "Text").click()
-        behind = '{"views": [{"position": [0, 0, 0], "rotation": [0, 0.9, 0, 0.1]}]}'
-        page.locator(".ws-fly textarea").fill(behind)
-        page.locator(".ws-fly").focus()
-        wait_for_status(page, "more than half in")
-        page.wait_for_function("() => document.querySelector('.ws-status').textContent.includes('100 % holes')")
-        assert strip_has(page, red)
+    # A turn to where nothing is known.
+    red = [0xE5, 0x48, 0x4D]
+    assert not strip_has(page, red)
+    button(page, "Text").click()
+    behind = '{"views": [{"position": [0, 0, 0], "rotation": [0, 0.9, 0, 0.1]}]}'
+    page.locator(".ws-fly textarea").fill(behind)
+    page.locator(".ws-fly").focus()
+    wait_for_status(page, "more than half in")
+    page.wait_for_function("() => document.querySelector('.ws-status').textContent.includes('100 % holes')")
+    assert strip_has(page, red)
 
-        # Play goes through all keyframes and ends.
-        button(page, "Play").click()
-        button(page, "Stop").wait_for()
-        button(page, "Play").wait_for(timeout=PATIENCE)
-        assert page.locator(".ws-time input").input_value() == "20"
+    # Play goes through all keyframes and ends.
+    button(page, "Play").click()
+    button(page, "Stop").wait_for()
+    button(page, "Play").wait_for(timeout=PATIENCE)
+    assert page.locator(".ws-time input").input_value() == "20"
 
-        # A click on a view in the picture chooses it.
-        page.locator(".ws-fly select").first.select_option("dolly in")
-        button(page, "P").click()
-        assert chosen(page) == "P"
-        stage = page.locator(".ws-stage canvas").bounding_box()
-        page.mouse.click(stage["x"] + stage["width"] / 2, stage["y"] + stage["height"] / 2)
-        assert chosen(page) == "1"
+    # A click on a view in the picture chooses it.
+    page.locator(".ws-fly select").first.select_option("dolly in")
+    button(page, "P").click()
+    assert chosen(page) == "P"
+    stage = page.locator(".ws-stage canvas").bounding_box()
+    page.mouse.click(stage["x"] + stage["width"] / 2, stage["y"] + stage["height"] / 2)
+    assert chosen(page) == "1"
 
-        # The driver takes the context away and gives it back.
-        page.evaluate("""async () => {
-            const modules = await (await fetch("/extensions")).json();
-            const {sharedRenderer} = await import(modules.find(name => name.endsWith("/fly_renderer.js")));
-            window.lost = sharedRenderer().gl.getExtension("WEBGL_lose_context");
-            window.lost.loseContext();
-        }""")
-        page.wait_for_timeout(300)
-        button(page, "P").click()
-        assert colours(page) < 100  # nothing to draw with
-        page.evaluate("window.lost.restoreContext()")
-        page.wait_for_timeout(500)
-        assert colours(page) > 1000
+    # The driver takes the context away and gives it back.
+    page.evaluate("""async () => {
+        const modules = await (await fetch("/extensions")).json();
+        const {sharedRenderer} = await import(modules.find(name => name.endsWith("/fly_renderer.js")));
+        window.lost = sharedRenderer().gl.getExtension("WEBGL_lose_context");
+        window.lost.loseContext();
+    }""")
+    page.wait_for_timeout(300)
+    button(page, "P").click()
+    assert colours(page) < 100  # nothing to draw with
+    page.evaluate("window.lost.restoreContext()")
+    page.wait_for_timeout(500)
+    assert colours(page) > 1000
     assert errors == []
 
 
-def test_a_copy_a_subgraph_and_another_start(comfyui):
-    errors = []
-    with fly_page(comfyui, errors) as page:
-        page.locator(".ws-fly select").first.select_option("dolly in")
-        text = path_text(page)
-        page.evaluate("""() => {
-            const fly = app.graph.nodes.find(node => node.type === "WorldStereoFlyPath");
-            app.canvas.selectItems([fly]);
-            app.canvas.copyToClipboard();
-            app.canvas.pasteFromClipboard();
-        }""")
-        texts = """app.graph.nodes.filter(node => node.type === "WorldStereoFlyPath")
-            .map(node => node.widgets.find(widget => widget.name === "path").value)"""
-        assert page.evaluate(texts) == [text, text]
-        page.evaluate("app.graph.remove(app.graph.nodes.filter(node => node.type === 'WorldStereoFlyPath')[1])")
-        page.locator(".ws-fly select").first.select_option("pan left")
+def test_a_copy_a_subgraph_and_another_start(comfyui, page, errors):
+    set_up_flight(page)
+    page.locator(".ws-fly select").first.select_option("dolly in")
+    text = path_text(page)
+    page.evaluate("""() => {
+        const fly = app.graph.nodes.find(node => node.type === "WorldStereoFlyPath");
+        app.canvas.selectItems([fly]);
+        app.canvas.copyToClipboard();
+        app.canvas.pasteFromClipboard();
+    }""")
+    texts = """app.graph.nodes.filter(node => node.type === "WorldStereoFlyPath")
+        .map(node => node.widgets.find(widget => widget.name === "path").value)"""
+    assert page.evaluate(texts) == [text, text]
+    page.evaluate("app.graph.remove(app.graph.nodes.filter(node => node.type === 'WorldStereoFlyPath')[1])")
+    page.locator(".ws-fly select").first.select_option("pan left")
 
-        # The viewer sees from where another path ends.
-        page.evaluate("""() => {
-            const fly = app.graph.nodes.find(node => node.type === "WorldStereoFlyPath");
-            const before = LiteGraph.createNode("WorldStereoCameraPath");
-            before.pos = [320, 500];
-            app.graph.add(before);
-            before.widgets.find(widget => widget.name === "preset").value = "pan right";
-            const picture = app.graph.nodes.find(node => node.type === "LoadImage");
-            picture.connect(0, before, before.inputs.findIndex(input => input.name === "image"));
-            before.connect(0, fly, fly.inputs.findIndex(input => input.name === "start"));
-        }""")
-        show_scene(page)
-        button(page, "Picture's view").click()
-        page.wait_for_timeout(500)
-        right, left = page.evaluate("""() => {  // 30 degrees further to the right nothing is known
-            const canvas = document.querySelector(".ws-stage canvas"), {width, height} = canvas;
-            return [width * 0.9, width * 0.1].map(x =>
-                [...canvas.getContext("2d").getImageData(x, height / 2, 1, 1).data].slice(0, 3));
-        }""")
-        assert right == [128, 128, 128] != left
+    # The viewer sees from where another path ends.
+    page.evaluate("""() => {
+        const fly = app.graph.nodes.find(node => node.type === "WorldStereoFlyPath");
+        const before = LiteGraph.createNode("WorldStereoCameraPath");
+        before.pos = [320, 500];
+        app.graph.add(before);
+        before.widgets.find(widget => widget.name === "preset").value = "pan right";
+        const picture = app.graph.nodes.find(node => node.type === "LoadImage");
+        picture.connect(0, before, before.inputs.findIndex(input => input.name === "image"));
+        before.connect(0, fly, fly.inputs.findIndex(input => input.name === "start"));
+    }""")
+    show_scene(page)
+    button(page, "Picture's view").click()
+    page.wait_for_timeout(500)
+    right, left = page.evaluate("""() => {  // 30 degrees further to the right nothing is known
+        const canvas = document.querySelector(".ws-stage canvas"), {width, height} = canvas;
+        return [width * 0.9, width * 0.1].map(x =>
+            [...canvas.getContext("2d").getImageData(x, height / 2, 1, 1).data].slice(0, 3));
+    }""")
+    assert right == [128, 128, 128] != left
 
-        # In a subgraph.
-        page.evaluate("""() => {
-            const fly = app.graph.nodes.find(node => node.type === "WorldStereoFlyPath");
-            app.canvas.selectItems([fly]);
-            const {node} = app.graph.convertToSubgraph(new Set([fly]));
-            app.canvas.openSubgraph(node.subgraph, node);
-            Object.assign(app.canvas.ds, {scale: 1, offset: [80 - node.subgraph.nodes[0].pos[0], 60]});
-        }""")
-        page.locator(".ws-fly").wait_for()
-        page.wait_for_timeout(500)
-        button(page, "Show scene").click()
-        wait_for_status(page, "holes")
-        button(page, "Picture's view").click()
-        assert colours(page) > 1000
-        prompt = page.evaluate("async () => (await app.graphToPrompt()).output")
-        (flown,) = [node for node in prompt.values() if node["class_type"] == "WorldStereoFlyPath"]
-        assert len(json.loads(flown["inputs"]["path"])["views"]) == 2
+    # In a subgraph.
+    page.evaluate("""() => {
+        const fly = app.graph.nodes.find(node => node.type === "WorldStereoFlyPath");
+        app.canvas.selectItems([fly]);
+        const {node} = app.graph.convertToSubgraph(new Set([fly]));
+        app.canvas.openSubgraph(node.subgraph, node);
+        Object.assign(app.canvas.ds, {scale: 1, offset: [80 - node.subgraph.nodes[0].pos[0], 60]});
+    }""")
+    page.locator(".ws-fly").wait_for()
+    page.wait_for_timeout(500)
+    button(page, "Show scene").click()
+    wait_for_status(page, "holes")
+    button(page, "Picture's view").click()
+    assert colours(page) > 1000
+    prompt = page.evaluate("async () => (await app.graphToPrompt()).output")
+    (flown,) = [node for node in prompt.values() if node["class_type"] == "WorldStereoFlyPath"]
+    assert len(json.loads(flown["inputs"]["path"])["views"]) == 2
     assert errors == []

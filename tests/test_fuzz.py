@@ -4,6 +4,8 @@ import random
 import sys
 from pathlib import Path
 
+import pytest
+
 sys.path.insert(0, str(Path(__file__).parent))
 from fuzz import CLASSES
 from fuzz.planted import FAULTS
@@ -13,20 +15,22 @@ COUNT = 120
 SECONDS = 60  # a case, on a machine that may be loaded; the full run allows 10
 
 
-def test_hostile_inputs():
-    table = run(CLASSES, COUNT, seed=1, seconds=SECONDS)
+@pytest.fixture(scope="module")
+def worker():
+    with Worker() as running:
+        yield running
+
+
+def test_hostile_inputs(worker):
+    table = run(worker, CLASSES, COUNT, seed=1, seconds=SECONDS)
     assert not table.bad, f"\n{table}"
     for verdict, share in (("refused", 4), ("accepted", 20)):
         assert all(counts[verdict] > COUNT / share for counts in table.counts.values()), f"\n{table}"
 
 
-def test_the_fuzzer_finds_what_is_planted():
+def test_the_fuzzer_finds_what_is_planted(worker):
     first = {}  # of each fault the first case that draws it
     for number in range(200):
         first.setdefault(random.Random(f"planted 0 {number}").choice(range(len(FAULTS))), number)
-    worker = Worker()
-    try:
-        found = [worker.ask("planted", 0, first[i], seconds=3)[0] for i in range(len(FAULTS))]
-    finally:
-        worker.stop()
+    found = [worker.ask("planted", 0, first[i], seconds=3)[0] for i in range(len(FAULTS))]
     assert found == [verdict for verdict, _ in FAULTS]

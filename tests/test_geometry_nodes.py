@@ -1,4 +1,5 @@
-"""The camera and render nodes on a real ComfyUI server, the files they write, and the example workflows with them."""
+"""The camera and render nodes on a real ComfyUI server, the files they write, the example workflows and the
+subgraph blueprint with them."""
 
 import json
 import os
@@ -10,10 +11,11 @@ import comfy.cli_args
 import folder_paths
 import numpy as np
 import pytest
+import requests
 import torch
 from PIL import Image
 from test_workflow import PLACEHOLDERS
-from web_page import open_workflow, page_of
+from web_page import open_workflow
 from worldstereo_fp8.comfy_nodes.files import camera_file, camera_files
 from worldstereo_fp8.demo import job, scene, server, toy
 from worldstereo_fp8.scene.camera_files import read_cameras
@@ -21,6 +23,7 @@ from worldstereo_fp8.scene.cameras import centres, rigid_inverse
 
 COMFYUI = Path(comfy.cli_args.__file__).parents[1]
 EXAMPLES = Path(__file__).parents[1] / "example_workflows"
+BLUEPRINT = Path(__file__).parents[1] / "subgraphs" / "Picture to camera move.json"
 WORKFLOWS = ("picture_to_camera_move", "picture_to_camera_move_camera_variant", "panorama_to_camera_move", "fly_a_path")
 CAMERA_MODEL = "worldstereo_camera_toy.safetensors"
 WIDTH, HEIGHT, KEYFRAMES = 96, 64, 5
@@ -421,16 +424,49 @@ def test_the_first_workflow_runs_on_the_sample_scene_by_one_switch(comfyui):
                 shutil.copyfile(source, Path(folder) / f"sample_{number}{source.suffix}")
 
 
-@pytest.mark.page
 @pytest.mark.parametrize("name", WORKFLOWS)
-def test_an_example_workflow_opens_in_the_web_page(comfyui, name):
+def test_an_example_workflow_opens_in_the_web_page(comfyui, page, errors, name):
     """Without an error, with every node known, and with the same API form as the file's."""
-    errors = []
-    with page_of(comfyui, errors) as page:
-        workflow = json.loads((EXAMPLES / f"{name}.json").read_text("utf-8"))
-        missing, shown = open_workflow(page, workflow)
-        if folder := os.environ.get("SCREENSHOTS"):
-            page.screenshot(path=Path(folder) / f"{name}.png")
+    missing, shown = open_workflow(page, json.loads((EXAMPLES / f"{name}.json").read_text("utf-8")))
+    if folder := os.environ.get("SCREENSHOTS"):
+        page.screenshot(path=Path(folder) / f"{name}.png")
     assert errors == []
     assert missing == []
     assert shown == example(comfyui, name)
+
+
+def test_the_blueprint_is_offered_opens_and_runs(comfyui, page, errors):
+    """ComfyUI offers it, the page opens it as one node, and it runs."""
+    offered = requests.get(f"http://{comfyui.address}/global_subgraphs", timeout=60).json()
+    ours = [entry for entry in offered.values() if entry["name"] == BLUEPRINT.stem]
+    assert len(ours) == 1 and "worldstereo" in ours[0]["info"]["node_pack"]
+
+    faulty, _ = open_workflow(page, json.loads(BLUEPRINT.read_text("utf-8")))
+    widgets = page.evaluate("window.app.graph.nodes[0].widgets.map(widget => widget.name)")
+    page.evaluate(
+        """() => {
+            const [subgraph] = window.app.graph.nodes;
+            const picture = window.LiteGraph.createNode("LoadImage");
+            const save = window.LiteGraph.createNode("SaveImage");
+            picture.pos = [-300, 100];
+            save.pos = [600, 100];
+            window.app.graph.add(picture);
+            window.app.graph.add(save);
+            picture.widgets[0].value = "picture.png";
+            picture.connect(0, subgraph, "image");
+            subgraph.connect(3, save, "images");
+            window.app.canvas.ds.scale = 1;
+            window.app.canvas.ds.offset = [400, 100];
+        }"""
+    )
+    prompt = page.evaluate("async () => (await window.app.graphToPrompt()).output")
+    if folder := os.environ.get("SCREENSHOTS"):
+        page.wait_for_timeout(2000)
+        page.screenshot(path=Path(folder) / "blueprint.png")
+    assert errors == [] and faulty == []
+    assert widgets[:4] == ["text", "preset", "degrees", "distance"]
+    outputs = comfyui.run(at_toy_size(prompt))
+    saved = next(output["images"] for number, output in outputs.items() if prompt[number]["class_type"] == "SaveImage")
+    assert len(saved) == 21
+    last = Image.open(comfyui.base / "output" / saved[-1]["subfolder"] / saved[-1]["filename"])
+    assert np.std(np.asarray(last)) > 5

@@ -1,10 +1,7 @@
 """Whatever the prefix, a save is numbered on, replaces nothing and is never half."""
 
 import ast
-import os
 import re
-import subprocess
-import sys
 import time
 import tracemalloc
 from pathlib import Path
@@ -186,24 +183,21 @@ def whole(path, suffix):
     return len(list((path / "images").iterdir())) == 3 and (path / "cameras.json").read_text().rstrip().endswith("}")
 
 
-@pytest.mark.skipif(os.name == "nt", reason="SIGKILL")
 @pytest.mark.parametrize("suffix", WRITERS)
-def test_kills_leave_nothing_half_under_a_final_name(output, suffix):
+def test_kills_leave_nothing_half_under_a_final_name(output, suffix, forker):
     script = (
-        "import sys; sys.path.insert(0, sys.argv[1]); import conftest\n"
-        "import os, random, signal, time, torch; from pathlib import Path; torch.set_num_threads(1)\n"
+        "import os, random, signal, sys, time; from pathlib import Path\n"
         "from test_save_files import WRITERS\n"
         "for run in range(20):\n"
         "    child = os.fork()\n"
-        "    first, *rest = (Path(sys.argv[2]) / f'{run}_{number}{sys.argv[3]}' for number in range(1000))\n"
+        "    first, *rest = (Path(sys.argv[1]) / f'{run}_{number}{sys.argv[2]}' for number in range(1000))\n"
         "    if not child:\n"
-        "        for path in (first, *rest): WRITERS[sys.argv[3]](path)\n"
+        "        for path in (first, *rest): WRITERS[sys.argv[2]](path)\n"
         "    while not first.exists(): time.sleep(0.001)\n"
         "    time.sleep(random.Random(run).random() / 20)\n"
         "    os.kill(child, signal.SIGKILL); os.waitpid(child, 0)\n"
     )
-    arguments = [sys.executable, "-c", script, str(Path(__file__).parent), str(output), suffix]
-    subprocess.run(arguments, check=True, timeout=120, stdout=subprocess.DEVNULL)
+    forker.run(script, output, suffix)
     made = [path for path in output.iterdir() if not path.name.startswith(".")]
     assert len(made) >= 20 and all(whole(path, suffix) for path in made)
 

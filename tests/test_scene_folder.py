@@ -3,10 +3,7 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import folder_paths
 import numpy as np
@@ -263,26 +260,23 @@ def test_a_full_disk_leaves_nothing(scene, tmp_path, room):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_kill_leaves_no_half_scene(scene, saved, tmp_path):
+def test_a_kill_leaves_no_half_scene(scene, saved, tmp_path, forker):
     """Another process saves the scene again and again, and is killed at some point; what stands is whole."""
     script = (
-        "import sys; sys.path.insert(0, sys.argv[1]); import conftest\n"
-        "from pathlib import Path\n"
+        "import sys; from pathlib import Path\n"
         "from worldstereo_fp8.scene.folder import read_scene, write_scene\n"
-        "scene = read_scene(Path(sys.argv[2]))[0]; print('ready', flush=True)\n"
-        "for number in range(10000): write_scene(Path(sys.argv[3]) / f'scene_{number}', scene)\n"
+        "scene = read_scene(Path(sys.argv[1]))[0]\n"
+        "for number in range(10000): write_scene(Path(sys.argv[2]) / f'scene_{number}', scene)\n"
     )
     target = tmp_path / "target"
     target.mkdir()
-    arguments = [sys.executable, "-c", script, str(Path(__file__).parent), str(saved), str(target)]
-    process = subprocess.Popen(arguments, stdout=subprocess.PIPE)
-    assert process.stdout.readline() == b"ready\n"
+    saver = forker.start(script, saved, target)
     deadline = time.monotonic() + 60
     while not (target / "scene_0").exists() and time.monotonic() < deadline:
         time.sleep(0.01)
     time.sleep(0.07)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    os.kill(saver, signal.SIGKILL)
+    assert forker.wait()[0] == -signal.SIGKILL
     whole = [path for path in target.iterdir() if not path.name.startswith(".")]
     assert whole
     for path in whole:

@@ -11,12 +11,11 @@ import pytest
 import torch
 from PIL import Image
 from test_workflow import PLACEHOLDERS
-from web_page import open_workflow, page_of
+from web_page import open_workflow
 from worldstereo_fp8.demo import job, scene
 from worldstereo_fp8.scene.cameras import rigid_inverse
 from worldstereo_fp8.scene.folder import read_scene
 
-pytestmark = pytest.mark.page
 COMFYUI = Path(comfy.cli_args.__file__).parents[1]
 EXAMPLES = Path(__file__).parents[1] / "example_workflows"
 STAND_INS = job.STAND_INS | {"LoadMoGeModel": "WorldStereoDemoMoGeModel"}
@@ -35,16 +34,19 @@ def prepare(base):
     Image.fromarray(colours.astype(np.uint8)).save(base / "input" / "panorama.png")
 
 
-def opened(comfyui, name):
-    """The API form of an example workflow as the page makes it; it must open without an error and a red node."""
-    errors = []
-    with page_of(comfyui, errors) as page:
-        workflow = json.loads((EXAMPLES / f"{name}.json").read_text("utf-8"))
-        faulty, prompt = open_workflow(page, workflow)
+@pytest.fixture
+def opened(page, errors):
+    """Opens an example workflow in the page and returns its API form; no error and no red node may come of it."""
+
+    def opened(name):
+        page.evaluate("window.app.refreshComboInNodes()")  # as the key R does: there may be new files
+        faulty, prompt = open_workflow(page, json.loads((EXAMPLES / f"{name}.json").read_text("utf-8")))
         if folder := os.environ.get("SCREENSHOTS"):
             page.screenshot(path=Path(folder) / f"{name}.png")
-    assert errors == [] and faulty == []
-    return prompt
+        assert errors == [] and faulty == []
+        return prompt
+
+    return opened
 
 
 def run_small(comfyui, prompt, event=lambda message: None, **explore):
@@ -68,8 +70,8 @@ def videos(comfyui):
     return sorted((comfyui.base / "output" / "video").glob("scene_*"))
 
 
-def test_explore_a_picture_and_go_on_from_the_saved_scene(comfyui):
-    prompt, events = opened(comfyui, "explore_picture"), []
+def test_explore_a_picture_and_go_on_from_the_saved_scene(comfyui, opened):
+    prompt, events = opened("explore_picture"), []
     run_small(comfyui, prompt, events.append)
     found, _ = read_scene(comfyui.base / "output" / SAVED)
     assert [path.name for path in found.paths] == ["left", "right"]
@@ -79,7 +81,7 @@ def test_explore_a_picture_and_go_on_from_the_saved_scene(comfyui):
     shown = {prompt[event["data"]["display_node"]]["class_type"] for event in events if event["type"] == "executed"}
     assert {"PreviewPointCloud", "PreviewGaussianSplat", "WorldStereoExploreScene"} <= shown
 
-    run_small(comfyui, opened(comfyui, "continue_scene"))
+    run_small(comfyui, opened("continue_scene"))
     more, _ = read_scene(comfyui.base / "output" / "worldstereo" / "scene_00002_")
     assert [path.name for path in more.paths] == ["left", "right", "path_1"]
     assert more.names[: len(found)] == found.names
@@ -87,7 +89,7 @@ def test_explore_a_picture_and_go_on_from_the_saved_scene(comfyui):
     assert (more.paths[-1].cameras.w2c[0] - last).abs().max() < 1e-6  # it starts where the last path ended
 
     # The same with a path that is flown: one view, a step to the left.
-    prompt = opened(comfyui, "continue_scene")
+    prompt = opened("continue_scene")
     flown = next(node for node in prompt.values() if node["class_type"] == "WorldStereoCameraPath")
     view = {"position": [-0.1, 0, 0], "rotation": [1, 0, 0, 0]}
     flown["class_type"] = "WorldStereoFlyPath"
@@ -102,9 +104,9 @@ def test_explore_a_picture_and_go_on_from_the_saved_scene(comfyui):
     )
 
 
-def test_explore_a_panorama(comfyui):
+def test_explore_a_panorama(comfyui, opened):
     before = set(videos(comfyui))
-    prompt = opened(comfyui, "explore_panorama")
+    prompt = opened("explore_panorama")
     run_small(comfyui, prompt, stop_after=2)
     new = sorted(set(videos(comfyui)) - before)
     assert [video.name.rsplit("_", 2)[0] for video in new] == ["scene_right_0", "scene_rise_0"]

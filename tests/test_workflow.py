@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from web_page import open_workflow, page_of
+from web_page import open_workflow
 from worldstereo_fp8.demo import job, scene, server
 from worldstereo_fp8.scene.camera_files import read_cameras
 
@@ -118,15 +118,11 @@ def thumbnails(frames):
     return np.stack([np.asarray(picture).ravel() / 255 for picture in small])
 
 
-@pytest.mark.page
-def test_workflow_in_the_web_page(comfyui):
+def test_workflow_in_the_web_page(comfyui, page, errors):
     """The page shows the example workflow without an error and makes the same API form of it as the demo."""
-    errors = []
-    workflow = json.loads(job.WORKFLOW.read_text("utf-8"))
-    with page_of(comfyui, errors) as page:
-        faulty, shown = open_workflow(page, workflow)
-        if folder := os.environ.get("SCREENSHOTS"):
-            take_screenshot(page, Path(folder) / "your_own_render_and_mask.png")
+    faulty, shown = open_workflow(page, json.loads(job.WORKFLOW.read_text("utf-8")))
+    if folder := os.environ.get("SCREENSHOTS"):
+        take_screenshot(page, Path(folder) / "your_own_render_and_mask.png")
     assert errors == []
     assert faulty == []
     assert shown == job.example_prompt(comfyui.object_info())
@@ -145,42 +141,43 @@ def take_screenshot(page, path):
     page.screenshot(path=path, clip={"x": 0, "y": 0, "width": 1926, "height": 1454})
 
 
-def upload_cameras(comfyui, files, ending):
+def upload_cameras(page, files, ending):
     """Gives files to the upload button of a WorldStereo Load Camera. Returns the chosen file's name, with this ending."""
-    errors = []
-    with page_of(comfyui, errors) as page:
-        with page.expect_file_chooser() as chooser:
-            page.evaluate("""() => {
-                const node = window.LiteGraph.createNode("WorldStereoLoadCamera");
-                window.app.graph.add(node);
-                const redraw = node.setDirtyCanvas;
-                node.setDirtyCanvas = (...layers) => { window.redrawn = true; redraw.apply(node, layers); };
-                node.widgets.find(widget => widget.name === "upload camera file").callback();
-            }""")
-        chooser.value.set_files(files)
-        chosen = page.wait_for_function(
-            """ending => window.app.graph.nodes.flatMap(node => node.widgets ?? [])
-                .map(widget => String(widget.value)).find(value => value.endsWith(ending))""",
-            arg=ending,
-        ).json_value()
-        page.wait_for_function("window.redrawn")
-    assert errors == []
+    with page.expect_file_chooser() as chooser:
+        page.evaluate("""() => {
+            window.app.graph.clear();
+            window.redrawn = false;
+            const node = window.LiteGraph.createNode("WorldStereoLoadCamera");
+            window.app.graph.add(node);
+            const redraw = node.setDirtyCanvas;
+            node.setDirtyCanvas = (...layers) => { window.redrawn = true; redraw.apply(node, layers); };
+            node.widgets.find(widget => widget.name === "upload camera file").callback();
+        }""")
+    chooser.value.set_files(files)
+    chosen = page.wait_for_function(
+        """ending => window.app.graph.nodes.flatMap(node => node.widgets ?? [])
+            .map(widget => String(widget.value)).find(value => value.endsWith(ending))""",
+        arg=ending,
+    ).json_value()
+    page.wait_for_function("window.redrawn")
     return chosen
 
 
-def test_camera_upload(comfyui, tmp_path):
+def test_camera_upload(comfyui, page, errors, tmp_path):
     """The file comes into the input folder and is chosen, whatever the case of its letters."""
     file = tmp_path / "My_Cameras.JSON"
     file.write_bytes((comfyui.base / "input" / "camera.json").read_bytes())
-    assert upload_cameras(comfyui, file, file.name) == file.name
+    assert upload_cameras(page, file, file.name) == file.name
     assert (comfyui.base / "input" / file.name).read_bytes() == file.read_bytes()
+    assert errors == []
 
 
-def test_an_uploaded_colmap_pair_stays_together(comfyui, tmp_path):
+def test_an_uploaded_colmap_pair_stays_together(comfyui, page, errors, tmp_path):
     """Each time both files get a name of their own, and the images are chosen."""
     for focal, images, lenses in ((40, "images.txt", "cameras.txt"), (80, "IMAGES.TXT", "CAMERAS.TXT")):
         (tmp_path / images).write_text("1 1 0 0 0 0 0 0 1 a.png\n\n")
         (tmp_path / lenses).write_text(f"1 PINHOLE 64 48 {focal} {focal} 32 24\n")
-        chosen = upload_cameras(comfyui, [tmp_path / images, tmp_path / lenses], f"_{images}")
+        chosen = upload_cameras(page, [tmp_path / images, tmp_path / lenses], f"_{images}")
         cameras, _ = read_cameras(comfyui.base / "input" / chosen)
         assert cameras.K[0, 0, 0] == focal
+    assert errors == []

@@ -6,7 +6,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from fuzz import CLASSES, SERVED
-from fuzz.runner import SERVED_SHARE, run
+from fuzz.runner import SERVED_SHARE, Worker, run
 
 
 def main() -> int:
@@ -26,7 +26,8 @@ def main() -> int:
     for name in given.classes:
         if name not in CLASSES + SERVED:
             parser.error(f"{name} is no class; there are {', '.join(CLASSES + SERVED)}")
-    table = run(given.classes or CLASSES + SERVED, given.count, given.seed, first=given.first)
+    with Worker() as worker:
+        table = run(worker, given.classes or CLASSES + SERVED, given.count, given.seed, first=given.first)
     print(table)
     return 1 if table.bad else 0
 

@@ -24,25 +24,38 @@ BAD = ("dead", "hang", "unclear", "wrong")
 
 
 class Worker:
-    """A worker process; `ask` starts a new one where the last died or was killed."""
+    """A process that runs cases; where one dies of a case or is ended, another takes its place."""
 
     def __init__(self):
         self.process = None
+        self.runs_cases = None  # a process id: a fork of the process, or the process itself
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.stop()
 
     def start(self):
-        if self.process is not None:
-            return
+        if self.process is None:
+            self._start()
+        if self.runs_cases is None:
+            line = self.lines.get(timeout=START_SECONDS)
+            if line is None:
+                raise RuntimeError("The fuzzer's worker does not start.")
+            self.runs_cases = int(line)
+
+    def _start(self):
         self.process = subprocess.Popen(
             [sys.executable, str(Path(__file__).with_name("worker.py"))],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},  # OpenMP's threads do not survive a fork
             start_new_session=True,  # so that a server it started ends with it
         )
         self.lines = queue.SimpleQueue()
         threading.Thread(target=self._read, args=(self.process, self.lines), daemon=True).start()
-        if self.lines.get(timeout=START_SECONDS) is None:
-            raise RuntimeError("The fuzzer's worker does not start.")
 
     @staticmethod
     def _read(process, lines):
@@ -58,13 +71,24 @@ class Worker:
         try:
             line = self.lines.get(timeout=seconds)
         except queue.Empty:
-            self.stop()
+            self._end_cases()
             return "hang", f"longer than {seconds} s"
         if line is None:
             code = self.process.wait()
             self.stop()
             return "dead", f"exit status {code}"
-        return tuple(json.loads(line))
+        verdict, what = json.loads(line)
+        if verdict == "dead":
+            self.runs_cases = None
+        return verdict, what
+
+    def _end_cases(self):
+        if self.runs_cases == self.process.pid:
+            self.stop()
+            return
+        os.kill(self.runs_cases, signal.SIGKILL)
+        self.lines.get(timeout=START_SECONDS)  # that it is dead
+        self.runs_cases = None
 
     def stop(self):
         if self.process is not None:
@@ -73,7 +97,7 @@ class Worker:
                     os.killpg(self.process.pid, signal.SIGKILL)
             self.process.kill()
             self.process.wait()
-            self.process = None
+            self.process = self.runs_cases = None
 
 
 @dataclass
@@ -93,21 +117,18 @@ class Table:
         return "\n".join([*lines, *self.bad])
 
 
-def run(classes, count: int, seed: int = 0, seconds: float = SECONDS, first: int = 0) -> Table:
+def run(worker: Worker, classes, count: int, seed: int = 0, seconds: float = SECONDS, first: int = 0) -> Table:
     """`count` cases of each class, a SERVED_SHARE of them where they need a server. The same seed gives the same cases, each
     by its number alone."""
-    table, worker = Table(), Worker()
-    try:
-        for name in classes:
-            for number in range(first, first + (count // SERVED_SHARE if name in SERVED else count)):
-                worker.start()
-                started = time.monotonic()
-                verdict, what = worker.ask(name, seed, number, SERVED_SECONDS if name in SERVED else seconds)
-                took = time.monotonic() - started, number
-                table.slowest[name] = max(took, table.slowest.get(name, took))
-                table.counts[name][verdict] += 1
-                if verdict in BAD:
-                    table.bad.append(f"{name}, seed {seed}, case {number}: {verdict}: {what}")
-    finally:
-        worker.stop()
+    table = Table()
+    for name in classes:
+        for number in range(first, first + (count // SERVED_SHARE if name in SERVED else count)):
+            worker.start()
+            started = time.monotonic()
+            verdict, what = worker.ask(name, seed, number, SERVED_SECONDS if name in SERVED else seconds)
+            took = time.monotonic() - started, number
+            table.slowest[name] = max(took, table.slowest.get(name, took))
+            table.counts[name][verdict] += 1
+            if verdict in BAD:
+                table.bad.append(f"{name}, seed {seed}, case {number}: {verdict}: {what}")
     return table
