@@ -27,7 +27,8 @@ from pathlib import Path, PurePosixPath
 
 ROOT = Path(__file__).resolve().parent
 DEV = ROOT / ".dev"
-STAMP = DEV / "stamp"
+STAMP = DEV / "stamp"  # what .dev/venv was set up with
+LINT_STAMP = DEV / "lint_stamp"
 PACK = "comfyui-worldstereo-fp8"
 WINDOWS = os.name == "nt"
 VENV_PYTHON = DEV / "venv" / ("Scripts/python.exe" if WINDOWS else "bin/python")
@@ -39,7 +40,8 @@ COMFYUI_FOLDER = PurePosixPath("vendor/ComfyUI")  # in the source distribution, 
 TORCH = ("torch==2.11.0", "torchvision==0.26.0", "torchaudio==2.11.0")
 TEST_REQUIREMENTS = ROOT / "tests" / "requirements.txt"
 LINT_REQUIREMENTS = ROOT / "tests" / "requirements-lint.txt"
-TEST_PROCESSES = min(os.cpu_count() or 1, 4)
+CORES = os.cpu_count() or 1
+TEST_PROCESSES = min(CORES, 4)
 
 
 def step(text: str) -> None:
@@ -141,10 +143,22 @@ def create_venv() -> None:
         venv.create(DEV / "venv", with_pip=True)
 
 
+def digest(*pinned: str) -> str:
+    """A stamp's content: it changes with whatever decides what is installed."""
+    return hashlib.sha256("\n".join(pinned).encode()).hexdigest()
+
+
+def is_stamped(stamp: Path, content: str) -> bool:
+    return VENV_PYTHON.is_file() and stamp.is_file() and stamp.read_text("utf-8") == content
+
+
 def lint() -> int:
     """ruff and mypy in their pinned versions; they need neither ComfyUI nor PyTorch."""
-    create_venv()
-    pip("install", "-q", "-r", str(LINT_REQUIREMENTS))
+    content = digest(sys.version, LINT_REQUIREMENTS.read_text("utf-8"))
+    if not is_stamped(LINT_STAMP, content):
+        create_venv()
+        pip("install", "-q", "-r", str(LINT_REQUIREMENTS))
+        LINT_STAMP.write_text(content, "utf-8")
     package = DEV / "lint" / "worldstereo_fp8"  # the folders import each other as one package; see pyproject.toml
     if not package.exists():
         package.parent.mkdir(parents=True, exist_ok=True)
@@ -162,25 +176,26 @@ def set_up() -> tuple[Path, str]:
         return own, sys.executable
 
     comfyui = own or DEV / "ComfyUI"
-    pinned = [COMFYUI_SDIST, *TORCH, sys.version, str(comfyui), TEST_REQUIREMENTS.read_text("utf-8")]
-    stamp = hashlib.sha256("\n".join(pinned).encode()).hexdigest()
-    ready = STAMP.is_file() and STAMP.read_text("utf-8") == stamp
-    if not (ready and VENV_PYTHON.is_file() and (comfyui / "main.py").is_file()):
+    content = digest(COMFYUI_SDIST, *TORCH, sys.version, str(comfyui), TEST_REQUIREMENTS.read_text("utf-8"))
+    if not (is_stamped(STAMP, content) and (comfyui / "main.py").is_file()):
         STAMP.unlink(missing_ok=True)
         create_venv()
         if not (comfyui / "main.py").is_file():
             download_comfyui(comfyui)
         step("Installing PyTorch, ComfyUI's requirements and the test tools (about 5 GB; 3 to 15 minutes)")
         pip("install", *TORCH, "-r", str(comfyui / "requirements.txt"), "-r", str(TEST_REQUIREMENTS))
-        STAMP.write_text(stamp, "utf-8")
+        STAMP.write_text(content, "utf-8")
     link_pack(comfyui)
     return comfyui, str(VENV_PYTHON)
 
 
 def parallel(arguments: list[str]) -> list[str]:
-    """pytest's arguments to run files of tests side by side, unless `arguments` say how many processes, or want pdb."""
+    """pytest's arguments to run files of tests side by side, unless `arguments` say how many processes, or want pdb.
+
+    In tests/conftest.py's order: the longest files first, so that no process is left with one at the end.
+    """
     chosen = any(a == "--pdb" or a.startswith(("-n", "--numprocesses")) for a in arguments)
-    return [] if chosen else ["-n", str(TEST_PROCESSES), "--dist", "loadfile"]
+    return [] if chosen else ["-n", str(TEST_PROCESSES), "--dist", "loadfile", "--no-loadscope-reorder"]
 
 
 def main() -> int:
@@ -210,6 +225,8 @@ def main() -> int:
     if command in ("demo", "test", "fuzz"):
         # Toy models are many small steps: threads that spin between them starve each other where others work too.
         environment.setdefault("OMP_WAIT_POLICY", "passive")
+    if command == "test":
+        environment.setdefault("OMP_NUM_THREADS", str(CORES // TEST_PROCESSES))
     return subprocess.run(run, cwd=ROOT, env=environment).returncode
 
 

@@ -5,12 +5,12 @@ from comfy_api.latest import io, ui
 from ..core import ProgressBar, get_torch_device
 from ..scene.camera_files import files_of, read_cameras
 from ..scene.camera_path import (
-    DEFAULT_FOV,
     EASINGS,
     LENSES,
     LOOK_AT,
     PRESETS,
     Move,
+    PathStart,
     draw_path,
     extent,
     focal_length,
@@ -20,11 +20,12 @@ from ..scene.camera_path import (
 from ..scene.depth import DEPTH_PICTURES
 from ..scene.panorama import not_whole, points_of_panorama, too_coarse, view_of_panorama
 from ..scene.pictures import stretches, within
-from ..scene.render import POINTS_PER_PIXEL, RADIUS, check_size, render_start, summary
+from ..scene.render import POINTS_PER_PIXEL, check_size, render_start, summary
 from ..worldstereo.comfy_model import config_of
 from ..worldstereo.conditioning import keyframe_size
 from .common import CATEGORY, Cameras, MoGeGeometry, Points, color_of, show_on_node
 from .files import camera_file, camera_files
+from .inputs import path_outputs, path_start_inputs, radius_input
 from .limits import checked
 
 
@@ -125,70 +126,12 @@ class WorldStereoCameraPath(io.ComfyNode):
                     "direction. auto: on for orbit, arc, spiral and ellipse loop. No effect on dolly, pan, tilt and "
                     "roll.",
                 ),
-                io.Combo.Input(
-                    "lens",
-                    options=list(LENSES),
-                    tooltip=f"auto: MoGe's estimate or the 3-D viewer's, else {DEFAULT_FOV:g} degrees wide. "
-                    "A path in start keeps its lens.",
-                ),
-                io.Float.Input(
-                    "lens_value",
-                    default=DEFAULT_FOV,
-                    min=1.0,
-                    max=1000.0,
-                    step=0.5,
-                    tooltip="The number for lens: degrees, or mm on 36 mm wide film. Not used by auto.",
-                ),
-                io.Float.Input(
-                    "scene_depth",
-                    default=0.0,
-                    min=0.0,
-                    max=1e6,
-                    step=0.01,
-                    advanced=True,
-                    tooltip="Distance from the camera to the centre of the scene, in scene units. 0: the "
-                    "median depth of scene, else the 3-D viewer's distance to its target, else 1.",
-                ),
-                io.Float.Input(
-                    "start_pitch",
-                    default=0.0,
-                    min=-89.0,
-                    max=89.0,
-                    step=1.0,
-                    advanced=True,
-                    tooltip="How far above (negative: below) the horizon the picture's camera looks, in degrees, so "
-                    "that orbits and pans stay level. Not used with start.",
-                ),
-                io.MultiType.Input(
-                    "scene",
-                    types=[MoGeGeometry, Points],
-                    optional=True,
-                    tooltip="MoGe's geometry of the picture, or a point cloud: it gives the depth (MoGe also the "
-                    "lens) and is drawn into the picture of the path.",
-                ),
-                io.MultiType.Input(
-                    "start",
-                    types=[Cameras, io.Load3DCamera],
-                    optional=True,
-                    tooltip="Where to start: at the last camera of another path, which this one continues and "
-                    "contains, or at the camera of core's 3-D viewer.",
-                ),
-                io.Boolean.Input(
-                    "guess_pitch",
-                    default=False,
-                    optional=True,
-                    advanced=True,
-                    tooltip="Estimate how far up the picture's camera looks from MoGe's normals of floors, tables and "
-                    "ceilings (MoGe 2 gives them), instead of start_pitch. Not used with start.",
+                *path_start_inputs(
+                    "MoGe's geometry of the picture, or a point cloud: gives the depth (and MoGe the lens), and is "
+                    "drawn into the picture of the path."
                 ),
             ],
-            outputs=[
-                Cameras.Output(display_name="cameras"),
-                io.Image.Output(
-                    display_name="picture",
-                    tooltip="The path from above and from the side, from blue (start) to red (end).",
-                ),
-            ],
+            outputs=path_outputs(),
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
         )
@@ -213,9 +156,8 @@ class WorldStereoCameraPath(io.ComfyNode):
         guess_pitch=False,
     ) -> io.NodeOutput:
         move = Move(preset, degrees, distance, keyframes, easing, look_at_centre)
-        cameras, picture, assumed = plan_path(
-            image, move, lens, lens_value, scene_depth, start_pitch, scene, start, guess_pitch
-        )
+        path_start = PathStart(image, lens, lens_value, scene_depth, start_pitch, scene, start, guess_pitch)
+        cameras, picture, assumed = plan_path(path_start, move)
         sizes = {"start's picture": (cameras.height, cameras.width)}
         if isinstance(scene, dict):
             sizes["scene"] = scene["depth"].shape[1:3]
@@ -285,17 +227,7 @@ class WorldStereoRender(io.ComfyNode):
                     tooltip="Size of the render, in pixels. If width or height is 0: the model's size for this "
                     "picture, or, without model, the picture's own size (reduced if it is large).",
                 ),
-                io.Float.Input(
-                    "radius",
-                    default=RADIUS,
-                    min=0.0005,
-                    max=0.2,
-                    step=0.0005,
-                    round=0.0001,
-                    advanced=True,
-                    tooltip="Radius of a point, in units in which the shorter side of the picture is 2. The model was "
-                    f"trained with {RADIUS}; below 250 pixels that radius is drawn larger, so that no gaps show.",
-                ),
+                radius_input(),
                 io.Int.Input(
                     "points_per_pixel",
                     default=POINTS_PER_PIXEL,

@@ -21,6 +21,7 @@ from ..worldstereo.conditioning import References, keyframe_size
 from ..worldstereo.config import WorldStereoConfig
 from .common import CATEGORY, Cameras, MoGeGeometry, MoGeModel, Points, Scene, SceneReferences, show_on_node
 from .files import check_prefix
+from .inputs import radius_input
 from .limits import checked
 
 
@@ -151,17 +152,7 @@ class WorldStereoScenePath(io.ComfyNode):
                 io.String.Input(
                     "ask_path", default="", tooltip="For ask_for: the name of the earlier path. Empty: the last one."
                 ),
-                io.Float.Input(
-                    "radius",
-                    default=RADIUS,
-                    min=0.0005,
-                    max=0.2,
-                    step=0.0005,
-                    round=0.0001,
-                    advanced=True,
-                    tooltip="Radius of a point, in units in which the shorter side of the picture is 2. The model was "
-                    f"trained with {RADIUS}.",
-                ),
+                radius_input(),
                 io.ClipVision.Input(
                     "clip_vision",
                     optional=True,

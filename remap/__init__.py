@@ -93,15 +93,19 @@ def _rename(name: str, modules: dict, parameters: dict) -> str | None:
     return None
 
 
+def _found(name: str, tables: tuple[dict, dict], kind: str) -> str:
+    found = _rename(name, *tables)
+    if found is None:
+        raise KeyError(f"{shown(name)} is not {kind} of WorldStereo or Wan2.1-I2V")
+    return found
+
+
 def to_native(name: str) -> str:
     """The native Wan name of a diffusers tensor name; a layer's scales and bias follow the layer.
 
     Raises KeyError for a name that is in no WorldStereo checkpoint.
     """
-    found = _rename(name, *_TO_NATIVE)
-    if found is None:
-        raise KeyError(f"{shown(name)} is not a diffusers name of WorldStereo or Wan2.1-I2V")
-    return found
+    return _found(name, _TO_NATIVE, "a diffusers name")
 
 
 def to_diffusers(name: str) -> str:
@@ -109,10 +113,7 @@ def to_diffusers(name: str) -> str:
 
     Raises KeyError for a name that is in no WorldStereo checkpoint.
     """
-    found = _rename(name, *_TO_DIFFUSERS)
-    if found is None:
-        raise KeyError(f"{shown(name)} is not a native name of WorldStereo or Wan2.1-I2V")
-    return found
+    return _found(name, _TO_DIFFUSERS, "a native name")
 
 
 def without_prefix(name: str) -> str:

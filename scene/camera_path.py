@@ -217,46 +217,60 @@ def _poses(R, eyes) -> torch.Tensor:
     return rigid_inverse(c2w)
 
 
-def beginning(
-    image: torch.Tensor,
-    lens: str,
-    lens_value: float,
-    scene_depth: float,
-    start_pitch: float,
-    scene: dict | PointCloud | None,
-    start: Cameras | dict | None,
-    points_size: tuple[int, int] | None = None,
-) -> tuple[Cameras, float, PointCloud | None]:
-    """How a path for the picture [1, H, W, C] begins: its first cameras, the scene's depth there, and the scene's
-    points.
+@dataclass(frozen=True, eq=False)
+class PathStart:
+    """What a path for a picture starts from.
 
-    lens, lens_value: as for `focal_length`. start_pitch: in degrees. scene: core's MOGE_GEOMETRY of the picture or a
-    point cloud; start: cameras to continue, or core's LOAD3D_CAMERA. scene_depth 0 stands for the median depth of the
-    scene, else the viewer's distance to its target, else 1. points_size: height and width that the picture is resized
-    to before it becomes points; by default its own size, of at most POINTS_PIXELS. Raises ValueError for a lens, viewer
-    camera or geometry that cannot be used, and if the camera sees none of the scene's points.
+    image: the picture [1, H, W, C]. lens, lens_value: as for `focal_length`. scene_depth: 0 stands for the median depth
+    of the scene, else the viewer's distance to its target, else 1. start_pitch: in degrees. scene: core's MOGE_GEOMETRY
+    of the picture or a point cloud. start: cameras to continue, or core's LOAD3D_CAMERA. guess_pitch: estimate the pitch
+    from the normals of MoGe's geometry instead of using start_pitch.
     """
-    height, width = image.shape[1:3]
-    depth = 1.0
-    moge, cloud = (scene, None) if isinstance(scene, dict) else (None, scene)
+
+    image: torch.Tensor
+    lens: str
+    lens_value: float
+    scene_depth: float
+    start_pitch: float
+    scene: dict | PointCloud | None
+    start: Cameras | dict | None
+    guess_pitch: bool = False
+
+
+def beginning(
+    start: PathStart, points_size: tuple[int, int] | None = None
+) -> tuple[Cameras, float, PointCloud | None, str]:
+    """How a path begins: its first cameras, the scene's depth there, the scene's points, and the pitch that was assumed,
+    in words ("" where none was).
+
+    points_size: height and width that the picture is resized to before it becomes points; by default its own size, of at
+    most POINTS_PIXELS. Raises ValueError for a lens, viewer camera or geometry that cannot be used, and if the camera
+    sees none of the scene's points.
+    """
+    pitch, assumed = start.start_pitch, ""
+    if start.guess_pitch and start.start is None:
+        pitch, assumed = pitch_or_guess(pitch, start.scene)
+    height, width = start.image.shape[1:3]
+    lens, depth = (start.lens, start.lens_value), 1.0
+    moge, cloud = (start.scene, None) if isinstance(start.scene, dict) else (None, start.scene)
     picture_depth = None if moge is None else depth_of_moge(moge)
-    if isinstance(start, Cameras):
-        first = start
-    elif start is not None:
-        first, depth = camera_of_viewer(start, width, height, lens, lens_value)
+    if isinstance(start.start, Cameras):
+        first = start.start
+    elif start.start is not None:
+        first, depth = camera_of_viewer(start.start, width, height, *lens)
     elif moge is not None:
-        first = camera_of_moge(moge, width, height, lens, lens_value, start_pitch)
+        first = camera_of_moge(moge, width, height, *lens, pitch)
     else:
-        first = pinhole(width, height, focal_length(lens, lens_value, width), pitch=start_pitch)
+        first = pinhole(width, height, focal_length(*lens, width), pitch=pitch)
     if moge is not None:
-        picture = resize_pictures(image, *(points_size or within(height, width, POINTS_PIXELS)))
+        picture = resize_pictures(start.image, *(points_size or within(height, width, POINTS_PIXELS)))
         K = first.scaled_to(picture.shape[2], picture.shape[1]).K[0]
         cloud = points_from_depth(picture[0], picture_depth, first.w2c[0], K)
-    if scene_depth:
-        depth = scene_depth
+    if start.scene_depth:
+        depth = start.scene_depth
     elif cloud is not None:
         depth = depth_of_scene(cloud, first)
-    return first, depth, cloud
+    return first, depth, cloud, assumed
 
 
 def pitch_or_guess(start_pitch: float, scene: dict | PointCloud | None) -> tuple[float, str]:
@@ -268,26 +282,12 @@ def pitch_or_guess(start_pitch: float, scene: dict | PointCloud | None) -> tuple
     return found, f"estimated pitch of the camera: {found:+.0f} degrees"
 
 
-def plan_path(
-    image: torch.Tensor,
-    move: Move,
-    lens: str,
-    lens_value: float,
-    scene_depth: float,
-    start_pitch: float,
-    scene: dict | PointCloud | None,
-    start: Cameras | dict | None,
-    guess: bool = False,
-) -> tuple[Cameras, torch.Tensor, str]:
-    """A path for the picture [1, H, W, C], its drawing [1, h, w, 3], and what was assumed, in words. The arguments are
-    those of `beginning`; guess: estimate the pitch from the normals of MoGe's geometry instead of using start_pitch.
-    Raises ValueError as `beginning` and `move_on` do."""
-    assumed = []
-    if guess and start is None:
-        start_pitch, words = pitch_or_guess(start_pitch, scene)
-        assumed.append(words)
-    first, depth, cloud = beginning(image, lens, lens_value, scene_depth, start_pitch, scene, start)
-    if scene is None and not scene_depth and not isinstance(start, dict):
+def plan_path(start: PathStart, move: Move) -> tuple[Cameras, torch.Tensor, str]:
+    """A path for a picture, its drawing [1, h, w, 3], and what was assumed, in words. Raises ValueError as `beginning`
+    and `move_on` do."""
+    first, depth, cloud, pitch = beginning(start)
+    assumed = [pitch] if pitch else []
+    if start.scene is None and not start.scene_depth and not isinstance(start.start, dict):
         assumed.append("no scene is connected, so its depth is assumed to be 1. Connect MoGe's geometry to scene")
         logging.warning("WorldStereo Camera Path: %s.", assumed[-1])
     else:

@@ -17,7 +17,7 @@ import torch
 
 from ..files import json
 from ..files.text import shown
-from .camera_path import EASINGS, beginning, draw_path, pitch_or_guess
+from .camera_path import EASINGS, PathStart, beginning, draw_path
 from .cameras import LARGEST, Cameras, quaternion_to_rotation, rigid_inverse
 from .pictures import as_bytes
 from .pointcloud import PointCloud
@@ -208,32 +208,16 @@ def viewer_scene(
     return ViewerScene(records.tobytes(), info)
 
 
-def plan_flight(
-    image: torch.Tensor,
-    text: str,
-    lens: str,
-    lens_value: float,
-    scene_depth: float,
-    start_pitch: float,
-    scene: dict | PointCloud | None,
-    start: Cameras | dict | None,
-    width: int,
-    height: int,
-    guess: bool = False,
-) -> tuple[Cameras, torch.Tensor, ViewerScene]:
-    """The path that `text` describes for the picture [1, H, W, C], its drawing [1, h, w, 3], and the viewer's scene.
+def plan_flight(start: PathStart, text: str, width: int, height: int) -> tuple[Cameras, torch.Tensor, ViewerScene]:
+    """The path that `text` describes for a picture, its drawing [1, h, w, 3], and the viewer's scene.
 
-    width, height: of the render. The other arguments are those of `camera_path.plan_path`. Raises ValueError as
-    `read_fly_path` and `camera_path.beginning` do.
+    width, height: of the render. Raises ValueError for bad text, and as `camera_path.beginning` does.
     """
     path = read_fly_path(text)
-    assumed = ""
-    if guess and start is None:
-        start_pitch, assumed = pitch_or_guess(start_pitch, scene)
     # A picture is reduced to as many points as the viewer takes. Evenly spaced points keep the holes where they are.
-    spacing = max(1.0, math.sqrt(width * height / VIEWER_POINTS)) if isinstance(scene, dict) else 1.0
+    spacing = max(1.0, math.sqrt(width * height / VIEWER_POINTS)) if isinstance(start.scene, dict) else 1.0
     size = int(height / spacing), int(width / spacing)
-    first, depth, cloud = beginning(image, lens, lens_value, scene_depth, start_pitch, scene, start, points_size=size)
+    first, depth, cloud, assumed = beginning(start, size)
     cameras = fly_on(first, path, depth)
     shown = viewer_scene(cloud, first, depth, width, height, spacing)
     shown.info["assumed"] = assumed

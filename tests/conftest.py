@@ -82,9 +82,12 @@ def errors(page_and_errors):
 
 
 def pytest_collection_modifyitems(items):
-    """Tests that need a running server or its page have the marks for them."""
+    """Tests that need a running server or its page have the marks for them. Their files are the longest and come first."""
+    served = set()
     for item in items:
         if "comfyui" in item.fixturenames:
             item.add_marker("server")
+            served.add(item.path)
         if "page" in item.fixturenames:
             item.add_marker("page")
+    items.sort(key=lambda item: item.path not in served)

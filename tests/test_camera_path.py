@@ -11,6 +11,7 @@ from worldstereo_fp8.scene.camera_path import (
     LENSES,
     PRESETS,
     Move,
+    PathStart,
     camera_of_moge,
     camera_of_viewer,
     depth_of_scene,
@@ -218,10 +219,10 @@ def test_the_scenes_depth_is_the_median_of_what_the_camera_sees():
 def test_a_chained_orbit_goes_round_what_the_last_camera_sees():
     scene, lens = PointCloud(torch.tensor([[0.0, 0.0, 4.0]]), torch.ones(1, 3)), ("auto", 60.0, 0.0, 0.0)
     image, moves = torch.zeros(1, 48, 64, 3), {"keyframes": 3, "easing": "linear", "look_at_centre": "auto"}
-    near, _, _ = plan_path(image, Move("dolly in", 0.0, 0.5, **moves), *lens, scene, None)
-    orbit, _, _ = plan_path(image, Move("orbit left", 90.0, 0.0, **moves), *lens, scene, near)
+    near, _, _ = plan_path(PathStart(image, *lens, scene, None), Move("dolly in", 0.0, 0.5, **moves))
+    orbit, _, _ = plan_path(PathStart(image, *lens, scene, near), Move("orbit left", 90.0, 0.0, **moves))
     torch.testing.assert_close(centres(orbit.w2c)[-1].abs(), torch.tensor([2.0, 0, 4]), atol=1e-5, rtol=0)
-    away, _, _ = plan_path(image, Move("pan left", 170.0, 0.0, **moves), *lens, scene, near)
+    away, _, _ = plan_path(PathStart(image, *lens, scene, near), Move("pan left", 170.0, 0.0, **moves))
     assert depth_of_scene(scene, away) == 4  # sees nothing: what the first camera saw
 
 
@@ -265,10 +266,10 @@ def test_the_extent_is_the_farthest_from_the_first_camera():
 
 def test_a_scene_out_of_sight_needs_a_depth():
     behind = PointCloud(torch.tensor([[0.0, 0.0, -2.0]]), torch.zeros(1, 3))
-    move = Move("dolly in", 0.0, 0.5, 3, "linear", "auto")
+    move, lens = Move("dolly in", 0.0, 0.5, 3, "linear", "auto"), (torch.zeros(1, 48, 64, 3), "auto", 60.0)
     with pytest.raises(ValueError, match="sees none of the scene's points.*or give scene_depth"):
-        plan_path(torch.zeros(1, 48, 64, 3), move, "auto", 60.0, 0.0, 0.0, behind, None)
-    cameras, _, _ = plan_path(torch.zeros(1, 48, 64, 3), move, "auto", 60.0, 2.0, 0.0, behind, None)
+        plan_path(PathStart(*lens, 0.0, 0.0, behind, None), move)
+    cameras, _, _ = plan_path(PathStart(*lens, 2.0, 0.0, behind, None), move)
     assert centres(cameras.w2c)[-1, 2].item() == pytest.approx(1.0)  # half of the depth
 
 
@@ -276,16 +277,16 @@ def test_a_path_says_what_it_assumes(caplog):
     """Without a scene a warning; with MoGe's normals the guessed pitch, by which an orbit stays level."""
     image, geometry, _, _, _ = sample.sample()
     move = Move("orbit left", 40.0, 0.0, 3, "linear", "auto")
-    arguments = (image, move, "auto", 60.0, 0.0, 0.0)
-    cameras, _, said = plan_path(*arguments, None, None)
+    lens = ("auto", 60.0, 0.0, 0.0)
+    cameras, _, said = plan_path(PathStart(image, *lens, None, None), move)
     assert said.startswith("no scene is connected") and centres(cameras.w2c)[-1, 2].item() == pytest.approx(
         1 - math.cos(math.radians(40)), abs=1e-6
     )  # an orbit of radius 1
     assert "no scene is connected" in caplog.text
     tilted = sample.geometry(pinhole(104, 60, 80, pitch=-25))
-    cameras, _, said = plan_path(tilted["image"], *arguments[1:], tilted, None, True)
+    cameras, _, said = plan_path(PathStart(tilted["image"], *lens, tilted, None, True), move)
     assert "pitch of the camera: -25 degrees" in said and "scene depth" in said
     assert centres(cameras.w2c)[:, 1].abs().max() < 0.05  # level, where the tilted camera's orbit would climb
     torch.testing.assert_close(cameras.w2c[0], pinhole(104, 60, 80, pitch=-25).w2c[0], rtol=0, atol=0.02)
     without = {key: value for key, value in geometry.items() if key != "normal"}
-    assert plan_path(*arguments, without, None, True)[2].startswith("no pitch could be guessed")
+    assert plan_path(PathStart(image, *lens, without, None, True), move)[2].startswith("no pitch could be guessed")

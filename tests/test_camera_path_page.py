@@ -1,6 +1,7 @@
 """WorldStereo Camera Path in the web page: only the widgets that its preset uses are shown, in both kinds of graph."""
 
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ def test_a_preset_shows_the_widgets_that_it_uses(comfyui, page, errors, nodes2):
     page.evaluate(
         """async (nodes2) => {
             await window.app.extensionManager.setting.set("Comfy.VueNodes.Enabled", nodes2);
-            window.app.graph.clear();
+            await window.app.extensionManager.command.execute("Comfy.NewBlankWorkflow");
             window.node = window.LiteGraph.createNode("WorldStereoCameraPath");
             window.node.pos = [200, 200];
             window.app.graph.add(window.node);
@@ -33,6 +34,12 @@ def test_a_preset_shows_the_widgets_that_it_uses(comfyui, page, errors, nodes2):
             text = page.evaluate("window.node.getLayoutWidgets().map(widget => widget.name).join('\\n')")
         return {name for name in ("degrees", "distance", "lens_value") if name in text.split("\n")}
 
+    def wait_for(names):
+        deadline = time.monotonic() + 60
+        while shown() != names:
+            assert time.monotonic() < deadline, f"shown are {shown()} instead of {names}"
+            page.wait_for_timeout(200)
+
     def choose(name, value):
         if nodes2:  # as a user does
             row = page.locator(".lg-node-widget", has_text=name).first
@@ -49,11 +56,11 @@ def test_a_preset_shows_the_widgets_that_it_uses(comfyui, page, errors, nodes2):
             )
         page.wait_for_timeout(500)
 
-    assert shown() == {"degrees"}
+    wait_for({"degrees"})
     choose("preset", "truck right")
-    assert shown() == {"distance"}
+    wait_for({"distance"})
     choose("lens", "focal length (mm, full frame)")
-    assert shown() == {"distance", "lens_value"}
+    wait_for({"distance", "lens_value"})
     if folder := os.environ.get("SCREENSHOTS"):
         page.screenshot(path=Path(folder) / f"camera_path_{'nodes2' if nodes2 else 'classic'}.png")
 
@@ -64,8 +71,8 @@ def test_a_preset_shows_the_widgets_that_it_uses(comfyui, page, errors, nodes2):
         "async saved => { await window.app.loadGraphData(saved); window.node = window.app.graph.nodes[0]; }", saved
     )
     page.wait_for_timeout(1000)
-    assert shown() == {"distance", "lens_value"}
+    wait_for({"distance", "lens_value"})
     choose("preset", "tilt up")
     choose("lens", "auto")
-    assert shown() == {"degrees"}
+    wait_for({"degrees"})
     assert errors == []

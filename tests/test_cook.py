@@ -22,7 +22,7 @@ except ImportError:  # Windows
     resource = None
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from toy import GOLDEN, golden_inputs, golden_weights, native, relative_error, run, source
+from toy import GOLDEN, golden_inputs, golden_weights, native, relative_error, run, save_sources, source
 from worldstereo_fp8 import cook_worldstereo_fp8 as command
 from worldstereo_fp8 import remap
 from worldstereo_fp8.files import atomic
@@ -90,10 +90,8 @@ def temporaries(folder: Path) -> list[Path]:
 def sources(tmp_path_factory):
     """The toy model in BF16 and FP32, whole, and in shards."""
     folder = tmp_path_factory.mktemp("sources")
-    weights, config = golden_weights(CASE)
-    save_file(source(CASE), folder / "bf16.safetensors", {"config": json.dumps(config)})
-    save_file(weights, folder / "f32.safetensors")
-    save_file({name: weight.half() for name, weight in weights.items()}, folder / "f16.safetensors")
+    save_sources(CASE, folder)
+    save_file({name: weight.half() for name, weight in golden_weights(CASE)[0].items()}, folder / "f16.safetensors")
     names = sorted(source(CASE))
     weight_map = {name: f"model-0000{1 + i % 3}-of-00003.safetensors" for i, name in enumerate(names)}
     for shard in set(weight_map.values()):

@@ -21,6 +21,8 @@ def dev(monkeypatch, tmp_path):
     checkout.mkdir(parents=True)
     monkeypatch.setattr(module, "ROOT", checkout)
     monkeypatch.setattr(module, "DEV", checkout / ".dev")
+    for stamp in ("STAMP", "LINT_STAMP"):
+        monkeypatch.setattr(module, stamp, checkout / ".dev" / stamp)
     monkeypatch.delenv("COMFYUI_PATH", raising=False)
     return module
 
@@ -100,7 +102,12 @@ def test_missing_packages(dev, tmp_path):
 
 
 def test_files_of_tests_run_side_by_side_unless_told_otherwise(dev):
-    assert dev.parallel(["tests/test_dev.py", "-k", "side"]) == ["-n", str(dev.TEST_PROCESSES), "--dist", "loadfile"]
+    assert dev.parallel(["tests/test_dev.py", "-k", "side"])[:4] == [
+        "-n",
+        str(dev.TEST_PROCESSES),
+        "--dist",
+        "loadfile",
+    ]
     for chosen in (["-n", "3"], ["-n0"], ["--numprocesses=2"], ["--pdb"]):
         assert dev.parallel(chosen) == []
 
@@ -113,6 +120,7 @@ def test_lint_runs_every_check_and_fails_if_one_does(dev, monkeypatch):
         ran.append(" ".join(command[2:]))
         return dev.subprocess.CompletedProcess(command, int(bool(failing) and ran[-1].startswith(failing)))
 
+    dev.DEV.mkdir()
     monkeypatch.setattr(dev, "create_venv", lambda: None)
     monkeypatch.setattr(dev, "pip", lambda *arguments: None)
     monkeypatch.setattr(dev.subprocess, "run", run)
@@ -120,3 +128,36 @@ def test_lint_runs_every_check_and_fails_if_one_does(dev, monkeypatch):
     assert (dev.DEV / "lint" / "worldstereo_fp8").resolve() == dev.ROOT
     failing = ""
     assert dev.lint() == 0
+
+
+def test_the_lint_tools_are_installed_again_when_their_requirements_change(dev, monkeypatch, tmp_path):
+    installed = []
+    dev.DEV.mkdir()
+    requirements, python = tmp_path / "requirements-lint.txt", tmp_path / "python"
+    monkeypatch.setattr(dev, "LINT_REQUIREMENTS", requirements)
+    monkeypatch.setattr(dev, "VENV_PYTHON", python)
+    monkeypatch.setattr(dev, "create_venv", python.touch)
+    monkeypatch.setattr(dev, "pip", lambda *arguments: installed.append(requirements.read_text("utf-8")))
+    monkeypatch.setattr(dev.subprocess, "run", lambda command, cwd: dev.subprocess.CompletedProcess(command, 0))
+    for pinned in ("ruff==1", "ruff==1", "ruff==2", "ruff==2"):
+        requirements.write_text(pinned, "utf-8")
+        assert dev.lint() == 0
+    assert installed == ["ruff==1", "ruff==2"]
+    python.unlink()  # the virtual environment was deleted
+    assert dev.lint() == 0 and len(installed) == 3
+
+
+def test_the_tests_tools_are_installed_again_when_their_requirements_change(dev, monkeypatch, tmp_path):
+    installed = []
+    dev.DEV.mkdir()
+    requirements, python = tmp_path / "requirements.txt", tmp_path / "python"
+    (dev.DEV / "ComfyUI" / "custom_nodes").mkdir(parents=True)
+    (dev.DEV / "ComfyUI" / "main.py").touch()
+    monkeypatch.setattr(dev, "TEST_REQUIREMENTS", requirements)
+    monkeypatch.setattr(dev, "VENV_PYTHON", python)
+    monkeypatch.setattr(dev, "create_venv", python.touch)
+    monkeypatch.setattr(dev, "pip", lambda *arguments: installed.append(requirements.read_text("utf-8")))
+    for pinned in ("pytest==1", "pytest==1", "pytest==2"):
+        requirements.write_text(pinned, "utf-8")
+        assert dev.set_up() == (dev.DEV / "ComfyUI", str(python))
+    assert installed == ["pytest==1", "pytest==2"]

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+from dataclasses import replace
 
 import folder_paths
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 import torch
 from worldstereo_fp8.comfy_nodes import files
 from worldstereo_fp8.scene import fly_path
-from worldstereo_fp8.scene.camera_path import EASINGS, Move, move_on, pinhole
+from worldstereo_fp8.scene.camera_path import EASINGS, Move, PathStart, move_on, pinhole
 from worldstereo_fp8.scene.cameras import Cameras, centres, quaternion_to_rotation
 from worldstereo_fp8.scene.fly_path import DEFAULT_PATH, fly, fly_on, plan_flight, read_fly_path, viewer_scene
 from worldstereo_fp8.scene.pointcloud import PointCloud
@@ -162,7 +163,7 @@ def test_many_points_are_thinned_and_grow(monkeypatch):
 
 def test_a_flight_without_a_scene():
     cameras, picture, scene = plan_flight(
-        torch.zeros(1, 48, 64, 3), text(view((0, 0, 1))), "auto", 0.0, 0.0, 0.0, None, None, 768, 576
+        PathStart(torch.zeros(1, 48, 64, 3), "auto", 0.0, 0.0, 0.0, None, None), text(view((0, 0, 1))), 768, 576
     )
     assert len(cameras) == 21 and (cameras.width, cameras.height) == (64, 48)
     assert picture.shape == (1, 512, 1024, 3)
@@ -175,7 +176,7 @@ def test_a_flight_over_moges_geometry():
         "intrinsics": torch.tensor([[[0.9, 0, 0.5], [0, 1.2, 0.5], [0, 0, 1]]]),
     }
     cameras, _, scene = plan_flight(
-        torch.rand(1, 48, 64, 3), text(view((0, 0, 1))), "auto", 0.0, 0.0, 0.0, geometry, None, 96, 72
+        PathStart(torch.rand(1, 48, 64, 3), "auto", 0.0, 0.0, 0.0, geometry, None), text(view((0, 0, 1))), 96, 72
     )
     torch.testing.assert_close(centres(cameras.w2c)[-1], torch.tensor([0.0, 0, 5]))
     assert scene.info["count"] == 96 * 72  # the points of the render, not of the picture
@@ -191,21 +192,22 @@ def test_the_pitch_is_guessed_from_moges_normals():
         # A floor that a camera sees which looks 30 degrees down: its normal is up, in OpenCV's axes.
         "normal": torch.tensor([0.0, -math.cos(math.pi / 6), -math.sin(math.pi / 6)]).expand(1, 48, 64, 3),
     }
-    arguments = torch.rand(1, 48, 64, 3), text(view((0, 0, 1))), "auto", 0.0, 0.0, 12.0
-    info = plan_flight(*arguments, geometry, None, 96, 72, True)[2].info
+    start = PathStart(torch.rand(1, 48, 64, 3), "auto", 0.0, 0.0, 12.0, geometry, None, guess_pitch=True)
+    flight = text(view((0, 0, 1))), 96, 72
+    info = plan_flight(start, *flight)[2].info
     assert "-30 degrees" in info["assumed"]
     assert info["up"] == pytest.approx([0, -math.cos(math.pi / 6), -math.sin(math.pi / 6)], abs=0.02)
     del geometry["normal"]
-    info = plan_flight(*arguments, geometry, None, 96, 72, True)[2].info
+    info = plan_flight(start, *flight)[2].info
     assert info["assumed"].startswith("no pitch could be guessed")
-    assert plan_flight(*arguments, geometry, None, 96, 72)[2].info["up"] == info["up"]  # start_pitch
+    assert plan_flight(replace(start, guess_pitch=False), *flight)[2].info["up"] == info["up"]  # start_pitch
 
 
 def test_a_large_picture_becomes_evenly_fewer_points(monkeypatch):
     monkeypatch.setattr(fly_path, "VIEWER_POINTS", 96 * 72 // 4)
     geometry = {"depth": torch.full((1, 48, 64), 5.0), "intrinsics": torch.eye(3)[None]}
-    arguments = torch.rand(1, 48, 64, 3), text(), "auto", 0.0, 0.0, 0.0
-    _, _, scene = plan_flight(*arguments, geometry, None, 96, 72)
+    start = PathStart(torch.rand(1, 48, 64, 3), "auto", 0.0, 0.0, 0.0, geometry, None)
+    _, _, scene = plan_flight(start, text(), 96, 72)
     assert scene.info["count"] == 48 * 36
     assert scene.info["radius"] == pytest.approx(2 * 0.008)
 

@@ -72,8 +72,13 @@ def defaults(comfyui, kind, **inputs):
     return kind, values | inputs
 
 
+def render(comfyui, image=("picture", 0), depth=("moge", 0), cameras=("path", 0), width=WIDTH, height=HEIGHT, **inputs):
+    """A WorldStereo Render, small unless the inputs say otherwise."""
+    links = dict(image=image, depth=depth, cameras=cameras)
+    return defaults(comfyui, "WorldStereoRender", width=width, height=height, **links, **inputs)
+
+
 def test_from_a_picture_to_the_files(comfyui):
-    render = dict(image=("picture", 0), depth=("moge", 0), cameras=("path", 0), width=WIDTH, height=HEIGHT, radius=0.04)
     outputs = comfyui.run(
         graph(
             picture=("LoadImage", {"image": "picture.png"}),
@@ -81,7 +86,7 @@ def test_from_a_picture_to_the_files(comfyui):
             path=defaults(
                 comfyui, "WorldStereoCameraPath", image=("picture", 0), scene=("moge", 0), keyframes=KEYFRAMES
             ),
-            render=defaults(comfyui, "WorldStereoRender", **render),
+            render=render(comfyui, radius=0.04),
             mask=("MaskToImage", {"mask": ("render", 1)}),
             frames=("SaveImage", {"images": ("render", 0), "filename_prefix": "render"}),
             holes=("SaveImage", {"images": ("mask", 0), "filename_prefix": "holes"}),
@@ -145,16 +150,7 @@ def test_a_panorama_starts_a_path(comfyui):
                 preset="dolly in",
                 keyframes=KEYFRAMES,
             ),
-            render=defaults(
-                comfyui,
-                "WorldStereoRender",
-                image=("start", 0),
-                depth=("start", 1),
-                cameras=("path", 0),
-                width=WIDTH,
-                height=HEIGHT,
-                radius=0.08,
-            ),
+            render=render(comfyui, image=("start", 0), depth=("start", 1), radius=0.08),
             frames=("SaveImage", {"images": ("render", 0), "filename_prefix": "panorama"}),
         )
     )
@@ -174,9 +170,8 @@ def test_the_sample_scene_is_shown_without_writing_anything(comfyui):
     outputs = comfyui.run(
         graph(
             sample=("WorldStereoSampleScene", {}),
-            render=defaults(
+            render=render(
                 comfyui,
-                "WorldStereoRender",
                 image=("sample", 0),
                 depth=("sample", 1),
                 cameras=("sample", 4),
@@ -227,15 +222,7 @@ def test_paths_are_chained_and_files_loaded(comfyui):
             file=("WorldStereoLoadCamera", {"camera": "images.txt"}),
             path=defaults(comfyui, "WorldStereoCameraPath", image=("picture", 0), start=("file", 0), keyframes=4),
             camera=defaults(comfyui, "WorldStereoSaveCamera", cameras=("path", 0), filename_prefix="chained"),
-            render=defaults(
-                comfyui,
-                "WorldStereoRender",
-                image=("picture", 0),
-                depth=("depth", 0),
-                cameras=("path", 0),
-                width=WIDTH,
-                height=HEIGHT,
-            ),
+            render=render(comfyui, depth=("depth", 0)),
             cloud=defaults(comfyui, "WorldStereoSavePointCloud", points=("render", 2), filename_prefix="chained"),
         )
     )
@@ -289,16 +276,7 @@ def test_frames_that_are_mostly_holes_are_named_in_the_log(comfyui):
             path=defaults(
                 comfyui, "WorldStereoCameraPath", image=("picture", 0), preset="pan left", degrees=120.0, keyframes=4
             ),
-            render=defaults(
-                comfyui,
-                "WorldStereoRender",
-                image=("picture", 0),
-                depth=("moge", 0),
-                cameras=("path", 0),
-                width=WIDTH,
-                height=HEIGHT,
-                radius=0.08,
-            ),
+            render=render(comfyui, radius=0.08),
             frames=("PreviewImage", {"images": ("render", 0)}),
         )
     )
@@ -320,15 +298,7 @@ def test_nothing_is_written_outside_the_output_folder(comfyui, kind, changes, me
                 picture=("LoadImage", {"image": "picture.png"}),
                 moge=("WorldStereoDemoGeometry", {"image": ("picture", 0)}),
                 path=defaults(comfyui, "WorldStereoCameraPath", image=("picture", 0), keyframes=2),
-                render=defaults(
-                    comfyui,
-                    "WorldStereoRender",
-                    image=("picture", 0),
-                    depth=("moge", 0),
-                    cameras=("path", 0),
-                    width=WIDTH,
-                    height=HEIGHT,
-                ),
+                render=render(comfyui),
                 save=defaults(
                     comfyui,
                     kind,

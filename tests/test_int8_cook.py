@@ -9,7 +9,7 @@ from comfy_kitchen.tensor.int8 import TensorWiseINT8Layout
 from comfy_kitchen.tensor.int8_utils import _build_hadamard, _rotate_weight
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from toy import golden_weights, source
+from toy import save_sources, source
 from worldstereo_fp8 import cook_worldstereo_fp8 as command
 from worldstereo_fp8 import remap
 from worldstereo_fp8.fp8 import cook as engine
@@ -76,9 +76,7 @@ def test_rotation_spreads_outliers():
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sources")
-    weights, config = golden_weights(CASE)
-    save_file(source(CASE), folder / "bf16.safetensors", {"config": json.dumps(config)})
-    save_file(weights, folder / "f32.safetensors")
+    save_sources(CASE, folder)
     cook(folder / "bf16.safetensors", folder / "fp8.safetensors", Options("published"))
     return folder
 

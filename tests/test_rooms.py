@@ -92,3 +92,10 @@ def test_public_functions_have_type_hints_and_say_what_they_do(room):
                 f"{where} has no type hint for {missing or 'its result'}"
             )
             assert ast.get_docstring(function), f"{where} has no docstring"
+
+
+def test_one_module_makes_the_checkout_importable():
+    """For the tests, the benchmarks, the demo and the command line alike."""
+    others = [path for path in ROOT.rglob("*.py") if ".dev" not in path.parts and path != Path(__file__)]
+    found = [path.name for path in others if "submodule_search_locations" in path.read_text("utf-8")]
+    assert found == ["standalone.py"]

@@ -8,6 +8,8 @@ import requests
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from test_geometry_nodes import defaults
+from test_geometry_nodes import graph as linked
 from worldstereo_fp8.demo import job, server
 from worldstereo_fp8.scene.folder import read_scene
 
@@ -35,21 +37,8 @@ def prepare(base):
 
 
 def graph(comfyui, **nodes):
-    """A prompt of FILES and nodes by name, each (class type, inputs); a link is ("name", output). Other widgets have
-    their defaults."""
-    prompt = {}
-    for name, (kind, inputs) in (FILES | nodes).items():
-        declared = comfyui.object_info(kind)[kind]["input"]
-        values = {}
-        for key, (type_, *options) in (declared.get("required", {}) | declared.get("optional", {})).items():
-            options = options[0] if options else {}
-            if "default" in options:
-                values[key] = options["default"]
-            elif type_ == "COMBO":
-                values[key] = options["options"][0]
-        values |= {key: list(value) if isinstance(value, tuple) else value for key, value in inputs.items()}
-        prompt[name] = {"class_type": kind, "inputs": values}
-    return prompt
+    """A prompt of FILES and nodes by name, each (class type, inputs); other widgets have their defaults."""
+    return linked(**{name: defaults(comfyui, kind, **inputs) for name, (kind, inputs) in (FILES | nodes).items()})
 
 
 def start():

@@ -31,6 +31,13 @@ def source(case: str) -> dict:
     return {name: value.bfloat16() for name, value in golden_weights(case)[0].items()}
 
 
+def save_sources(case: str, folder: Path) -> None:
+    """The source file of a golden as bf16.safetensors, with its configuration, and as f32.safetensors, without."""
+    weights, config = golden_weights(case)
+    save(source(case), folder / "bf16.safetensors", config)
+    save(weights, folder / "f32.safetensors")
+
+
 def cooked(case: str, convs: str = "fp8") -> dict:
     """The scaled-FP8 file of a golden."""
     tensors = {MARKER: torch.zeros(1, dtype=torch.bfloat16)}

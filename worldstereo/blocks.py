@@ -191,31 +191,10 @@ def add_feed_forward(
 class Block(WanAttentionBlock):
     """A backbone block over reference and target tokens; only the targets attend to text and picture."""
 
-    def __init__(
-        self,
-        cross_attn_type,
-        dim,
-        ffn_dim,
-        num_heads,
-        window_size,
-        qk_norm,
-        cross_attn_norm,
-        eps,
-        operation_settings={},
-    ):
-        super().__init__(
-            cross_attn_type,
-            dim,
-            ffn_dim,
-            num_heads,
-            window_size,
-            qk_norm,
-            cross_attn_norm,
-            eps,
-            operation_settings=operation_settings,
-        )
-        self.self_attn = SelfAttention(dim, num_heads, eps=eps, operation_settings=operation_settings)
-        self.cross_attn = CrossAttention(dim, num_heads, eps=eps, operation_settings=operation_settings)
+    def __init__(self, cross_attn_type, dim, ffn_dim, num_heads, *options, operation_settings={}):
+        super().__init__(cross_attn_type, dim, ffn_dim, num_heads, *options, operation_settings=operation_settings)
+        self.self_attn = SelfAttention(dim, num_heads, eps=self.eps, operation_settings=operation_settings)
+        self.cross_attn = CrossAttention(dim, num_heads, eps=self.eps, operation_settings=operation_settings)
 
     def forward(
         self,
