@@ -64,6 +64,7 @@ def path_start_inputs(scene_tooltip: str) -> list[io.Input]:
 
 
 def path_outputs() -> list[io.Output]:
+    """What a node that makes a camera path gives."""
     return [
         Cameras.Output(display_name="cameras"),
         io.Image.Output(
@@ -73,6 +74,7 @@ def path_outputs() -> list[io.Output]:
 
 
 def radius_input() -> io.Input:
+    """The radius of `scene.render.render`."""
     return io.Float.Input(
         "radius",
         default=RADIUS,

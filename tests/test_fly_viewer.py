@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from pathlib import Path
 
 import numpy as np
@@ -93,6 +94,13 @@ def colours(page):
     }""")
 
 
+def wait_for_colours(page, least):
+    """Waits until the viewer's picture shows more colours than this, as it does with a scene."""
+    deadline = time.monotonic() + PATIENCE / 1000
+    while (shown := colours(page)) <= least:
+        assert time.monotonic() < deadline, f"{shown} colours, expected more than {least}"
+
+
 def of_curve(page, expression, argument=None):
     """Evaluates a JavaScript expression of (curve: the module of the viewer's path, argument)."""
     return page.evaluate(
@@ -151,7 +159,7 @@ def test_flying(comfyui, page, errors, mode):
     assert path_text(page) == DEFAULT_PATH
     assert colours(page) < 100  # grey, and the drawn path
     show_scene(page)
-    assert colours(page) > 1000
+    wait_for_colours(page, 1000)
 
     page.locator(".ws-fly select").first.select_option("dolly in")
     texts = [path_text(page)]
@@ -210,14 +218,14 @@ def test_flying(comfyui, page, errors, mode):
     points = points_from_depth(image[0], depth, cameras.w2c[0], cameras.K[0])
     _, holes = render(points, Cameras(cameras.w2c[-1:], cameras.K[-1:], cameras.width, cameras.height))
     assert shown == pytest.approx(100 * holes.mean().item(), abs=3)
-    assert colours(page) > 1000
+    wait_for_colours(page, 1000)
 
     # Undo, twice, and redo.
     page.locator(".ws-fly").focus()
     page.keyboard.press("Control+z")
     wait_for_path(page, texts[-2])
     page.wait_for_timeout(500)
-    assert colours(page) > 1000  # the scene is still there
+    wait_for_colours(page, 1000)  # the scene is still there
     page.keyboard.press("Control+z")
     wait_for_path(page, texts[-3])
     page.wait_for_timeout(500)
@@ -245,7 +253,7 @@ def test_flying(comfyui, page, errors, mode):
     assert path_text(page) == text
     assert page.locator(".ws-fly .ws-row .ws-row button").count() == 1 + len(json.loads(text)["views"])
     show_scene(page)
-    assert colours(page) > 1000
+    wait_for_colours(page, 1000)
     assert errors == []
 
 
@@ -353,7 +361,7 @@ def test_what_a_flight_shows(comfyui, page, errors):
     assert colours(page) < 100  # nothing to draw with
     page.evaluate("window.lost.restoreContext()")
     page.wait_for_timeout(500)
-    assert colours(page) > 1000
+    wait_for_colours(page, 1000)
     assert errors == []
 
 
@@ -407,7 +415,7 @@ def test_a_copy_a_subgraph_and_another_start(comfyui, page, errors):
     button(page, "Show scene").click()
     wait_for_status(page, "holes")
     button(page, "Picture's view").click()
-    assert colours(page) > 500  # of a part of the picture
+    wait_for_colours(page, 500)  # of a part of the picture
     prompt = page.evaluate("async () => (await app.graphToPrompt()).output")
     (flown,) = [node for node in prompt.values() if node["class_type"] == "WorldStereoFlyPath"]
     assert len(json.loads(flown["inputs"]["path"])["views"]) == 2

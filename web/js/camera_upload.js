@@ -29,7 +29,7 @@ app.registerExtension({
       chooser.value = ""; // so that choosing the same file again is a change
       // The route renames a file where another of its name is there: images.txt and its cameras.txt stay a pair by a
       // prefix of their own.
-      const prefix = new Date().toISOString().replace(/\D/g, "").slice(0, 14);
+      const prefix = new Date().toISOString().replace(/\D/g, ""); // to the millisecond
       try {
         for (const file of files) {
           const name = await upload(file, /\.txt$/i.test(file.name) ? `${prefix}_${file.name}` : file.name);
