@@ -48,7 +48,7 @@ class WorldStereoPreviewClip(io.ComfyNode):
     @classmethod
     @checked
     def execute(cls, images, render_video=None, fps=FPS) -> io.NodeOutput:
-        frames = images if render_video is None else side_by_side(images, render_video)
+        frames = images[..., :3] if render_video is None else side_by_side(images, render_video)
         even = frames[:, : frames.shape[1] // 2 * 2, : frames.shape[2] // 2 * 2]  # H.264 needs even sides
         if not all(2 <= side <= MAX_CLIP_SIDE for side in even.shape[1:3]):
             raise ValueError(

@@ -1,7 +1,9 @@
 """What is shown of a result: the clip beside its render, the sheet, the cloud as splats."""
 
+import folder_paths
 import pytest
 import torch
+from worldstereo_fp8.comfy_nodes.show import WorldStereoPreviewClip
 from worldstereo_fp8.scene.pictures import contact_sheet, side_by_side
 from worldstereo_fp8.scene.pointcloud import PointCloud, splat_sizes
 
@@ -41,3 +43,10 @@ def test_splats_close_the_gap_to_their_neighbours():
     size = splat_sizes(PointCloud(points, torch.zeros_like(points)))
     assert size[12] == 0.5 and size[-1] == 4  # a hermit is as large as 8 ordinary ones
     assert splat_sizes(PointCloud(points[:1], points[:1])).tolist() == [0]
+
+
+def test_pictures_with_transparency_become_a_clip(tmp_path, monkeypatch):
+    monkeypatch.setattr(folder_paths, "get_temp_directory", lambda: str(tmp_path))
+    sheet, clip = WorldStereoPreviewClip.execute(torch.rand(3, 16, 24, 4)).args
+    assert sheet.shape[3] == 3 and clip.get_components().images.shape == (3, 16, 24, 3)
+    assert [path.suffix for path in tmp_path.iterdir()] == [".mp4"]
