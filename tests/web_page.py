@@ -59,8 +59,12 @@ def page_of(comfyui, errors, webgl=False):
             if message.type == "error" and not is_pages_own(message.text, url, comfyui.address):
                 errors.append(f"{message.text} ({url})")
 
+        def on_exception(error):
+            if error.stack:  # the page itself now and then rejects a promise with no reason at all
+                errors.append(str(error))
+
         page.on("console", on_console)
-        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.on("pageerror", on_exception)
         page.goto(f"http://{comfyui.address}")
         page.wait_for_function("window.app?.extensionManager?.workflow?.activeWorkflow", timeout=90_000)
         page.wait_for_load_state("networkidle")

@@ -1,0 +1,289 @@
+"""Every example workflow in ComfyUI's real page, opened and run with toy models: half of them in the classic graph, half in
+Nodes 2.0."""
+
+import itertools
+import json
+import os
+import shutil
+from pathlib import Path
+
+import comfy.cli_args
+import pytest
+from safetensors.torch import save_file
+from test_workflow import PLACEHOLDERS
+from web_page import page_of
+from worldstereo_fp8.demo import job, scene, toy
+
+pytestmark = pytest.mark.page
+COMFYUI = Path(comfy.cli_args.__file__).parents[1]
+EXAMPLES = Path(__file__).parents[1] / "example_workflows"
+MODES = {"classic": False, "Nodes 2.0": True}
+CAMERA_MODEL = "worldstereo_camera_toy.safetensors"
+STAND_INS = job.STAND_INS | {"LoadMoGeModel": "WorldStereoDemoMoGeModel"}
+WORKFLOWS = (  # in this order: the third continues what the second saved
+    "picture_to_camera_move",
+    "explore_picture",
+    "continue_scene",
+    "fly_a_path",
+    "picture_to_camera_move_camera_variant",
+    "panorama_to_camera_move",
+    "explore_panorama",
+    "your_own_render_and_mask",
+    "cook_fp8",
+)
+VIEWERS = {"PreviewPointCloud", "PreviewGaussianSplat"}
+SMALL = {"width": 256, "height": 160}
+FLIGHT = {"keyframes": 6, "views": [{"position": [0.1, 0, 0], "rotation": [1, 0, 0, 0]}]}
+WIDGETS = {  # what makes a run short, by node and widget
+    "LoadWorldStereoFP8": {"model_name": job.MODEL},
+    "VAELoader": {"vae_name": job.VAE},
+    "BasicScheduler": {"steps": 2},
+    "WorldStereoCameraPath": {"keyframes": 5},
+    "WorldStereoFlyPath": {"path": json.dumps(FLIGHT)},
+    "WorldStereoPanorama": SMALL,
+    "WorldStereoRender": SMALL,
+    "WorldStereoStartScene": SMALL,
+    "WorldStereoExploreScene": {"keyframes": 5, "stop_after": 1},
+    "CookFP8": {"result": "cooked", "overwrite": True},
+}
+CLIP = {"WorldStereoPreviewClip", "PreviewImage", "SaveVideo", "WorldStereoPicture", "WorldStereoCameraPath"}
+RESULTS = dict.fromkeys(WORKFLOWS, CLIP) | {
+    "fly_a_path": CLIP - {"WorldStereoCameraPath"},
+    "panorama_to_camera_move": CLIP - {"WorldStereoPicture"} | {"WorldStereoPictureOrSample"},
+    "your_own_render_and_mask": CLIP - {"WorldStereoCameraPath"} | {"WorldStereoLoadCamera"},
+    "explore_picture": {"WorldStereoExploreScene", "WorldStereoStartScene"},
+    "explore_panorama": {"WorldStereoExploreScene", "WorldStereoStartScene"},
+    "continue_scene": {"WorldStereoPreviewClip", "WorldStereoCameraPath", "PreviewImage"},
+    "cook_fp8": {"PreviewImage"},
+}
+
+
+def prepare(base):
+    job.prepare(base)
+    models = base / "models" / "diffusion_models"
+    toy.save_model(models / CAMERA_MODEL, toy.CAMERA_CONFIG)
+    source = models / "worldstereo-memory-dmd"
+    source.mkdir(exist_ok=True)
+    save_file(toy.weights(), source / "model.safetensors")
+    (source / "config.json").write_text(json.dumps({"model_type": toy.CONFIG.model_type} | toy.CONFIG_JSON))
+    camera = "diffusion_models/WorldStereo-camera-fp8_e4m3fn_scaled.safetensors"
+    for name in (*PLACEHOLDERS, camera, "frame_interpolation/film_net_fp16.safetensors"):
+        (base / "models" / name).parent.mkdir(exist_ok=True)
+        (base / "models" / name).touch()
+    scene.draw(base / "input")
+    shutil.copyfile(COMFYUI / "input" / "example.png", base / "input" / "example.png")
+
+
+@pytest.fixture(scope="module")
+def page(comfyui):
+    """One page for all tests of this file, with its console errors in `page.errors`."""
+    errors = []
+    with page_of(comfyui, errors) as opened:
+        opened.errors = errors
+        opened.evaluate("""() => {
+            window.ended = [];
+            for (const type of ["execution_success", "execution_error", "execution_interrupted"]) {
+                app.api.addEventListener(type, event => window.ended.push([type, event.detail]));
+            }
+        }""")
+        yield opened
+
+
+def load(name):
+    """An example workflow with stand-ins for what cannot be a toy."""
+    workflow = json.loads((EXAMPLES / f"{name}.json").read_text("utf-8"))
+    for node in workflow["nodes"]:
+        if node["type"] in STAND_INS:
+            node |= {"type": STAND_INS[node["type"]], "inputs": [], "widgets_values": [], "properties": {}}
+        elif name == "explore_panorama" and node["type"] in VIEWERS:
+            node["mode"] = 4  # bypassed: without a GPU the browser draws 27 views' points for a minute
+    return workflow
+
+
+def show(page, workflow, mode, values=WIDGETS):
+    page.evaluate("on => window.app.extensionManager.setting.set('Comfy.VueNodes.Enabled', on)", MODES[mode])
+    page.evaluate(
+        """async ([workflow, values]) => {
+            await app.extensionManager.command.execute("Comfy.RefreshNodeDefinitions"); // the key R: lists new scenes
+            await app.loadGraphData(workflow);
+            for (const node of app.graph.nodes) {
+                for (const widget of node.widgets ?? []) {
+                    const value = values[node.type]?.[widget.name];
+                    if (value === undefined) continue;
+                    widget.value = value;
+                    widget.callback?.(value);
+                }
+            }
+        }""",
+        [workflow, values],
+    )
+
+
+def run(page):
+    """Presses Run and waits for the end."""
+    page.evaluate("window.ended.length = 0")
+    page.evaluate("app.extensionManager.command.execute('Comfy.QueuePrompt')")
+    page.wait_for_function("window.ended.length || Object.keys(app.lastNodeErrors ?? {}).length", timeout=300_000)
+    refused = page.evaluate("app.lastNodeErrors")
+    assert not refused, refused
+    ((kind, detail),) = page.evaluate("window.ended")
+    assert kind == "execution_success", detail
+
+
+def screenshot(page, name):
+    if folder := os.environ.get("SCREENSHOTS"):
+        page.wait_for_timeout(1000)
+        page.screenshot(path=Path(folder) / f"{name.replace(' ', '_')}.png")
+
+
+def red(page):
+    """The nodes that the page marks: unknown types, missing files and models, and inputs that the server refused."""
+    return page.evaluate("""app.graph.nodes
+        .filter(node => node.has_errors || !(node.type in LiteGraph.registered_node_types))
+        .map(node => `${node.id} ${node.type}`)""")
+
+
+def not_shown(page, mode):
+    """The nodes that were sent pictures or a video and do not show them."""
+    page.evaluate("app.extensionManager.command.execute('Comfy.Canvas.FitView')")
+    look = """nodes2 => app.graph.nodes.filter(node => app.nodeOutputs[node.id]?.images?.length).filter(node => {
+        const media = nodes2 ? document.querySelector(`[data-node-id="${node.id}"]`)?.querySelectorAll("img, video")
+            : [...(node.imgs ?? []), ...(node.videoContainer?.children ?? [])];
+        return ![...media ?? []].some(shown => shown.naturalWidth > 0 || shown.readyState >= 2);
+    }).map(node => `${node.id} ${node.type}`)"""
+    for _ in range(120):
+        if not (missing := page.evaluate(look, MODES[mode])):
+            break
+        page.wait_for_timeout(500)
+    return missing
+
+
+def empty_shares(page):
+    """What each player of a WorldStereo Preview Clip leaves empty of its box: a wide clip in a high one looked like two
+    players, the lower one without a picture."""
+    return page.evaluate("""app.graph.nodes.filter(node => node.type === "WorldStereoPreviewClip").map(node => {
+        const [player, ...others] = node.videoContainer.children, box = player.getBoundingClientRect();
+        return others.length ? 1 : 1 - box.width * player.videoHeight / player.videoWidth / box.height;
+    })""")
+
+
+@pytest.mark.parametrize("name, mode", [*zip(WORKFLOWS, itertools.cycle(MODES))])
+def test_a_workflow_opens_runs_and_shows_what_it_made(page, name, mode):
+    workflow = load(name)
+    values = WIDGETS | ({"LoadWorldStereoFP8": {"model_name": CAMERA_MODEL}} if "camera_variant" in name else {})
+    page.errors.clear()
+    show(page, workflow, mode, values)
+    run(page)
+    sent = page.evaluate(
+        "app.graph.nodes.filter(node => app.nodeOutputs[node.id]?.images?.length).map(node => node.type)"
+    )
+    assert RESULTS[name] <= set(sent)
+    assert not_shown(page, mode) == []
+    if mode == "classic":
+        assert all(share < 0.4 for share in empty_shares(page))
+    assert red(page) == []
+    screenshot(page, f"{name}_{mode}")
+    assert page.errors == []
+
+
+def modes_of(page):
+    """The bypassed nodes."""
+    return set(page.evaluate("app.graph.nodes.filter(node => node.mode === 4).map(node => Number(node.id))"))
+
+
+def click_group(page, title):
+    """Clicks the title bar of the group whose title begins so."""
+    place = page.evaluate(
+        """title => {
+            const group = app.graph.groups.find(group => group.title.startsWith(title));
+            Object.assign(app.canvas.ds, {scale: 0.5, offset: [400 - group.pos[0], 400 - group.pos[1]]});
+            app.canvas.setDirty(true, true);
+            const {x, y} = app.canvas.canvas.getBoundingClientRect();
+            return [x + 0.5 * (400 + 30), y + 0.5 * (400 + 15)];
+        }""",
+        title,
+    )
+    page.wait_for_timeout(300)
+    page.mouse.click(*place)
+    page.wait_for_timeout(200)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_groups_are_switched_with_ctrl_b(page, mode):
+    """Reconstruction is off until it is wanted; the picture's group goes off for the sample scene, and on again."""
+    page.errors.clear()
+    workflow = load("picture_to_camera_move")
+    kinds = {node["id"]: node["type"] for node in workflow["nodes"]}
+    show(page, workflow, mode)
+    before = modes_of(page)
+    for title, switched in (
+        ("8", {"WorldStereoSaveFrames", "WorldStereoSavePointCloud", "WorldStereoSaveCamera"}),
+        ("2", {"LoadImage", "WorldStereoDemoMoGeModel", "MoGeInference", "WorldStereoPicture"}),
+    ):
+        click_group(page, title)
+        page.keyboard.press("Control+b")
+        assert {kinds[node] for node in before ^ modes_of(page)} == switched
+        page.keyboard.press("Control+b")
+        assert modes_of(page) == before
+    assert page.errors == []
+
+
+def test_the_template_browser_lists_the_workflows_with_pictures(page):
+    page.errors.clear()
+    page.evaluate("app.extensionManager.command.execute('Comfy.BrowseTemplates')")
+    dialog = page.get_by_role("dialog")
+    dialog.get_by_text("worldstereo-fp8").first.click()
+    for name in WORKFLOWS:  # only those in view have their picture
+        dialog.get_by_text(name, exact=True).first.scroll_into_view_if_needed()
+        page.wait_for_function(
+            """name => [...document.querySelectorAll("[role=dialog] img")]
+                .some(image => image.alt === name && image.naturalWidth > 400)""",
+            arg=name,
+            timeout=60_000,
+        )
+    screenshot(page, "templates")
+    page.keyboard.press("Escape")
+    dialog.wait_for(state="hidden")
+    assert page.errors == []
+
+
+def texts(page):
+    """What the nodes say on themselves, by type."""
+    return page.evaluate("""Object.fromEntries(app.graph.nodes.map(node => [
+        node.type, node.widgets?.find(widget => widget.name === "$$node-text-preview")?.value
+    ]).filter(([, text]) => text))""")
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_what_a_node_says_and_shows_is_there_again_from_the_cache(page, mode):
+    """Picture's crop, and Camera Path's warning without a scene: after a run, in nodes made anew, after a second run."""
+    page.errors.clear()
+    page.evaluate("on => app.extensionManager.setting.set('Comfy.VueNodes.Enabled', on)", MODES[mode])
+    page.evaluate("""() => {
+        app.graph.clear();
+        const [load, picture, path] = ["LoadImage", "WorldStereoPicture", "WorldStereoCameraPath"].map((type, i) => {
+            const node = LiteGraph.createNode(type);
+            app.graph.add(node);
+            node.pos = [60 + i * 420, 100];
+            node.setSize([380, i ? 700 : 400]);
+            return node;
+        });
+        load.widgets[0].value = "image.png";
+        load.connect(0, picture, picture.inputs.findIndex(input => input.name === "image"));
+        picture.connect(0, path, path.inputs.findIndex(input => input.name === "image"));
+        path.widgets.find(widget => widget.name === "preset").value = "dolly in";
+        Object.assign(app.canvas.ds, {scale: 1, offset: [60, 60]});
+        return app.loadGraphData({...app.graph.serialize(), id: crypto.randomUUID()});
+    }""")
+    run(page)
+    said = texts(page)
+    assert "384×256 to 784×512" in said["WorldStereoPicture"] and "cropped" in said["WorldStereoPicture"]
+    assert "no scene is connected" in said["WorldStereoCameraPath"]
+    assert not_shown(page, mode) == []
+    page.evaluate("() => Object.assign(app.canvas.ds, {scale: 1, offset: [60, 60]})")
+    screenshot(page, f"crop_and_warning_{mode}")
+    page.evaluate("app.loadGraphData({...app.graph.serialize(), id: crypto.randomUUID()})")
+    assert texts(page) == {}
+    run(page)
+    assert texts(page) == said and not_shown(page, mode) == []
+    assert page.errors == []
