@@ -72,7 +72,7 @@ PREFIXES = (f"model.{MODEL_PREFIX}", MODEL_PREFIX)  # ComfyUI's Save nodes write
 
 _NUMBER = re.compile(r"(?<=\.)(?:0|[1-9][0-9]{0,2})(?=\.|$)")  # no model has a thousand blocks
 _TO_NATIVE = dict(MODULES), dict(PARAMETERS)
-_TO_DIFFUSERS = tuple({native: diffusers for diffusers, native in table} for table in (MODULES, PARAMETERS))
+_TO_DIFFUSERS = {n: d for d, n in MODULES}, {n: d for d, n in PARAMETERS}
 
 
 def _rename(name: str, modules: dict, parameters: dict) -> str | None:
@@ -93,7 +93,7 @@ def _rename(name: str, modules: dict, parameters: dict) -> str | None:
     return None
 
 
-def _found(name: str, tables: tuple[dict, dict], kind: str) -> str:
+def _found(name: str, tables: tuple[dict[str, str], dict[str, str]], kind: str) -> str:
     found = _rename(name, *tables)
     if found is None:
         raise KeyError(f"{shown(name)} is not {kind} of WorldStereo or Wan2.1-I2V")
