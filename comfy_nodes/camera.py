@@ -17,7 +17,6 @@ from ..scene.camera_path import (
     pinhole,
     plan_path,
 )
-from ..scene.depth import DEPTH_PICTURES
 from ..scene.panorama import not_whole, points_of_panorama, too_coarse, view_of_panorama
 from ..scene.pictures import stretches, within
 from ..scene.render import POINTS_PER_PIXEL, check_size, render_start, summary
@@ -25,7 +24,15 @@ from ..worldstereo.comfy_model import config_of
 from ..worldstereo.conditioning import keyframe_size
 from .common import CATEGORY, Cameras, MoGeGeometry, Points, color_of, show_on_node
 from .files import camera_file, camera_files
-from .inputs import path_outputs, path_start_inputs, radius_input
+from .inputs import (
+    depth_picture_inputs,
+    path_outputs,
+    path_start_inputs,
+    radius_input,
+    render_outputs,
+    size_inputs,
+    size_model_input,
+)
 from .limits import checked
 
 
@@ -59,7 +66,6 @@ class WorldStereoLoadCamera(io.ComfyNode):
     def fingerprint_inputs(cls, camera):
         return [path.stat().st_mtime_ns for path in files_of(camera_file(camera))]
 
-    @classmethod
     @checked
     def execute(cls, camera) -> io.NodeOutput:
         cameras, kind = read_cameras(camera_file(camera))
@@ -136,7 +142,6 @@ class WorldStereoCameraPath(io.ComfyNode):
             is_output_node=True,
         )
 
-    @classmethod
     @checked
     def execute(
         cls,
@@ -184,48 +189,11 @@ class WorldStereoRender(io.ComfyNode):
                     "point cloud in the cameras' world.",
                 ),
                 Cameras.Input("cameras", tooltip="One camera per frame: world-to-camera, OpenCV axes."),
-                io.Combo.Input(
-                    "depth_picture",
-                    options=list(DEPTH_PICTURES),
-                    tooltip="For a depth picture: what its grey means. Depth Anything gives disparity.",
-                ),
-                io.Float.Input(
-                    "near",
-                    default=1.0,
-                    min=0.0,
-                    max=1e6,
-                    step=0.01,
-                    tooltip="For a depth picture: the depth of its nearest grey, in scene units. 0 for a "
-                    "metric depth map.",
-                ),
-                io.Float.Input(
-                    "far",
-                    default=10.0,
-                    min=0.0,
-                    max=1e6,
-                    step=0.01,
-                    tooltip="For a depth picture: the depth of its farthest grey, in scene units; for a "
-                    "metric depth map, the depth that white stands for.",
-                ),
-                io.Int.Input(
-                    "width",
-                    default=0,
-                    min=0,
-                    max=8192,
-                    step=16,
-                    advanced=True,
-                    tooltip="Size of the render, in pixels. If width or height is 0: the model's size for this "
-                    "picture, or, without model, the picture's own size (reduced if it is large).",
-                ),
-                io.Int.Input(
-                    "height",
-                    default=0,
-                    min=0,
-                    max=8192,
-                    step=16,
-                    advanced=True,
-                    tooltip="Size of the render, in pixels. If width or height is 0: the model's size for this "
-                    "picture, or, without model, the picture's own size (reduced if it is large).",
+                *depth_picture_inputs(),
+                *size_inputs(
+                    "the render",
+                    "the model's size for this picture, or, without model, the picture's own size "
+                    "(reduced if it is large)",
                 ),
                 radius_input(),
                 io.Int.Input(
@@ -243,23 +211,13 @@ class WorldStereoRender(io.ComfyNode):
                     tooltip="Colour behind the points: it fills the holes, and thin splats fade to it. The model was "
                     "trained with mid-grey (#808080).",
                 ),
-                io.Model.Input(
-                    "model",
-                    optional=True,
-                    tooltip="From Load WorldStereo FP8: gives the size. Not needed for a picture from WorldStereo "
-                    "Picture, which has it already.",
-                ),
+                size_model_input(),
             ],
-            outputs=[
-                io.Image.Output(display_name="render_video"),
-                io.Mask.Output(display_name="render_mask", tooltip="1 where there is no point."),
-                Points.Output(display_name="points"),
-            ],
+            outputs=[*render_outputs(), Points.Output(display_name="points")],
             hidden=[io.Hidden.unique_id],
             has_intermediate_output=True,
         )
 
-    @classmethod
     @checked
     def execute(
         cls,
@@ -279,22 +237,9 @@ class WorldStereoRender(io.ComfyNode):
         if not width or not height:
             size = image.shape[1:3]
             height, width = within(*size) if model is None else keyframe_size(config_of(model), *size)
-        progress = ProgressBar(len(cameras))
-        video, holes, cloud = render_start(
-            image,
-            depth,
-            cameras,
-            depth_picture,
-            near,
-            far,
-            width,
-            height,
-            radius,
-            points_per_pixel,
-            color_of(background),
-            get_torch_device(),
-            progress.update,
-        )
+        reading, splats = (depth_picture, near, far), (radius, points_per_pixel, color_of(background))
+        work = get_torch_device(), ProgressBar(len(cameras)).update
+        video, holes, cloud = render_start(image, depth, cameras, *reading, width, height, *splats, *work)
         sizes = {"image": image.shape[1:3], "cameras' picture": (cameras.height, cameras.width)}
         size = f"{len(video)} frames of {width}×{height}"
         show_on_node(cls, f"{size}\n{summary(cloud, holes)}", stretches(height, width, **sizes))
@@ -353,7 +298,6 @@ class WorldStereoPanorama(io.ComfyNode):
             has_intermediate_output=True,
         )
 
-    @classmethod
     @checked
     def execute(cls, moge_geometry, yaw, pitch, fov, width, height) -> io.NodeOutput:
         check_size(1, height, width)

@@ -82,7 +82,6 @@ class CookFP8(io.ComfyNode):
             _lost[made] += 1
         return [*open_files(path).states, state_if_there(path.with_name(CONFIG_FILE)), _lost[made]]
 
-    @classmethod
     @checked
     def execute(cls, source, result, recipe, convs, overwrite) -> io.NodeOutput:
         path = Path(folder_paths.get_full_path_or_raise("diffusion_models", source))

@@ -42,7 +42,6 @@ class WorldStereoFlyPath(io.ComfyNode):
             outputs=path_outputs(),
         )
 
-    @classmethod
     @checked
     def execute(
         cls, image, path, lens, lens_value, scene_depth, start_pitch, scene=None, start=None, guess_pitch=False

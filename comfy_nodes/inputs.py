@@ -3,6 +3,7 @@
 from comfy_api.latest import io
 
 from ..scene.camera_path import DEFAULT_FOV, LENSES
+from ..scene.depth import DEPTH_PICTURES
 from ..scene.render import RADIUS
 from .common import Cameras, MoGeGeometry, Points
 
@@ -70,6 +71,71 @@ def path_outputs() -> list[io.Output]:
         io.Image.Output(
             display_name="picture", tooltip="The path from above and from the side, from blue (start) to red (end)."
         ),
+    ]
+
+
+def depth_picture_inputs(advanced: bool | None = None) -> list[io.Input]:
+    """How a picture of depth is read, as in `scene.depth`."""
+    return [
+        io.Combo.Input(
+            "depth_picture",
+            options=list(DEPTH_PICTURES),
+            advanced=advanced,
+            tooltip="For a depth picture: what its grey means. Depth Anything gives disparity.",
+        ),
+        io.Float.Input(
+            "near",
+            default=1.0,
+            min=0.0,
+            max=1e6,
+            step=0.01,
+            advanced=advanced,
+            tooltip="For a depth picture: the depth of its nearest grey, in scene units. 0 for a metric depth map.",
+        ),
+        io.Float.Input(
+            "far",
+            default=10.0,
+            min=0.0,
+            max=1e6,
+            step=0.01,
+            advanced=advanced,
+            tooltip="For a depth picture: the depth of its farthest grey, in scene units; for a metric depth map, the "
+            "depth that white stands for.",
+        ),
+    ]
+
+
+def size_inputs(what: str, otherwise: str) -> list[io.Input]:
+    """A width and a height, where 0 stands for a size that is found: `otherwise` says which."""
+    return [
+        io.Int.Input(
+            name,
+            default=0,
+            min=0,
+            max=8192,
+            step=16,
+            advanced=True,
+            tooltip=f"{name.capitalize()} of {what}, in pixels. If width or height is 0: {otherwise}.",
+        )
+        for name in ("width", "height")
+    ]
+
+
+def size_model_input() -> io.Input:
+    """The model that gives the size where `size_inputs` are 0."""
+    return io.Model.Input(
+        "model",
+        optional=True,
+        tooltip="From Load WorldStereo FP8: gives the size. Not needed for a picture from WorldStereo Picture, which has "
+        "it already.",
+    )
+
+
+def render_outputs() -> list[io.Output]:
+    """What the cameras see of a point cloud."""
+    return [
+        io.Image.Output(display_name="render_video"),
+        io.Mask.Output(display_name="render_mask", tooltip="1 where there is no point."),
     ]
 
 

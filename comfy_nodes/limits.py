@@ -37,8 +37,8 @@ FILES = {
 }  # inputs whose nodes report a missing file themselves
 
 
-def checked(execute: Callable) -> Callable:
-    """A decorator for `execute` of every node: refuses inputs that do not have their declared type, range or choices.
+def checked(execute: Callable) -> classmethod:
+    """Makes a class method of `execute` of a node, which refuses inputs that do not have their declared type, range or choices.
 
     A ValueError names the input. Tensors, cameras and geometries are checked as far as the nodes rely on them. Pictures
     with one channel become grey ones with three; a mask [H, W] becomes [1, H, W]. The output gets the text that the node
@@ -57,7 +57,7 @@ def checked(execute: Callable) -> Callable:
         common.text_shown.set(None)
         return common.with_text_shown(cls, execute(cls, **given))
 
-    return run
+    return classmethod(run)
 
 
 def check(declared: io.Input, value: Any) -> Any:

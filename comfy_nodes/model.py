@@ -81,7 +81,6 @@ class LoadWorldStereoFP8(io.ComfyNode):
         path, base = _paths(model_name, base_model)
         return [state_if_there(file) for file in (path, Path(path).with_name(CONFIG_FILE), base) if file is not None]
 
-    @classmethod
     @checked
     def execute(cls, model_name, compute, base_model=NO_BASE, prompt_cache=True) -> io.NodeOutput:
         path, base = _paths(model_name, base_model)
@@ -161,7 +160,6 @@ class WorldStereoConditioning(io.ComfyNode):
             has_intermediate_output=True,
         )
 
-    @classmethod
     @checked
     def execute(
         cls,
@@ -208,7 +206,6 @@ class WorldStereoKeyframeDecode(io.ComfyNode):
             outputs=[io.Image.Output(tooltip="The keyframes in order, to be shown at 16 frames per second.")],
         )
 
-    @classmethod
     @checked
     def execute(cls, samples, vae) -> io.NodeOutput:
         return io.NodeOutput(decode_keyframes(vae, samples["samples"]))
@@ -235,7 +232,6 @@ class WorldStereoKeyframeEncode(io.ComfyNode):
             outputs=[io.Latent.Output()],
         )
 
-    @classmethod
     @checked
     def execute(cls, pixels, vae) -> io.NodeOutput:
         return io.NodeOutput({"samples": encode_keyframes(vae, pixels[..., :3])})
@@ -255,7 +251,6 @@ class WorldStereoDMDSigmas(io.ComfyNode):
             outputs=[io.Sigmas.Output()],
         )
 
-    @classmethod
     @checked
     def execute(cls, model) -> io.NodeOutput:
         return io.NodeOutput(dmd_sigmas(config_of(model)))

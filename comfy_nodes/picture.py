@@ -64,7 +64,6 @@ class WorldStereoPicture(io.ComfyNode):
             has_intermediate_output=True,
         )
 
-    @classmethod
     @checked
     def execute(cls, image, fit, position, background, model=None, transparency=None) -> io.NodeOutput:
         height, width = keyframe_size(config_of(model) if model else WorldStereoConfig(), *image.shape[1:3])
@@ -98,7 +97,6 @@ class WorldStereoPrompt(io.ComfyNode):
             has_intermediate_output=True,
         )
 
-    @classmethod
     @checked
     def execute(cls, clip, text) -> io.NodeOutput:
         conditioning, count, remarks = encode_caption(clip, text)

@@ -40,7 +40,6 @@ class WorldStereoSampleScene(io.ComfyNode):
             has_intermediate_output=True,
         )
 
-    @classmethod
     @checked
     def execute(cls) -> io.NodeOutput:
         image, geometry, depth, points, cameras = sample.sample()
@@ -66,7 +65,6 @@ class WorldStereoSamplePanorama(io.ComfyNode):
             has_intermediate_output=True,
         )
 
-    @classmethod
     @checked
     def execute(cls) -> io.NodeOutput:
         exact = sample.panorama_geometry()
@@ -97,7 +95,6 @@ class WorldStereoPictureOrSample(io.ComfyNode):
             has_intermediate_output=True,
         )
 
-    @classmethod
     @checked
     def execute(cls, image=None, moge_geometry=None, sample="picture") -> io.NodeOutput:
         image, geometry = picture_or_sample(image, moge_geometry, sample)

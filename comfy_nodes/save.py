@@ -38,7 +38,6 @@ class WorldStereoSaveCamera(io.ComfyNode):
             hidden=[io.Hidden.unique_id],
         )
 
-    @classmethod
     @checked
     def execute(cls, cameras, filename_prefix) -> io.NodeOutput:
         path, _ = save_output(filename_prefix, ".json", lambda path: write_camera_json(path, cameras))
@@ -75,7 +74,6 @@ class WorldStereoSavePointCloud(io.ComfyNode):
             hidden=[io.Hidden.unique_id],
         )
 
-    @classmethod
     @checked
     def execute(cls, points, filename_prefix, axes) -> io.NodeOutput:
         content = ply_bytes(points, y_up=axes == PLY_AXES[0])
@@ -112,7 +110,6 @@ class WorldStereoSaveFrames(io.ComfyNode):
             hidden=[io.Hidden.unique_id],
         )
 
-    @classmethod
     @checked
     def execute(cls, images, cameras, filename_prefix) -> io.NodeOutput:
         progress = ProgressBar(len(images))

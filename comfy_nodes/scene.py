@@ -6,7 +6,7 @@ import math
 from comfy_api.latest import io, ui
 
 from ..core import GraphBuilder, ProgressBar, get_torch_device
-from ..scene.depth import DEPTH_PICTURES, depths_of_moge
+from ..scene.depth import depths_of_moge
 from ..scene.explore import LAST, LISTS, OWN_LIST, read_walks
 from ..scene.fuse import POINTS_LIMIT
 from ..scene.memory import REFERENCES
@@ -21,7 +21,7 @@ from ..worldstereo.conditioning import References, keyframe_size
 from ..worldstereo.config import WorldStereoConfig
 from .common import CATEGORY, Cameras, MoGeGeometry, MoGeModel, Points, Scene, SceneReferences, show_on_node
 from .files import check_prefix
-from .inputs import radius_input
+from .inputs import depth_picture_inputs, radius_input, render_outputs, size_inputs, size_model_input
 from .limits import checked
 
 
@@ -49,63 +49,19 @@ class WorldStereoStartScene(io.ComfyNode):
                     tooltip="The camera that took the picture. Without it: a level camera at the origin with MoGe's "
                     "lens. Not used for a panorama.",
                 ),
-                io.Combo.Input(
-                    "depth_picture",
-                    options=list(DEPTH_PICTURES),
-                    advanced=True,
-                    tooltip="For a depth picture: what its grey means. Depth Anything gives disparity.",
+                *depth_picture_inputs(advanced=True),
+                *size_inputs(
+                    "the scene's views",
+                    "the model's size for this picture, or, without model, the picture's "
+                    f"own size; for a panorama {VIEW_SIZE[0]}x{VIEW_SIZE[1]}",
                 ),
-                io.Float.Input(
-                    "near",
-                    default=1.0,
-                    min=0.0,
-                    max=1e6,
-                    step=0.01,
-                    advanced=True,
-                    tooltip="For a depth picture: the depth of its nearest grey, in scene units.",
-                ),
-                io.Float.Input(
-                    "far",
-                    default=10.0,
-                    min=0.0,
-                    max=1e6,
-                    step=0.01,
-                    advanced=True,
-                    tooltip="For a depth picture: the depth of its farthest grey, in scene units.",
-                ),
-                io.Int.Input(
-                    "width",
-                    default=0,
-                    min=0,
-                    max=8192,
-                    step=16,
-                    advanced=True,
-                    tooltip="Width of the scene's views, in pixels. If width or height is 0: the model's size for this "
-                    "picture, or, without model, the picture's own size; for a panorama "
-                    f"{VIEW_SIZE[0]}x{VIEW_SIZE[1]}.",
-                ),
-                io.Int.Input(
-                    "height",
-                    default=0,
-                    min=0,
-                    max=8192,
-                    step=16,
-                    advanced=True,
-                    tooltip="Height of the scene's views, in pixels; see width.",
-                ),
-                io.Model.Input(
-                    "model",
-                    optional=True,
-                    tooltip="From Load WorldStereo FP8: gives the size. Not needed for a picture from WorldStereo "
-                    "Picture, which has it already.",
-                ),
+                size_model_input(),
             ],
             outputs=[Scene.Output(display_name="scene")],
             hidden=[io.Hidden.unique_id],
             has_intermediate_output=True,
         )
 
-    @classmethod
     @checked
     def execute(cls, image, depth, depth_picture, near, far, width, height, camera=None, model=None) -> io.NodeOutput:
         panorama = is_panorama(depth)
@@ -161,8 +117,7 @@ class WorldStereoScenePath(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.Image.Output(display_name="render_video"),
-                io.Mask.Output(display_name="render_mask", tooltip="1 where there is no point."),
+                *render_outputs(),
                 SceneReferences.Output(display_name="references", tooltip="For WorldStereo Conditioning."),
                 io.Image.Output(display_name="reference_images", tooltip="The chosen views, to look at."),
             ],
@@ -170,7 +125,6 @@ class WorldStereoScenePath(io.ComfyNode):
             has_intermediate_output=True,
         )
 
-    @classmethod
     @checked
     def execute(cls, scene, image, cameras, references, ask_for, ask_path, radius, clip_vision=None) -> io.NodeOutput:
         embed = None if clip_vision is None else lambda pictures: clip_vision.encode_image(pictures).image_embeds
@@ -242,7 +196,6 @@ class WorldStereoAddToScene(io.ComfyNode):
             has_intermediate_output=True,
         )
 
-    @classmethod
     @checked
     def execute(cls, scene, images, cameras, name, remember, max_points, depth=None) -> io.NodeOutput:
         grown, report = remember_clip(
@@ -292,7 +245,6 @@ class WorldStereoContinue(io.ComfyNode):
             hidden=[io.Hidden.unique_id],
         )
 
-    @classmethod
     @checked
     def execute(cls, scene, view) -> io.NodeOutput:
         number = start_view(scene, view.strip())
@@ -403,7 +355,6 @@ class WorldStereoExploreScene(io.ComfyNode):
             hidden=[io.Hidden.unique_id],
         )
 
-    @classmethod
     @checked
     def execute(cls, paths, own_list, stop_after, noise_seed, **inputs) -> io.NodeOutput:
         for name in ("video_prefix", "scene_prefix"):  # before the work, not when it is time to save

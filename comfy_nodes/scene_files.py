@@ -38,7 +38,6 @@ class WorldStereoSaveScene(io.ComfyNode):
             hidden=[io.Hidden.unique_id],
         )
 
-    @classmethod
     @checked
     def execute(cls, scene, filename_prefix) -> io.NodeOutput:
         progress = ProgressBar(len(scene))
@@ -75,7 +74,6 @@ class WorldStereoLoadScene(io.ComfyNode):
     def fingerprint_inputs(cls, folder):
         return stamp(scene_folder(folder))
 
-    @classmethod
     @checked
     def execute(cls, folder) -> io.NodeOutput:
         scene, kind = read_scene(scene_folder(folder), ProgressBar(1).update_absolute)
@@ -113,7 +111,6 @@ class WorldStereoSceneToSplat(io.ComfyNode):
             has_intermediate_output=True,
         )
 
-    @classmethod
     @checked
     def execute(cls, scene, gaussians) -> io.NodeOutput:
         made = gaussians_of_scene(scene, gaussians, ProgressBar(len(scene)).update)

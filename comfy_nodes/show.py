@@ -45,7 +45,6 @@ class WorldStereoPreviewClip(io.ComfyNode):
             is_output_node=True,
         )
 
-    @classmethod
     @checked
     def execute(cls, images, render_video=None, fps=FPS) -> io.NodeOutput:
         frames = images[..., :3] if render_video is None else side_by_side(images, render_video)
@@ -89,7 +88,6 @@ class WorldStereoPointsTo3D(io.ComfyNode):
             ],
         )
 
-    @classmethod
     @checked
     def execute(cls, points) -> io.NodeOutput:
         ply = Types.File3D(BytesIO(ply_bytes(points, y_up=True)), "ply")

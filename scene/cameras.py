@@ -4,6 +4,7 @@ Axes are OpenCV's everywhere: x right, y down, z forward. `w2c` takes world coor
 """
 
 import json
+from collections.abc import Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -135,6 +136,12 @@ def check_count(entries: object) -> None:
     """Raises ValueError for a list of more than MAX_CAMERAS entries."""
     if isinstance(entries, list) and len(entries) > MAX_CAMERAS:
         raise ValueError(f"It holds {len(entries)} cameras; at most {MAX_CAMERAS} are read.")
+
+
+def check_lengths(message: str, **lists: Sized) -> None:
+    """Raises ValueError where lists that hold one entry a view differ in length; `message` has a {} for the lengths."""
+    if len({len(entries) for entries in lists.values()}) > 1:
+        raise ValueError(message.format(", ".join(f"{name} {len(entries)}" for name, entries in lists.items())))
 
 
 def json_matrices(content: dict, key: str) -> torch.Tensor:

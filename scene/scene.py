@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..files.text import shown
-from .cameras import Cameras
+from .cameras import Cameras, check_lengths
 from .pictures import as_bytes
 from .pointcloud import PointCloud
 
@@ -46,15 +46,13 @@ class Scene:
     paths: tuple[TakenPath, ...] = ()
 
     def __post_init__(self):
-        counts = {
-            "pictures": len(self.pictures),
-            "cameras": len(self.cameras),
-            "names": len(self.names),
-            "depths": len(self.depths),
-        }
-        if len(set(counts.values())) > 1:
-            listed = ", ".join(f"{name} {count}" for name, count in counts.items())
-            raise ValueError(f"The scene's views do not match: {listed}. Each view has one of each.")
+        check_lengths(
+            "The scene's views do not match: {}. Each view has one of each.",
+            pictures=self.pictures,
+            cameras=self.cameras,
+            names=self.names,
+            depths=self.depths,
+        )
         if len(self.pictures) > MAX_VIEWS:
             raise ValueError(
                 f"The scene would hold {len(self.pictures)} views; at most {MAX_VIEWS} are allowed. Remember fewer "

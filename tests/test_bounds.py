@@ -141,7 +141,7 @@ def test_the_limits_are_exact_and_every_kind_of_input_is_looked_at():
 def test_inputs_given_by_place_are_checked_too():
     schema = SimpleNamespace(inputs=[io.Int.Input("a", min=0, max=5), io.Int.Input("b", min=0, max=5)])
     node = SimpleNamespace(define_schema=lambda: schema)
-    execute = limits.checked(lambda cls, a, b: (a, b))
+    execute = limits.checked(lambda cls, a, b: (a, b)).__func__
     assert execute(node, 1, 2) == execute(node, 1, b=2) == (1, 2)
     with pytest.raises(ValueError, match="b is 6"):
         execute(node, 1, 6)

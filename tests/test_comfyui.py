@@ -458,7 +458,7 @@ def test_an_attention_override_serves_backbone_and_control_branch(files):
 
     patched = patcher.clone()
     patched.model_options["transformer_options"]["optimized_attention_override"] = override
-    assert torch.equal(sample(patched, conditioning(0), conditioning(1), steps=1), plain)
+    assert relative_error(sample(patched, conditioning(0), conditioning(1), steps=1), plain) < 1e-6
     assert calls.count(60) == 2 and calls.count(36) == 6  # self-attention; text, picture and control branch
 
 

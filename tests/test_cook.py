@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -37,20 +38,9 @@ from worldstereo_fp8.worldstereo.shapes import tensor_shapes
 
 ROOT = Path(command.__file__).parent
 CASE = "memory_dmd"
-WORDS = [
-    "norm",
-    "bias",
-    "time_in",
-    "time_",
-    "patch_embedding",
-    "img_emb",
-    "modulation",
-    "text_embedding",
-    "adapter",
-    "add",
-    "ref_conv",
-    "audio_proj",
-]
+EXCLUDED = re.compile(
+    "norm|bias|time_in|time_|patch_embedding|img_emb|modulation|text_embedding|adapter|add|ref_conv|audio_proj"
+)
 LINEAR = "blocks.0.attn1.to_q.weight"
 KILLS = 20
 
@@ -59,7 +49,7 @@ def published(tensors: dict, convs: str = "fp8") -> dict:
     """The published recipe, written from its description."""
     out = {"scaled_fp8": torch.zeros((), dtype=torch.bfloat16)}
     for name, tensor in tensors.items():
-        eligible = name.endswith(".weight") and tensor.ndim >= 2 and not any(word in name for word in WORDS)
+        eligible = name.endswith(".weight") and tensor.ndim >= 2 and not EXCLUDED.search(name)
         if eligible and (tensor.ndim == 2 or convs == "fp8"):
             scale = tensor.float().abs().max() / 448
             out[name] = (tensor.float() / scale).clamp(-448, 448).to(torch.float8_e4m3fn)

@@ -3,6 +3,7 @@ them."""
 
 import json
 import logging
+import math
 import weakref
 
 import torch
@@ -23,7 +24,7 @@ from ..core import (
 from ..fp8.arithmetic import UPCAST
 from . import context_windows, object_patches
 from .blocks import CHUNK, UPCAST_QUERIES
-from .config import CONFIG_TENSOR, MASK_CAM_CHANNELS, PATCH, SPATIAL_DOWNSCALE, WorldStereoConfig, config_content
+from .config import CONFIG_TENSOR, MASK_CAM_CHANNELS, PATCH, WorldStereoConfig, config_content
 from .model import WorldStereoModel
 from .preview import KeyframeLatents
 from .prompt_cache import COMING_TIMESTEPS, WEIGHTS, WHOLE_TIMESTEPS
@@ -172,7 +173,7 @@ class WorldStereo(WAN21):
         per_frame = (height // PATCH[1]) * (width // PATCH[2])
         tokens, targets = (frames + references) * per_frame, frames * per_frame
         rope = 4 * 2 * sum((config.dim // config.num_heads, config.control_dim // config.control_num_heads))
-        pixels = MASK_CAM_CHANNELS * frames * config.mask_downsample * SPATIAL_DOWNSCALE**2 * height * width * size
+        pixels = MASK_CAM_CHANNELS * frames * math.prod(config.mask_kernel) * height * width * size
         prompt = 2 * config.num_layers * (TEXT_TOKENS + IMAGE_TOKENS) * config.dim * size
         layer = self.diffusion_model.blocks[0].self_attn.q
         quantised = layer.arithmetic(get_torch_device()) is not UPCAST

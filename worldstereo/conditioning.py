@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from ..core import TAEHV, HunyuanVideo, ProgressBar, WanVAE, throw_exception_if_processing_interrupted
 from ..files.text import shown
-from ..scene.cameras import Cameras, normalise, plucker, quaternions_and_translations, thin
+from ..scene.cameras import Cameras, check_lengths, normalise, plucker, quaternions_and_translations, thin
 from ..scene.pictures import resize_pictures, stretches
 from .config import LATENT_CHANNELS, SPATIAL_DOWNSCALE, WorldStereoConfig
 
@@ -159,14 +159,12 @@ def _check(config: WorldStereoConfig, vae, image, render, mask, cameras, referen
             f"reference_images: {config.model_type} takes no reference views. Disconnect them, or load a "
             "memory variant."
         )
-    counts = {
-        "reference_images": len(references.images),
-        "reference_cameras": len(references.cameras),
-        "reference_index": len(references.indices),
-    }
-    if len(set(counts.values())) > 1:
-        listed = ", ".join(f"{name} {count}" for name, count in counts.items())
-        raise ValueError(f"The reference counts differ: {listed}. Each reference has one picture, camera and index.")
+    check_lengths(
+        "The reference counts differ: {}. Each reference has one picture, camera and index.",
+        reference_images=references.images,
+        reference_cameras=references.cameras,
+        reference_index=references.indices,
+    )
     frames = len(_frames(config, len(render))[0])
     if len(references.indices) > frames - 1:
         raise ValueError(

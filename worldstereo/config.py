@@ -104,6 +104,11 @@ class WorldStereoConfig:
         return self.model_type == MEMORY_DMD
 
     @property
+    def mask_kernel(self) -> tuple[int, int, int]:
+        """The frames, rows and columns of the render mask that become one value a channel."""
+        return self.mask_downsample, SPATIAL_DOWNSCALE, SPATIAL_DOWNSCALE
+
+    @property
     def shift(self) -> float:
         """The flow shift of the noise schedule: `gen_shift` is the distilled variant's alone."""
         return self.gen_shift if self.is_dmd else WAN_480P_SHIFT

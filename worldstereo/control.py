@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from .blocks import CHUNK, SelfAttention, add_feed_forward, norm_weights, rope_embedder, spans, to_tokens
-from .config import IN_CHANNELS, MASK_CAM_CHANNELS, PATCH, SPATIAL_DOWNSCALE, WorldStereoConfig
+from .config import IN_CHANNELS, MASK_CAM_CHANNELS, PATCH, WorldStereoConfig
 
 NORM_EPS = 1e-5  # LayerNorms of the control branch
 CONTROL_QK_EPS = 1e-6  # and the RMSNorms of its queries and keys
@@ -69,7 +69,7 @@ class MaskCamEmbedding(nn.Module):
         # Weights in FP32, as in core's patch embedding: an FP8 value times its scale needs more than BF16's 8 bits,
         # which matters if the model computes in FP32.
         factory["dtype"] = torch.float32
-        kernel = (config.mask_downsample, SPATIAL_DOWNSCALE, SPATIAL_DOWNSCALE)
+        kernel = config.mask_kernel
         self.padding = config.mask_downsample - 1
         self.mask_proj = nn.Sequential(
             ops.Conv3d(MASK_CAM_CHANNELS, config.mask_channels, kernel_size=kernel, stride=kernel, **factory),

@@ -3,15 +3,7 @@
 import math
 
 from .. import remap
-from .config import (
-    CAMERA_QT,
-    IN_CHANNELS,
-    LATENT_CHANNELS,
-    MASK_CAM_CHANNELS,
-    PATCH,
-    SPATIAL_DOWNSCALE,
-    WorldStereoConfig,
-)
+from .config import CAMERA_QT, IN_CHANNELS, LATENT_CHANNELS, MASK_CAM_CHANNELS, PATCH, WorldStereoConfig
 
 
 def _linear(name: str, out_features: int, in_features: int) -> dict:
@@ -65,8 +57,7 @@ def native_shapes(c: WorldStereoConfig) -> dict[str, tuple[int, ...]]:
     control = "controlnet"
     shapes |= _conv(f"{control}.controlnet_patch_embedding", c.dim, IN_CHANNELS, PATCH)
     mask = f"{control}.controlnet_mask_embedding"
-    kernel = (c.mask_downsample, SPATIAL_DOWNSCALE, SPATIAL_DOWNSCALE)
-    shapes |= _conv(f"{mask}.mask_proj.0", c.mask_channels, MASK_CAM_CHANNELS, kernel)
+    shapes |= _conv(f"{mask}.mask_proj.0", c.mask_channels, MASK_CAM_CHANNELS, c.mask_kernel)
     shapes |= _norm(f"{mask}.mask_proj.1", c.mask_channels)
     shapes |= _conv(f"{mask}.mask_zero_proj", c.dim, c.mask_channels, PATCH)
     shapes |= _linear(f"{control}.proj_in", c.control_dim, c.dim)
