@@ -6,9 +6,8 @@ import folder_paths
 from comfy_api.latest import Types, io
 
 from ..core import ProgressBar
-from ..files.atomic import write_file
 from ..scene.cameras import write_camera_json
-from ..scene.pointcloud import ply_bytes, write_world_mirror
+from ..scene.pointcloud import save_ply, write_world_mirror
 from .common import CATEGORY, Cameras, Points, show_on_node
 from .files import save_output
 from .limits import checked
@@ -76,8 +75,8 @@ class WorldStereoSavePointCloud(io.ComfyNode):
 
     @checked
     def execute(cls, points, filename_prefix, axes) -> io.NodeOutput:
-        content = ply_bytes(points, y_up=axes == PLY_AXES[0])
-        path, subfolder = save_output(filename_prefix, ".ply", lambda path: write_file(path, content))
+        y_up = axes == PLY_AXES[0]
+        path, subfolder = save_output(filename_prefix, ".ply", lambda path: save_ply(path, points, y_up))
         show_on_node(cls, f"{len(points):,} points\n{os.path.relpath(path, folder_paths.get_output_directory())}")
         saved = {"filename": path.name, "subfolder": subfolder, "type": "output"}
         return io.NodeOutput(Types.File3D(str(path)), ui={"3d": [saved]})

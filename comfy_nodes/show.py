@@ -11,7 +11,7 @@ from comfy_api.latest import InputImpl, Types, io, ui
 
 from ..files.atomic import new_file
 from ..scene.pictures import StoppableFrames, contact_sheet, side_by_side
-from ..scene.pointcloud import ply_bytes, splat_sizes
+from ..scene.pointcloud import splat_sizes, write_ply
 from .common import CATEGORY, Points, splat_of
 from .limits import checked
 
@@ -90,9 +90,10 @@ class WorldStereoPointsTo3D(io.ComfyNode):
 
     @checked
     def execute(cls, points) -> io.NodeOutput:
-        ply = Types.File3D(BytesIO(ply_bytes(points, y_up=True)), "ply")
+        ply = BytesIO()
+        write_ply(ply, points, y_up=True)
         sizes = splat_sizes(points)[:, None].expand(-1, 3)
-        return io.NodeOutput(ply, splat_of(points.points, sizes, points.colors, 1.0))
+        return io.NodeOutput(Types.File3D(ply, "ply"), splat_of(points.points, sizes, points.colors, 1.0))
 
 
 NODES = [WorldStereoPreviewClip, WorldStereoPointsTo3D]

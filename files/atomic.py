@@ -56,12 +56,6 @@ def new_file(path: str | os.PathLike, overwrite: bool = False) -> Iterator[Binar
         raise
 
 
-def write_file(path: str | os.PathLike, content: bytes) -> None:
-    """Writes a new file in one go. Raises as `new_file` does."""
-    with new_file(path) as file:
-        file.write(content)
-
-
 @contextlib.contextmanager
 def new_folder(path: str | os.PathLike) -> Iterator[Path]:
     """A temporary folder to fill, which gets the name `path` when the context exits without an exception; see `new_file`.

@@ -82,19 +82,22 @@ def points_kept(depth: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     the edge test as a disparity of 1e7, beside which all other edges are flat: with sky in the picture only the points
     beside the sky are dropped. Raises ValueError if no depth is positive.
     """
-    throw_exception_if_processing_interrupted()
+    depth, valid, disparity = stoppable(_drawn_in, depth)
+    keep = valid & ~on_edge(disparity)
+    return keep, stoppable(torch.masked_select, depth, keep)
+
+
+def _drawn_in(depth):
+    """The depth map with far ones compressed, where it has a depth, and its disparity. Raises ValueError if no depth is
+    positive."""
     valid = depth.isfinite() & (depth != 0)
     if not (valid & (depth > 0)).any():
         raise ValueError(
             "The depth map has no valid depth: all of it is NaN, infinite or not positive. Check the mask "
             "of the depth model, or its near and far."
         )
-    drawn = stoppable(draw_in, depth[valid])
-    depth = depth.clone()
-    depth[valid] = drawn
-    throw_exception_if_processing_interrupted()
-    keep = valid & ~on_edge((1 / depth).masked_fill(~valid, NO_DEPTH_DISPARITY))
-    return keep, depth[keep]
+    depth = depth.masked_scatter(valid, draw_in(depth[valid]))
+    return depth, valid, (1 / depth).masked_fill(~valid, NO_DEPTH_DISPARITY)
 
 
 def on_edge(disparity: torch.Tensor) -> torch.Tensor:

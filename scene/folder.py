@@ -31,7 +31,7 @@ from . import camera_files
 from .cameras import Cameras, rigid_inverse, rotation_to_quaternion
 from .fuse import thin_by_voxels
 from .pictures import as_bytes, write_png
-from .pointcloud import PLY_POINTS, PointCloud, ply_bytes, read_ply, world_mirror
+from .pointcloud import PLY_POINTS, PointCloud, read_ply, world_mirror, write_ply
 from .scene import MAX_PIXELS, MAX_POINTS, MAX_VIEWS, Scene, TakenPath
 
 VERSION = 1
@@ -61,7 +61,8 @@ def write_scene(folder: Path, scene: Scene, progress: Callable[[int], None] = la
         c2w = rigid_inverse(scene.cameras.w2c.double())
         _write_json(new / "cameras.json", world_mirror(stems, c2w, scene.cameras.K))
         _write_json(new / "transforms.json", _nerfstudio(files, c2w, scene.cameras))
-        (new / "cloud.ply").write_bytes(ply_bytes(scene.cloud, y_up=False))
+        with open(new / "cloud.ply", "wb") as file:
+            write_ply(file, scene.cloud, y_up=False)
         _write_colmap(new / "sparse" / "0", files, scene)
 
 

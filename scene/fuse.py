@@ -336,8 +336,8 @@ def thin_by_voxels(points: torch.Tensor, limit: int) -> tuple[torch.Tensor, floa
     """
     if len(points) <= limit:
         return torch.arange(len(points)), 0.0
-    low = points.min(0).values
-    extent = (points.max(0).values - low).max().item()
+    low, high = stoppable(partial(torch.aminmax, dim=0), points)
+    extent = (high - low).max().item()
     small, large = extent / (1 << VOXEL_BITS), extent
     size, keep = large, torch.zeros(1, dtype=torch.long)
     for _ in range(VOXEL_ROUNDS):

@@ -6,6 +6,7 @@ spherical_uv_to_directions).
 """
 
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -15,9 +16,10 @@ from .cameras import Cameras
 from .depth import points_kept
 from .pointcloud import PointCloud
 from .render import RADIUS
+from .stop import stoppable
 
 WHOLE = 0.01  # by how much of its width a panorama may differ from twice its height
-ROWS = 256  # of a panorama that become points at a time
+ROWS = 256  # of a panorama that become points, and of a view that are computed, at a time
 NEARER = 2.0  # the factor by which things may come nearer than at the start before gaps open
 
 
@@ -43,9 +45,7 @@ def points_of_panorama(geometry: dict) -> PointCloud:
     keep, kept = points_kept(distance.where(geometry["mask"][0].cpu(), torch.inf))
     height, width = distance.shape
     points, colors, done = torch.empty(len(kept), 3), torch.empty(len(kept), 3), 0
-    for top in range(0, len(keep), ROWS):  # the rays of all pixels would take as much as the points
-        throw_exception_if_processing_interrupted()
-        rows = slice(top, top + ROWS)
+    for rows in _parts(len(keep)):  # the rays of all pixels would take as much as the points
         here = slice(done, done + int(keep[rows].sum()))
         points[here] = directions(height, width, rows)[keep[rows]] * kept[here, None]
         colors[here] = picture[rows][keep[rows]]
@@ -100,29 +100,44 @@ def view_of_panorama(panorama: torch.Tensor, camera: Cameras) -> torch.Tensor:
     scale (`reduced`, which serves all views of one lens).
     """
     panorama = reduced(panorama, camera).movedim(-1, 1)
-    x, y, z = rays(camera)
-    longitude, elevation = torch.atan2(x, z), torch.atan2(-y, torch.hypot(x, z))
-    panorama = F.pad(panorama, (1, 1, 0, 0), mode="circular")  # for interpolation across the seam
+    # For interpolation across the seam.
+    panorama = stoppable(partial(F.pad, pad=(1, 1, 0, 0), mode="circular"), panorama)
     width = panorama.shape[3]
-    grid = torch.stack([longitude / math.pi * (width - 2) / width, -elevation / math.pi * 2], dim=-1)
-    view = F.grid_sample(panorama, grid[None], mode="bilinear", padding_mode="border", align_corners=False)
+    view = torch.empty(1, panorama.shape[1], camera.height, camera.width)
+    for rows in _parts(camera.height):
+        x, y, z = rays(camera, rows)
+        longitude, elevation = torch.atan2(x, z), torch.atan2(-y, torch.hypot(x, z))
+        grid = torch.stack([longitude / math.pi * (width - 2) / width, -elevation / math.pi * 2], dim=-1)
+        view[:, :, rows] = F.grid_sample(
+            panorama, grid[None], mode="bilinear", padding_mode="border", align_corners=False
+        )
     return view.movedim(1, -1)
 
 
-def rays(camera: Cameras) -> torch.Tensor:
-    """The rays [3, height, width] through the (first) camera's pixel centres, in world axes, of length 1 along its
-    z."""
-    y, x = torch.meshgrid(torch.arange(camera.height) + 0.5, torch.arange(camera.width) + 0.5, indexing="ij")
+def rays(camera: Cameras, rows: slice = slice(None)) -> torch.Tensor:
+    """The rays [3, H, W] through the (first) camera's pixel centres, in world axes, of length 1 along its z; or those
+    of some rows."""
+    y, x = torch.meshgrid(torch.arange(camera.height)[rows] + 0.5, torch.arange(camera.width) + 0.5, indexing="ij")
     pixels = torch.stack([x, y, torch.ones_like(x)]).reshape(3, -1)
-    return (camera.w2c[0, :3, :3].T @ torch.linalg.inv(camera.K[0]) @ pixels).view(3, camera.height, camera.width)
+    return (camera.w2c[0, :3, :3].T @ torch.linalg.inv(camera.K[0]) @ pixels).view(3, *x.shape)
+
+
+def _parts(height):
+    """Slices of ROWS rows each; ComfyUI's interrupt is checked before each."""
+    for top in range(0, height, ROWS):
+        throw_exception_if_processing_interrupted()
+        yield slice(top, min(top + ROWS, height))
 
 
 def depth_of_view(distance: torch.Tensor, camera: Cameras) -> torch.Tensor:
     """The depth along z, [height, width], that the (first) camera sees from the panorama's centre, by the nearest of
     the distances [H, W] along the panorama's rays."""
     height, width = distance.shape
-    x, y, z = rays(camera)
-    horizontal = torch.hypot(x, z)
-    column = ((torch.atan2(x, z) / (2 * math.pi) + 0.5) * width).long() % width
-    row = ((0.5 + torch.atan2(y, horizontal) / math.pi) * height).long().clamp(0, height - 1)
-    return distance[row, column] / torch.hypot(horizontal, y)
+    depth = torch.empty(camera.height, camera.width)
+    for rows in _parts(camera.height):
+        x, y, z = rays(camera, rows)
+        horizontal = torch.hypot(x, z)
+        column = ((torch.atan2(x, z) / (2 * math.pi) + 0.5) * width).long() % width
+        row = ((0.5 + torch.atan2(y, horizontal) / math.pi) * height).long().clamp(0, height - 1)
+        depth[rows] = distance[row, column] / torch.hypot(horizontal, y)
+    return depth

@@ -14,7 +14,7 @@ import torch
 from scipy.spatial import cKDTree
 
 from ..core import throw_exception_if_processing_interrupted
-from ..files.atomic import new_folder
+from ..files.atomic import new_file, new_folder
 from ..files.regular import open_regular
 from ..files.text import shown
 from .cameras import Cameras, rigid_inverse
@@ -24,6 +24,7 @@ from .stop import stoppable
 OPENCV_TO_Y_UP = (1.0, -1.0, -1.0)  # y down, z forward to y up, z backward (glTF, three.js): half a turn about x
 PLY_LIMIT, PLY_HEADER = 512 << 20, 1 << 16  # bytes
 PLY_POINTS, PLY_PIECE = 20_000_000, 1 << 18  # read at most, and at a time
+PIECE = 1 << 20  # points looked at or written at a time
 PLY_TYPES = {
     **{name: f"<{kind}" for name, kind in (("float", "f4"), ("float32", "f4"), ("double", "f8"), ("float64", "f8"))},
     **{name: f"<{kind}" for name, kind in (("char", "i1"), ("uchar", "u1"), ("int8", "i1"), ("uint8", "u1"))},
@@ -49,18 +50,17 @@ class PointCloud:
                 f"A point cloud needs points and colors of one shape [P, 3]; these are "
                 f"{list(self.points.shape)} and {list(self.colors.shape)}."
             )
-        if not self.points.isfinite().all():
-            raise ValueError("The point cloud holds positions that are NaN or infinite; drop them first.")
+        for part in self.points.split(PIECE):  # of all points at once it would take twice as much as they do
+            throw_exception_if_processing_interrupted()
+            if not part.isfinite().all():
+                raise ValueError("The point cloud holds positions that are NaN or infinite; drop them first.")
 
     def __len__(self):
         return len(self.points)
 
 
-def ply_bytes(cloud: PointCloud, y_up: bool) -> bytes:
-    """The cloud as a binary PLY with 8-bit colours: in y-up axes, which 3-D viewers expect, or in OpenCV's."""
-    vertices = np.empty(len(cloud), [("position", "<f4", 3), ("color", "u1", 3)])
-    vertices["position"] = cloud.points * torch.tensor(OPENCV_TO_Y_UP if y_up else (1.0, 1.0, 1.0))
-    vertices["color"] = as_bytes(cloud.colors)
+def write_ply(file: BinaryIO, cloud: PointCloud, y_up: bool) -> None:
+    """Writes the cloud as a binary PLY with 8-bit colours: in y-up axes, which 3-D viewers expect, or in OpenCV's."""
     header = [
         "ply",
         "format binary_little_endian 1.0",
@@ -69,7 +69,20 @@ def ply_bytes(cloud: PointCloud, y_up: bool) -> bytes:
         *(f"property uchar {channel}" for channel in ("red", "green", "blue")),
         "end_header\n",
     ]
-    return "\n".join(header).encode("ascii") + vertices.tobytes()
+    file.write("\n".join(header).encode("ascii"))
+    axes = torch.tensor(OPENCV_TO_Y_UP if y_up else (1.0, 1.0, 1.0))
+    for points, colors in zip(cloud.points.split(PIECE), cloud.colors.split(PIECE)):
+        throw_exception_if_processing_interrupted()
+        vertices = np.empty(len(points), [("position", "<f4", 3), ("color", "u1", 3)])
+        vertices["position"] = points * axes
+        vertices["color"] = as_bytes(colors)
+        file.write(vertices.tobytes())
+
+
+def save_ply(path: Path, cloud: PointCloud, y_up: bool) -> None:
+    """`write_ply` into a new file, which appears only when it is complete. Raises as `new_file` does."""
+    with new_file(path) as file:
+        write_ply(file, cloud, y_up)
 
 
 def read_ply(path: Path) -> PointCloud:

@@ -24,7 +24,7 @@ SMALLEST_PIXELS = 1.0  # the least radius of a splat in pixels: below it, points
 POINTS_PER_PIXEL = 20
 BACKGROUND = (0.5, 0.5, 0.5)  # the colour of holes: the original composites colours in -1..1 over 0
 TILE_PIXELS = 1 << 16  # pixels composited at a time
-CHUNK_POINTS = 1 << 22  # points projected at a time
+CHUNK_POINTS = 1 << 20  # points projected at a time
 MOST_PIXELS = 1 << 23  # of one frame: 4K, 3840x2160
 RENDER_LIMIT = 4 << 30  # bytes of all frames of a render
 FRAME_PIXEL = 16  # bytes: three colours and the hole, in float32
@@ -183,8 +183,10 @@ def _visible(points, w2c, K, height, width, radius):
     columns = [u, v, index]
     del u, v, index
     for number, column in enumerate(columns):
-        throw_exception_if_processing_interrupted()
-        columns[number] = column[near_to_far]
+        columns[number] = column.new_empty(len(column))
+        for first in range(0, len(column), CHUNK_POINTS):
+            throw_exception_if_processing_interrupted()
+            columns[number][first : first + CHUNK_POINTS] = column[near_to_far[first : first + CHUNK_POINTS]]
     return tuple(columns)
 
 

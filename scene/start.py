@@ -5,7 +5,6 @@ import math
 import torch
 import torch.nn.functional as F
 
-from ..core import throw_exception_if_processing_interrupted
 from .camera_path import LENSES, camera_of_moge, focal_length, pinhole
 from .cameras import Cameras
 from .depth import depth_of_moge, depth_of_picture, points_from_depth
@@ -78,8 +77,8 @@ def scene_of_panorama(geometry: dict, width: int, height: int) -> Scene:
     cameras = panorama_cameras(width, height)
     views = [cameras[number] for number in range(len(cameras))]
     panorama = reduced(geometry["image"], cameras)  # once: all views have one lens
-    pictures = [to_bytes(view_of_panorama(panorama, view))[0] for view in _interruptible(views)]
-    depths = tuple(_or_infinite(depth_of_view(distance, view)) for view in _interruptible(views))
+    pictures = [to_bytes(view_of_panorama(panorama, view))[0] for view in views]
+    depths = tuple(_or_infinite(depth_of_view(distance, view)) for view in views)
     names = tuple(panorama_view(number) for number in range(len(views)))
     return Scene(tuple(pictures), cameras, names, depths, _thinned(cloud))
 
@@ -104,12 +103,6 @@ def panorama_view(number: int) -> str:
 def level_view(heading: int) -> str:
     """The name of the level view at a heading: 0 is the panorama's middle, each next one 40 degrees farther right."""
     return panorama_view(heading + 2 if heading else 0)
-
-
-def _interruptible(views):
-    for view in views:
-        throw_exception_if_processing_interrupted()
-        yield view
 
 
 def _or_infinite(depth):

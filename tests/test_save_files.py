@@ -13,10 +13,9 @@ from worldstereo_fp8 import nodes
 from worldstereo_fp8.comfy_nodes.files import prefix_of, save_output
 from worldstereo_fp8.comfy_nodes.save import WorldStereoSaveCamera, WorldStereoSaveFrames, WorldStereoSavePointCloud
 from worldstereo_fp8.comfy_nodes.show import write_clip
-from worldstereo_fp8.files.atomic import write_file
 from worldstereo_fp8.scene.camera_files import read_cameras
 from worldstereo_fp8.scene.cameras import Cameras, write_camera_json
-from worldstereo_fp8.scene.pointcloud import PointCloud, ply_bytes, read_ply, write_world_mirror
+from worldstereo_fp8.scene.pointcloud import PointCloud, read_ply, save_ply, write_world_mirror
 
 try:
     import resource
@@ -31,7 +30,7 @@ POINTS = PointCloud(torch.rand(5000, 3), torch.rand(5000, 3))
 FRAMES = torch.rand(3, 48, 64, 3)
 WRITERS = {
     ".json": lambda path: write_camera_json(path, CAMERAS),
-    ".ply": lambda path: write_file(path, ply_bytes(POINTS, y_up=False)),
+    ".ply": lambda path: save_ply(path, POINTS, y_up=False),
     "": lambda path: write_world_mirror(path, FRAMES, CAMERAS[:3], lambda pictures: None),
 }
 
@@ -128,10 +127,10 @@ UNFINISHED = {  # what writes anything, and what cares for it: only files.atomic
     "comfy_nodes/show.py write_clip new_file",
     "cook_worldstereo_fp8.py _write new_file",
     "cook_worldstereo_fp8.py write_report new_file",
-    "files/atomic.py write_file new_file",
     "fp8/cook.py cook new_large_file",
     "scene/cameras.py write_camera_json new_file",
     "scene/folder.py write_scene new_folder",
+    "scene/pointcloud.py save_ply new_file",
     "scene/pointcloud.py write_world_mirror new_folder",
 }
 PARTS = {  # what writes into a folder that one of these has made
