@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from contextvars import ContextVar
 
 import torch
-from comfy_api.latest import Types, io
+from comfy_api.latest import Types, io, ui
 from PIL import ImageColor
 
 from ..core import PromptServer
+from ..scene.pictures import resize_pictures, within
 
 CATEGORY = "WorldStereo"
 SH_DEGREE_0 = 0.5 / math.sqrt(math.pi)  # the constant spherical harmonic
@@ -43,6 +44,13 @@ def with_text_shown(node: type[io.ComfyNode], output: io.NodeOutput) -> io.NodeO
         previews = output.ui if isinstance(output.ui, dict | None) else output.ui.as_dict()
         output.ui = (previews or {}) | {"worldstereo_text": [text]}
     return output
+
+
+def preview_of(node: type[io.ComfyNode], picture: torch.Tensor) -> ui.PreviewImage:
+    """A picture [1, H, W, 3] for the node to show. A large one is reduced: ComfyUI takes seconds to write it, which the
+    stop button does not end."""
+    size = within(*picture.shape[1:3])
+    return ui.PreviewImage(picture if picture.shape[1:3] == size else resize_pictures(picture, *size), cls=node)
 
 
 def color_of(text: str) -> tuple[float, float, float]:

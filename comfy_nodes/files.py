@@ -57,12 +57,12 @@ def _bytes(name: str) -> int:
 
 def camera_files() -> list[str]:
     """The files in ComfyUI's input folder that may hold cameras."""
-    folder = Path(folder_paths.get_input_directory())
-    return sorted(
-        path.name
-        for path in folder.iterdir()
-        if path.suffix.lower() in CAMERA_FILES and path.name.isprintable() and path.is_file()
-    )
+    with os.scandir(folder_paths.get_input_directory()) as entries:
+        return sorted(
+            entry.name
+            for entry in entries
+            if Path(entry.name).suffix.lower() in CAMERA_FILES and entry.name.isprintable() and entry.is_file()
+        )
 
 
 def camera_file(name: str) -> Path:
@@ -74,23 +74,23 @@ def camera_file(name: str) -> Path:
     return Path(folder_paths.get_input_directory()) / name
 
 
-def prefix_of(filename_prefix: str) -> str:
+def prefix_of(filename_prefix: str, name: str = "filename_prefix") -> str:
     """A filename prefix in the form that core's counter understands: parts separated by "/", none of them empty or ".".
     "worldstereo" if nothing is left of the prefix. Raises ValueError for a NUL character and for names that file systems
     do not accept."""
     if "\0" in filename_prefix:
-        raise ValueError(f"filename_prefix: {shown(filename_prefix)} holds a NUL character.")
+        raise ValueError(f"{name}: {shown(filename_prefix)} holds a NUL character.")
     root = "/" if filename_prefix.startswith(("/", "\\")) else ""  # which core refuses
     parts = [part for part in filename_prefix.replace("\\", "/").split("/") if part.strip() not in ("", ".")]
     if longest := max((part for part in parts if _bytes(part) > MAX_NAME), key=len, default=""):
-        raise ValueError(f"filename_prefix: {shown(longest)} is too long a name: at most {MAX_NAME} bytes are taken.")
+        raise ValueError(f"{name}: {shown(longest)} is too long a name: at most {MAX_NAME} bytes are taken.")
     return root + "/".join(parts) or "worldstereo"
 
 
 def check_prefix(name: str, prefix: str) -> None:
-    """Raises ValueError, naming the input, for a prefix that leads outside the output folder."""
+    """Raises ValueError, naming the input, for a prefix that leads outside the output folder or is no file's name."""
     output = os.path.abspath(folder_paths.get_output_directory())
-    place = os.path.abspath(os.path.join(output, prefix_of(prefix)))
+    place = os.path.abspath(os.path.join(output, prefix_of(prefix, name)))
     if not Path(place).is_relative_to(output):
         raise ValueError(f"{name}: {shown(prefix)} leads outside the output folder.")
 
@@ -134,8 +134,11 @@ def scene_folders() -> list[str]:
             if place != Path(root) and any((place / file).is_file() for file in KINDS):
                 found.append(f"{place.relative_to(root).as_posix()} [{kind}]")
                 continue
-            with contextlib.suppress(OSError):
-                places += [entry for entry in place.iterdir() if not entry.name.startswith(".") and _is_folder(entry)]
+            # Of a folder of many files, scandir knows without a look at each which entries are folders.
+            with contextlib.suppress(OSError), os.scandir(place) as entries:
+                places += [
+                    Path(entry) for entry in entries if entry.name[0] != "." and entry.is_dir(follow_symlinks=False)
+                ]
     return sorted(name for name in found if name.isprintable())
 
 
@@ -152,10 +155,6 @@ def scene_folder(name: str) -> Path:
 
 def _roots() -> dict[str, str]:
     return {"output": folder_paths.get_output_directory(), "input": folder_paths.get_input_directory()}
-
-
-def _is_folder(path: Path) -> bool:
-    return path.is_dir() and not path.is_symlink()
 
 
 def keep_in_temp(folder: str, content: bytes) -> dict[str, str]:

@@ -3,7 +3,7 @@ paths."""
 
 import math
 
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from ..core import GraphBuilder, ProgressBar, get_torch_device
 from ..scene.depth import depths_of_moge
@@ -19,7 +19,7 @@ from ..scene.walk import ASKING, prepare_path, remember_clip, start_view
 from ..worldstereo.comfy_model import config_of
 from ..worldstereo.conditioning import References, keyframe_size
 from ..worldstereo.config import WorldStereoConfig
-from .common import CATEGORY, Cameras, MoGeGeometry, MoGeModel, Points, Scene, SceneReferences, show_on_node
+from .common import CATEGORY, Cameras, MoGeGeometry, MoGeModel, Points, Scene, SceneReferences, preview_of, show_on_node
 from .files import check_prefix
 from .inputs import depth_picture_inputs, radius_input, render_outputs, size_inputs, size_model_input
 from .limits import checked
@@ -75,7 +75,7 @@ class WorldStereoStartScene(io.ComfyNode):
             scene = scene_of_picture(image, depth, camera, depth_picture, near, far, width, height)
             remarks = stretches(height, width, image=image.shape[1:3])
         show_on_node(cls, str(scene), remarks)
-        return io.NodeOutput(scene, ui=ui.PreviewImage(scene.picture(0), cls=cls))
+        return io.NodeOutput(scene, ui=preview_of(cls, scene.picture(0)))
 
 
 class WorldStereoScenePath(io.ComfyNode):
@@ -251,7 +251,7 @@ class WorldStereoContinue(io.ComfyNode):
         picture = scene.picture(number)
         fov = math.degrees(2 * math.atan(scene.cameras.width / 2 / scene.cameras.K[number, 0, 0].item()))
         show_on_node(cls, f"{scene.names[number]}, one of {len(scene)} views")
-        return io.NodeOutput(picture, scene.cameras[number], scene.cloud, fov, ui=ui.PreviewImage(picture, cls=cls))
+        return io.NodeOutput(picture, scene.cameras[number], scene.cloud, fov, ui=preview_of(cls, picture))
 
 
 class WorldStereoExploreScene(io.ComfyNode):

@@ -10,13 +10,14 @@ import torch
 from comfy_api.latest import InputImpl, Types, io, ui
 
 from ..files.atomic import new_file
-from ..scene.pictures import StoppableFrames, contact_sheet, side_by_side
+from ..scene.pictures import StoppableFile, StoppableFrames, contact_sheet, side_by_side, within
 from ..scene.pointcloud import splat_sizes, write_ply
 from .common import CATEGORY, Points, splat_of
 from .limits import checked
 
 FPS = 16.0
 MAX_CLIP_SIDE = 8192  # pixels that H.264 takes
+PLAYED_PIXELS = 1 << 22  # of a frame of the clip on the node
 
 
 class WorldStereoPreviewClip(io.ComfyNode):
@@ -60,9 +61,12 @@ class WorldStereoPreviewClip(io.ComfyNode):
 
 
 def write_clip(path: Path, frames: torch.Tensor, fps: float) -> None:
-    """Writes frames [N, H, W, 3] of even sides as an MP4, whole or not at all."""
+    """Writes frames [N, H, W, 3] of even sides as an MP4, whole or not at all. Large frames are reduced, because the
+    encoder keeps dozens of them."""
+    height, width = within(*frames.shape[1:3], PLAYED_PIXELS)
+    played = StoppableFrames(frames, (max(2, height // 2 * 2), max(2, width // 2 * 2)))
     with new_file(path) as file:
-        clip_of(StoppableFrames(frames), fps).save_to(file, format=Types.VideoContainer.MP4)
+        clip_of(played, fps).save_to(StoppableFile(file), format=Types.VideoContainer.MP4)
 
 
 def clip_of(frames: torch.Tensor | StoppableFrames, fps: float) -> InputImpl.VideoFromComponents:

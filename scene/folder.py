@@ -33,6 +33,7 @@ from .fuse import thin_by_voxels
 from .pictures import as_bytes, write_png
 from .pointcloud import PLY_POINTS, PointCloud, read_ply, world_mirror, write_ply
 from .scene import MAX_PIXELS, MAX_POINTS, MAX_VIEWS, Scene, TakenPath
+from .stop import stoppable
 
 VERSION = 1
 COLMAP_POINTS = 200_000  # in points3D.txt; a larger cloud is thinned there, cloud.ply has all points
@@ -41,6 +42,12 @@ HEADER_LIMIT = 4 << 20  # bytes of scene.safetensors' header
 TEXT_LIMIT, MAX_LINE = 1 << 30, 1 << 20  # bytes of a points3D.txt and of a line of it, the point's track included
 READ_AT_ONCE, FLOATS_AT_ONCE = 1 << 18, 1 << 22  # bytes read and numbers written between two checks for an interrupt
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+FORMATS = (
+    "PNG",
+    "JPEG",
+    "WEBP",
+)  # Pillow goes by the content: in a file of any name it takes PostScript to Ghostscript
+MAX_PICTURE = 1 << 26  # pixels: with alpha it takes 1 GB while it is read
 KINDS = ("scene.json", "transforms.json", "cameras.json", "sparse/0/images.txt", "sparse/images.txt", "images.txt")
 
 
@@ -82,16 +89,19 @@ def read_scene(folder: Path, progress: Callable[[int, int], None] = lambda done,
             f"{shown(folder.name)} is not a scene folder: it has none of scene.json, cameras.json, transforms.json and "
             "sparse/0/images.txt."
         )
+    _refuse_link_outside(folder, folder / kind)
     if kind == "scene.json":
         return _read_own(folder, progress), "a saved scene"
     paths, cameras, words = _READERS[Path(kind).name](folder, folder / kind)
     if len(paths) > MAX_VIEWS:
         raise ValueError(f"{kind} lists {len(paths)} pictures; a scene holds at most {MAX_VIEWS}.")
-    points = _points_beside(folder, (folder / kind).parent)
+    if points := _points_beside(folder, (folder / kind).parent):
+        _refuse_link_outside(folder, points)
     step = _steps(progress, [*paths, points] if points else paths)
     pictures: list[torch.Tensor] = []
     for path in paths:
-        pictures.append(_read_picture(path, None if not pictures else pictures[0].shape[1::-1], len(paths)))
+        size = pictures[0].shape[1::-1] if pictures else None
+        pictures.append(stoppable(_read_picture, path, size, len(paths)))
         step(path.stat().st_size)
     height, width = pictures[0].shape[:2]
     names = [path.stem for path in paths]
@@ -240,12 +250,14 @@ def _read_own(folder: Path, progress) -> Scene:
     for number, length in enumerate(lengths):
         shapes |= {f"path.{number}.w2c": (length, 4, 4), f"path.{number}.K": (length, 3, 3)}
     files = [folder / "images" / _picture_file(number, name) for number, name in enumerate(names)]
+    for file in (folder / "scene.safetensors", *files):
+        _refuse_link_outside(folder, file)
     step = _steps(progress, [folder / "scene.safetensors", *files])
     tensors = _read_tensors(folder / "scene.safetensors", shapes)
     step((folder / "scene.safetensors").stat().st_size)
     pictures = []
     for file in files:
-        pictures.append(_read_picture(file, (width, height), count))
+        pictures.append(stoppable(_read_picture, file, (width, height), count))
         step(file.stat().st_size)
     try:
         taken = tuple(
@@ -300,12 +312,14 @@ def _read_tensors(path: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, t
 def _read_picture(path: Path, size, count: int) -> torch.Tensor:
     """A picture, uint8 [H, W, 3]. size: the width and height that it must have, or None. Raises ValueError."""
     try:
-        with open_regular(path) as file, Image.open(file) as image:
+        with open_regular(path) as file, Image.open(file, formats=FORMATS) as image:
             if size is not None and image.size != tuple(size):
                 raise ValueError(
                     f"it is {image.width}x{image.height} and the others {size[0]}x{size[1]}; all must have the same "
                     "size"
                 )
+            if image.width * image.height > MAX_PICTURE:
+                raise ValueError(f"it is {image.width}x{image.height}; at most {MAX_PICTURE >> 20} megapixels are read")
             if image.width * image.height * count > MAX_PIXELS:
                 raise ValueError(f"{count} pictures of {image.width}x{image.height} are more than a scene holds")
             return torch.from_numpy(np.array(image.convert("RGB")))
@@ -323,11 +337,25 @@ def _picture(folder: Path, name: str, where: str) -> Path:
     for base in (folder, folder / "images"):
         for suffix in ("", *PICTURES):
             path = base / (name + suffix)
-            if path.suffix.lower() in PICTURES and path.is_file():
+            if path.suffix.lower() in PICTURES and _is_file(path):
                 if not path.resolve().is_relative_to(root):
                     raise ValueError(f"{where} names a picture outside its folder: {shown(name)}.")
                 return path
     raise ValueError(f"The picture {shown(name)} that {where} names is neither in its folder nor in images/ there.")
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a longer name than any file's
+        return False
+
+
+def _refuse_link_outside(folder: Path, path: Path) -> None:
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise ValueError(
+            f"{shown(path.name)} is a link to a file outside {shown(folder.name)}: put the file itself there."
+        )
 
 
 def _read_cameras_json(folder: Path, path: Path):
@@ -362,7 +390,7 @@ def _read_cameras_json(folder: Path, path: Path):
 
 def _size(path: Path) -> tuple[int, int]:
     try:
-        with open_regular(path) as file, Image.open(file) as image:
+        with open_regular(path) as file, Image.open(file, formats=FORMATS) as image:
             return image.size
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"The picture {shown(path.name)} cannot be used: {shown(error, 300)}.") from error

@@ -40,33 +40,35 @@ def write_png(path: Path, picture: torch.Tensor) -> None:
     """Writes a picture, uint8 [H, W, 3], as a PNG. Can be interrupted, because a large one takes seconds. Raises
     OSError."""
     with open(path, "wb") as file:
-        Image.fromarray(picture.numpy()).save(_Stoppable(file), "PNG")
+        Image.fromarray(picture.numpy()).save(StoppableFile(file), "PNG")
 
 
 class StoppableFrames:
-    """Frames [N, H, W, C] whose iteration checks for ComfyUI's interrupt before each frame, for loops that do not."""
+    """Frames [N, H, W, C] whose iteration checks for ComfyUI's interrupt before each frame, for loops that do not.
+    size: the height and width that each is resized to, or None."""
 
-    def __init__(self, frames: torch.Tensor):
-        self.frames, self.shape = frames, frames.shape
+    def __init__(self, frames: torch.Tensor, size: tuple[int, int] | None = None):
+        self.frames, self.size = frames, size or frames.shape[1:3]
+        self.shape = torch.Size([len(frames), *self.size, frames.shape[3]])
 
     def __iter__(self):
         for frame in self.frames:
             throw_exception_if_processing_interrupted()
-            yield frame
+            yield frame if frame.shape[:2] == self.size else resize_pictures(frame[None], *self.size)[0]
 
 
-class _Stoppable:
-    """A file for Pillow to write to, which checks for ComfyUI's interrupt at every write."""
+class StoppableFile:
+    """A file for Pillow and PyAV to write to, which checks for ComfyUI's interrupt at every write."""
 
     def __init__(self, file: BinaryIO):
         self.file = file
 
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
     def write(self, content: bytes) -> int:
         throw_exception_if_processing_interrupted()
         return self.file.write(content)
-
-    def flush(self):
-        self.file.flush()
 
 
 def same_shape(height: int, width: int, other_height: int, other_width: int) -> bool:

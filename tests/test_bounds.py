@@ -16,9 +16,10 @@ import torch
 from comfy_api.latest import io
 from fuzz.inputs import cameras, geometry, nodes, vae
 from fuzz.inputs import scene as fuzz_scene
-from worldstereo_fp8.comfy_nodes import camera, fly, limits, save, show
+from worldstereo_fp8.comfy_nodes import camera, common, fly, limits, save, show
 from worldstereo_fp8.comfy_nodes import model as model_nodes
 from worldstereo_fp8.comfy_nodes import scene as scene_nodes
+from worldstereo_fp8.comfy_nodes.files import check_prefix
 from worldstereo_fp8.files import json as bounded_json
 from worldstereo_fp8.scene import folder as folder_module
 from worldstereo_fp8.scene import pictures as pictures_module
@@ -212,6 +213,23 @@ def test_an_exploration_outside_the_output_folder_does_not_start(name, prefix):
     assert run(scene_nodes.WorldStereoExploreScene, **(inputs | {name: "a/b"})).expand
 
 
+@pytest.mark.parametrize("name", ["video_prefix", "scene_prefix"])
+@pytest.mark.parametrize(("prefix", "words"), [("a\0b", "holds a NUL"), ("é" * 101, "is too long a name")])
+def test_an_explorations_prefix_is_named(name, prefix, words):
+    with pytest.raises(ValueError, match=f"^{name}: .* {words}"):
+        check_prefix(name, prefix)
+
+
+def test_a_large_picture_is_previewed_small(monkeypatch):
+    """Core's writing of it takes seconds and cannot be interrupted."""
+    shown = []
+    monkeypatch.setattr("comfy_api.latest.ui.PreviewImage", lambda picture, cls: shown.append(picture))
+    small, large = torch.rand(1, 480, 832, 3), torch.rand(1, 2048, 4096, 3)
+    common.preview_of(None, small)
+    common.preview_of(None, large)
+    assert shown[0] is small and shown[1].shape == (1, 512, 1024, 3)
+
+
 def test_a_panorama_that_is_not_twice_as_wide_as_high_is_reported(caplog):
     height, width = 64, 96
     depth = torch.rand(1, height, width) + 1
@@ -350,7 +368,8 @@ def test_long_work_looks_at_the_stop_button(name, tmp_path, monkeypatch):
     looks = []
 
     def look(stop_at):
-        looks.append(time.monotonic())
+        if len(looks) < stop_at:  # a video's file is closed after the last look, with another one
+            looks.append(time.monotonic())
         if len(looks) == stop_at:
             raise management.InterruptProcessingException
 

@@ -238,6 +238,53 @@ def test_pictures_outside_the_folder_are_not_read(saved, tmp_path):
         read_scene(saved)
 
 
+@pytest.mark.parametrize(
+    ("description", "file"),
+    [
+        ("scene.json", "scene.json"),
+        ("scene.json", "scene.safetensors"),
+        ("scene.json", "images/0000_start.png"),
+        ("transforms.json", "transforms.json"),
+        ("transforms.json", "cloud.ply"),
+        ("sparse", "sparse/0/points3D.txt"),
+    ],
+)
+def test_links_to_files_outside_the_folder_are_not_followed(saved, tmp_path, description, file):
+    if description != "scene.json":
+        only(saved, description, file)
+    (saved / file).rename(tmp_path / "outside")
+    (saved / file).symlink_to(tmp_path / "outside")
+    with pytest.raises(ValueError, match=f"{os.path.basename(file)} is a link to a file outside saved"):
+        read_scene(saved)
+
+
+def test_only_pictures_formats_are_decoded(saved, monkeypatch):
+    """Pillow goes by the content, and has Ghostscript run PostScript."""
+    ran = []
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *given: ran.append(given))
+    picture = saved / "images" / "0000_start.png"
+    for name in ("EPS", "GIF", "TIFF", "BMP"):
+        Image.new("RGB", (WIDTH, HEIGHT)).save(picture, name)
+        with pytest.raises(ValueError, match="The picture 0000_start.png cannot be used: cannot identify image file"):
+            read_scene(saved)
+    assert not ran
+
+
+def test_one_picture_is_bounded(saved):
+    transforms = only(saved, "transforms.json") / "transforms.json"
+    content = json.loads(transforms.read_text())
+    transforms.write_text(json.dumps(content | {"frames": content["frames"][:1]}))
+    Image.new("1", (8193, 8192)).save(saved / "images" / "0000_start.png")  # 30 kB
+    with pytest.raises(ValueError, match="0000_start.png cannot be used: it is 8193x8192; at most 64 megapixels"):
+        read_scene(saved)
+
+
+def test_a_picture_of_a_longer_name_than_files_have(saved):
+    change(only(saved, "transforms.json") / "transforms.json", "images/0000_start.png", "x" * 5000)
+    with pytest.raises(ValueError, match=r"The picture x+… \(5000 characters\) that transforms.json names"):
+        read_scene(saved)
+
+
 def test_pictures_of_any_number_are_bounded(saved, monkeypatch):
     monkeypatch.setattr("worldstereo_fp8.scene.folder.MAX_PIXELS", 4 * WIDTH * HEIGHT - 1)
     with pytest.raises(ValueError, match="more than a scene holds"):

@@ -1,9 +1,10 @@
 """What is shown of a result: the clip beside its render, the sheet, the cloud as splats."""
 
+import av
 import folder_paths
 import pytest
 import torch
-from worldstereo_fp8.comfy_nodes.show import WorldStereoPreviewClip
+from worldstereo_fp8.comfy_nodes.show import WorldStereoPreviewClip, write_clip
 from worldstereo_fp8.scene.pictures import contact_sheet, side_by_side
 from worldstereo_fp8.scene.pointcloud import PointCloud, splat_sizes
 
@@ -50,3 +51,11 @@ def test_pictures_with_transparency_become_a_clip(tmp_path, monkeypatch):
     sheet, clip = WorldStereoPreviewClip.execute(torch.rand(3, 16, 24, 4)).args
     assert sheet.shape[3] == 3 and clip.get_components().images.shape == (3, 16, 24, 3)
     assert [path.suffix for path in tmp_path.iterdir()] == [".mp4"]
+
+
+def test_a_large_clip_is_played_small(tmp_path):
+    """The encoder keeps dozens of frames, of which the largest have 100 MB each."""
+    write_clip(tmp_path / "clip.mp4", torch.rand(2, 2048, 4096, 3), 16)
+    with av.open(str(tmp_path / "clip.mp4")) as clip:
+        stream = clip.streams.video[0]
+        assert (stream.width, stream.height, stream.frames) == (2896, 1448, 2)

@@ -11,7 +11,7 @@ cases in a process of their own, whose memory is limited; `runner` watches it an
 from collections.abc import Callable
 from dataclasses import dataclass
 
-CLASSES = ("headers", "indexes", "configs", "cameras", "inputs")
+CLASSES = ("headers", "indexes", "configs", "cameras", "folders", "inputs")
 SERVED = ("prompts",)  # these run on a real server, each case for a second or more
 LONGEST = 1000  # characters of a clear error
 
