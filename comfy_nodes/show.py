@@ -63,7 +63,7 @@ class WorldStereoPreviewClip(io.ComfyNode):
 def write_clip(path: Path, frames: torch.Tensor, fps: float) -> None:
     """Writes frames [N, H, W, 3] of even sides as an MP4, whole or not at all. Large frames are reduced, because the
     encoder keeps dozens of them."""
-    height, width = within(*frames.shape[1:3], PLAYED_PIXELS)
+    height, width = within(frames.shape[1], frames.shape[2], PLAYED_PIXELS)
     played = StoppableFrames(frames, (max(2, height // 2 * 2), max(2, width // 2 * 2)))
     with new_file(path) as file:
         clip_of(played, fps).save_to(StoppableFile(file), format=Types.VideoContainer.MP4)

@@ -68,8 +68,8 @@ def write_scene(folder: Path, scene: Scene, progress: Callable[[int], None] = la
         c2w = rigid_inverse(scene.cameras.w2c.double())
         _write_json(new / "cameras.json", world_mirror(stems, c2w, scene.cameras.K))
         _write_json(new / "transforms.json", _nerfstudio(files, c2w, scene.cameras))
-        with open(new / "cloud.ply", "wb") as file:
-            write_ply(file, scene.cloud, y_up=False)
+        with open(new / "cloud.ply", "wb") as ply:
+            write_ply(ply, scene.cloud, y_up=False)
         _write_colmap(new / "sparse" / "0", files, scene)
 
 

@@ -137,12 +137,13 @@ def fuse(
         progress(1)
     known = torch.ones(old, dtype=torch.bool)
     keep = torch.cat([known, ~seen_through(points[old:], seen)])
+    seen.clear()  # the depths of many large frames take gigabytes
     passed, points, colors = int((~keep).sum()), points[keep], colors[keep]
     keep = torch.cat([known, ~outliers(points, old)])
     far_off, points, colors = int((~keep).sum()), points[keep], colors[keep]
     keep, voxel = thin_by_voxels(points, limit)
     fused = PointCloud(points[keep], colors[keep])
-    if not seen:
+    if all(fit.refused for fit in fits):
         logging.warning(
             "WorldStereo: none of the %d frames fits the scene's point cloud, which stays as it is.", len(fits)
         )

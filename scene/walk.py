@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..core import throw_exception_if_processing_interrupted
 from .cameras import Cameras
 from .fuse import FrameFit, FuseReport, fuse
 from .memory import asked_views, best_views, choose_references, frames_to_remember, picture_quality, view_scores
@@ -171,6 +172,7 @@ def fitted_depth(depth: torch.Tensor, fit: FrameFit, height: int, width: int) ->
     there is none; None for a frame that was refused."""
     if fit.refused:
         return None
+    throw_exception_if_processing_interrupted()
     depth = torch.nn.functional.interpolate(depth[None, None].float(), (height, width), mode="nearest-exact")[0, 0]
     fitted = fit.scale * depth + fit.shift
     return fitted.where(depth.isfinite() & (depth > 0) & (fitted > 0), torch.inf).cpu()
