@@ -14,7 +14,7 @@ import json
 import os
 import re
 from collections.abc import Callable
-from io import BufferedReader
+from io import BufferedReader, BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +25,7 @@ from PIL import Image
 from ..core import throw_exception_if_processing_interrupted
 from ..files import json as bounded_json
 from ..files.atomic import new_folder
-from ..files.regular import open_regular
+from ..files.regular import open_regular, read_regular
 from ..files.text import shown
 from . import camera_files
 from .cameras import Cameras, rigid_inverse, rotation_to_quaternion
@@ -47,6 +47,7 @@ FORMATS = (
     "JPEG",
     "WEBP",
 )  # Pillow goes by the content: in a file of any name it takes PostScript to Ghostscript
+PICTURE_BYTES = 1 << 29  # of a file
 MAX_PICTURE = 1 << 26  # pixels: with alpha it takes 1 GB while it is read
 KINDS = ("scene.json", "transforms.json", "cameras.json", "sparse/0/images.txt", "sparse/images.txt", "images.txt")
 
@@ -312,7 +313,7 @@ def _read_tensors(path: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, t
 def _read_picture(path: Path, size, count: int) -> torch.Tensor:
     """A picture, uint8 [H, W, 3]. size: the width and height that it must have, or None. Raises ValueError."""
     try:
-        with open_regular(path) as file, Image.open(file, formats=FORMATS) as image:
+        with _opened(path) as image:
             if size is not None and image.size != tuple(size):
                 raise ValueError(
                     f"it is {image.width}x{image.height} and the others {size[0]}x{size[1]}; all must have the same "
@@ -327,6 +328,11 @@ def _read_picture(path: Path, size, count: int) -> torch.Tensor:
         raise ValueError(f"The picture {shown(path.name)} is missing from {shown(path.parent.name)}.") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"The picture {shown(path.name)} cannot be used: {shown(error, 300)}.") from error
+
+
+def _opened(path: Path) -> Image.Image:
+    """A picture, from memory: a file's read makes room for as many bytes as a spoilt PNG says that follow, up to 4 GB."""
+    return Image.open(BytesIO(read_regular(path, PICTURE_BYTES)), formats=FORMATS)
 
 
 def _picture(folder: Path, name: str, where: str) -> Path:
@@ -390,7 +396,7 @@ def _read_cameras_json(folder: Path, path: Path):
 
 def _size(path: Path) -> tuple[int, int]:
     try:
-        with open_regular(path) as file, Image.open(file, formats=FORMATS) as image:
+        with _opened(path) as image:
             return image.size
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"The picture {shown(path.name)} cannot be used: {shown(error, 300)}.") from error

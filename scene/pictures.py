@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ..core import throw_exception_if_processing_interrupted
 from .cameras import thin
+from .stop import stoppable
 
 SHAPE_TOLERANCE = 0.05  # relative, of height/width: what rounding sides to whole pixels or patches may change
 SMALLEST_STRETCH = 0.01  # relative: a smaller one is not reported
@@ -117,6 +118,10 @@ def side_by_side(frames: torch.Tensor, beside: torch.Tensor) -> torch.Tensor:
     return pairs
 
 
+def _tile(frame, size):
+    return Image.fromarray(as_bytes(frame[..., :3]).cpu().numpy()).resize(size, Image.Resampling.LANCZOS)
+
+
 def contact_sheet(frames: torch.Tensor, width: int = SHEET_WIDTH) -> torch.Tensor:
     """All frames [N, H, W, 3], numbered from 0, in reading order on one sheet [1, h, w, 3]. The sheet is about `width`
     pixels wide, and as close to twice as wide as high as possible."""
@@ -133,8 +138,7 @@ def contact_sheet(frames: torch.Tensor, width: int = SHEET_WIDTH) -> torch.Tenso
     for number, frame in enumerate(StoppableFrames(frames)):
         row, column = divmod(number, columns)
         corner = (column * tile_width, row * tile_height)
-        pixels = as_bytes(frame[..., :3]).cpu().numpy()
-        sheet.paste(Image.fromarray(pixels).resize((tile_width, tile_height), Image.Resampling.LANCZOS), corner)
+        sheet.paste(stoppable(_tile, frame, (tile_width, tile_height)), corner)
         place = (corner[0] + tile_width // 32, corner[1] + tile_width // 64)
         draw.text(place, str(number), fill="white", font=font, stroke_width=2, stroke_fill="black")
     return torch.from_numpy(np.asarray(sheet, dtype=np.float32) / 255)[None]

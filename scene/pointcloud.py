@@ -38,7 +38,7 @@ SPLAT_NEIGHBOURS, SPLAT_LIMIT, SPLAT_PIECE = 3, 8.0, 1 << 16
 class PointCloud:
     """points [P, 3] float32 in the cameras' world (OpenCV axes), colors [P, 3] float32 in 0..1.
 
-    Raises ValueError for shapes that do not match and positions that are not finite.
+    Raises ValueError for shapes that do not match and numbers that are not finite.
     """
 
     points: torch.Tensor
@@ -50,10 +50,11 @@ class PointCloud:
                 f"A point cloud needs points and colors of one shape [P, 3]; these are "
                 f"{list(self.points.shape)} and {list(self.colors.shape)}."
             )
-        for part in self.points.split(PIECE):  # of all points at once it would take twice as much as they do
-            throw_exception_if_processing_interrupted()
-            if not part.isfinite().all():
-                raise ValueError("The point cloud holds positions that are NaN or infinite; drop them first.")
+        for what, values in (("positions", self.points), ("colours", self.colors)):
+            for part in values.split(PIECE):  # of all points at once it would take twice as much as they do
+                throw_exception_if_processing_interrupted()
+                if not part.isfinite().all():
+                    raise ValueError(f"The point cloud holds {what} that are NaN or infinite; drop them first.")
 
     def __len__(self):
         return len(self.points)

@@ -1,9 +1,11 @@
 """A scene as a folder: exact for this pack, readable by others, never half; and folders that others wrote."""
 
+import contextlib
 import json
 import os
 import signal
 import time
+import tracemalloc
 
 import folder_paths
 import numpy as np
@@ -276,6 +278,27 @@ def test_one_picture_is_bounded(saved):
     transforms.write_text(json.dumps(content | {"frames": content["frames"][:1]}))
     Image.new("1", (8193, 8192)).save(saved / "images" / "0000_start.png")  # 30 kB
     with pytest.raises(ValueError, match="0000_start.png cannot be used: it is 8193x8192; at most 64 megapixels"):
+        read_scene(saved)
+
+
+def test_a_png_that_promises_4_gigabytes(saved):
+    picture = saved / "images" / "0000_start.png"
+    content = picture.read_bytes()
+    place = content.index(b"IDAT")
+    picture.write_bytes(content[: place - 4] + b"\xff\xff\xff\xf0" + content[place:])
+    tracemalloc.start()
+    try:
+        with contextlib.suppress(ValueError):
+            read_scene(saved)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 28
+    finally:
+        tracemalloc.stop()
+
+
+def test_points_whose_colour_is_no_number(saved):
+    points = only(saved, "sparse") / "sparse" / "0" / "points3D.txt"
+    points.write_text("1 0 0 1 9 nan 9 0\n")
+    with pytest.raises(ValueError, match="points3D.txt cannot be used. .* holds colours that are NaN"):
         read_scene(saved)
 
 
