@@ -230,6 +230,8 @@ def test_groups_are_switched_with_ctrl_b(page, mode):
 
 def test_the_template_browser_lists_the_workflows_with_pictures(page):
     page.errors.clear()
+    size = page.viewport_size
+    page.set_viewport_size({"width": 2160, "height": 1500})
     page.evaluate("app.extensionManager.command.execute('Comfy.BrowseTemplates')")
     dialog = page.get_by_role("dialog")
     dialog.get_by_text("worldstereo-fp8").first.click()
@@ -242,6 +244,7 @@ def test_the_template_browser_lists_the_workflows_with_pictures(page):
             timeout=60_000,
         )
     screenshot(page, "templates")
+    page.set_viewport_size(size)
     page.keyboard.press("Escape")
     dialog.wait_for(state="hidden")
     assert page.errors == []

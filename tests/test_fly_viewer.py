@@ -260,7 +260,7 @@ def test_flying(comfyui, page, errors, mode):
 def test_keys_without_the_focus_are_the_pages(comfyui, page, errors):
     """And the viewer reports bad text."""
     set_up_flight(page)
-    page.mouse.click(1800, 1200)  # the empty graph
+    page.mouse.click(1400, 860)  # the empty graph
     scale = page.evaluate("app.canvas.ds.scale")
     stage = page.locator(".ws-stage canvas").bounding_box()
     page.mouse.move(stage["x"] + 50, stage["y"] + 50)

@@ -130,6 +130,7 @@ def test_workflow_in_the_web_page(comfyui, page, errors):
 
 def take_screenshot(page, path):
     """The drawn workflow alone."""
+    page.set_viewport_size({"width": 2160, "height": 1500})
     page.evaluate("""async () => {
         await window.app.extensionManager.command.execute("Workspace.ToggleFocusMode");
         window.app.canvas.ds.scale = 0.9;

@@ -52,7 +52,7 @@ def page_of(comfyui, errors, webgl=False):
     sync_api = pytest.importorskip("playwright.sync_api", reason="install tests/requirements.txt")
     with sync_api.sync_playwright() as playwright:
         browser = launch_browser(sync_api, playwright, webgl)
-        page = browser.new_page(viewport={"width": 2160, "height": 1500})
+        page = browser.new_page(viewport={"width": 1440, "height": 900})  # a larger one is drawn slowly
 
         def on_console(message):
             url = message.location["url"]
