@@ -28,13 +28,8 @@ MAX_POINTS = 1 << 25  # a panorama's of 8192x4096
 MAX_CONDITIONS = 1000
 MAX_LATENT = 1 << 27  # numbers: 64 times those of 21 keyframes at 832x480
 OUTSIDE = 0.05  # how far pixels may lie outside 0..1, where filters leave them, before a warning is logged
-FILES = {
-    "camera",
-    "folder",
-    "model_name",
-    "base_model",
-    "source",
-}  # inputs whose nodes report a missing file themselves
+# Inputs whose nodes report a missing file themselves.
+FILES = {"camera", "folder", "model_name", "base_model", "source"}
 
 
 def checked(execute: Callable) -> classmethod:

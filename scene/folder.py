@@ -42,11 +42,8 @@ HEADER_LIMIT = 4 << 20  # bytes of scene.safetensors' header
 TEXT_LIMIT, MAX_LINE = 1 << 30, 1 << 20  # bytes of a points3D.txt and of a line of it, the point's track included
 READ_AT_ONCE, FLOATS_AT_ONCE = 1 << 18, 1 << 22  # bytes read and numbers written between two checks for an interrupt
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
-FORMATS = (
-    "PNG",
-    "JPEG",
-    "WEBP",
-)  # Pillow goes by the content: in a file of any name it takes PostScript to Ghostscript
+# Pillow goes by the content: PostScript, in a file of any name, it would hand to Ghostscript.
+FORMATS = ("PNG", "JPEG", "WEBP")
 PICTURE_BYTES = 1 << 29  # of a file
 MAX_PICTURE = 1 << 26  # pixels: with alpha it takes 1 GB while it is read
 KINDS = ("scene.json", "transforms.json", "cameras.json", "sparse/0/images.txt", "sparse/images.txt", "images.txt")
