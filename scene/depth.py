@@ -4,9 +4,8 @@ depths are compressed, edges and invalid depths dropped."""
 import torch
 import torch.nn.functional as F
 
-from ..core import throw_exception_if_processing_interrupted
-from .pointcloud import PointCloud
-from .stop import stoppable
+from .pointcloud import PIECE, PointCloud
+from .stop import pieces, stoppable
 
 FAR_MEDIANS = 8.0  # depths beyond this many medians are compressed
 NO_DEPTH_DISPARITY = 1e7  # what the edge test sees where there is no depth
@@ -110,14 +109,13 @@ def on_edge(disparity: torch.Tensor) -> torch.Tensor:
     kernels = torch.stack([sobel_x, sobel_x.T])[:, None]
     height, width = disparity.shape
     edge, rows = torch.empty_like(disparity, dtype=torch.bool), max(1, EDGE_PIXELS // width)
-    for top in range(0, height, rows):
-        throw_exception_if_processing_interrupted()
-        bottom = min(top + rows, height)
+    for band in pieces(height, rows):
+        top, bottom = band.start, band.stop
         scaled = (disparity[max(0, top - 1) : bottom + 1] - low) / (high - low)
         scaled = F.pad(scaled[None, None], (1, 1, int(top == 0), int(bottom == height)), mode="replicate")
         across, down = F.conv2d(scaled, kernels)[0]
         magnitude = (across * across + down * down).sqrt()
-        edge[top:bottom] = torch.exp(-EDGE_STEEPNESS * magnitude) < EDGE_KEEP
+        edge[band] = torch.exp(-EDGE_STEEPNESS * magnitude) < EDGE_KEEP
     return edge
 
 
@@ -140,7 +138,11 @@ def unproject(
     """The points at the centres of the P pixels that `keep` [H, W] marks, coloured by picture [H, W, 3] in 0..1, at
     depth [P] in front of the camera (w2c [4, 4], K [3, 3] in pixels of the picture)."""
     y, x = keep.nonzero(as_tuple=True)
-    pixels = torch.stack([x + 0.5, y + 0.5, torch.ones_like(x)])
-    camera = (torch.linalg.inv(K.double()) @ pixels.double()) * depth.double()
-    world = w2c[:3, :3].double().T @ (camera - w2c[:3, 3:].double())
-    return PointCloud(world.T.float().contiguous(), picture[keep].float().cpu())
+    to_camera, to_world, shift = torch.linalg.inv(K.double()), w2c[:3, :3].double().T, w2c[:3, 3:].double()
+    points, colors = torch.empty(len(x), 3), torch.empty(len(x), 3)
+    for part in pieces(len(x), PIECE):  # in float64 all points would take a gigabyte
+        pixels = torch.stack([x[part] + 0.5, y[part] + 0.5, torch.ones_like(x[part])])
+        camera = (to_camera @ pixels.double()) * depth[part].double()
+        points[part] = (to_world @ (camera - shift)).T
+        colors[part] = picture[y[part], x[part]]
+    return PointCloud(points, colors)

@@ -17,9 +17,9 @@ from scipy.spatial import cKDTree
 from ..core import throw_exception_if_processing_interrupted
 from .cameras import Cameras
 from .depth import EDGE_PIXELS, draw_in, on_edge, unproject
-from .pointcloud import PointCloud
+from .pointcloud import PIECE, PointCloud
 from .render import RADIUS, project
-from .stop import stoppable
+from .stop import pieces, stoppable
 
 POINTS_LIMIT = 2_000_000
 RESIDUAL_LIMIT = 0.08  # median relative error of the fitted depth above which a frame is refused
@@ -173,12 +173,14 @@ def cloud_depth(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The depth of the nearest of points [P, 3] in each pixel, [H, W], infinite where there is none, and the index of
     that point, [H, W], -1 where there is none. w2c [4, 4], K [3, 3] in pixels of the height x width picture."""
-    u, v, z = project(points, w2c, K)
-    index = ((z > 0) & (u >= 0) & (u < width) & (v >= 0) & (v < height)).nonzero().squeeze(1)
-    pixel = v[index].long() * width + u[index].long()
-    key = (z[index].view(torch.int32).long() << 32) | index  # positive floats are ordered like their bits
     none = torch.iinfo(torch.int64).max
-    nearest = key.new_full((height * width,), none).scatter_reduce(0, pixel, key, "amin")
+    nearest = torch.full((height * width,), none, device=points.device)
+    for part in pieces(len(points), PIECE):
+        u, v, z = project(points[part], w2c, K)
+        index = ((z > 0) & (u >= 0) & (u < width) & (v >= 0) & (v < height)).nonzero().squeeze(1)
+        pixel = v[index].long() * width + u[index].long()
+        key = (z[index].view(torch.int32).long() << 32) | (index + part.start)  # positive floats order like their bits
+        nearest.scatter_reduce_(0, pixel, key, "amin")
     number = torch.where(nearest == none, -1, nearest & 0xFFFFFFFF).view(height, width)
     depth = (nearest >> 32).int().view(torch.float32).masked_fill(nearest == none, torch.inf).view(height, width)
     return depth, number
@@ -256,9 +258,9 @@ def _fit_frame(name, points, depth, w2c, K, height, width, shift):
     depth, good = despeckled(depth)
     throw_exception_if_processing_interrupted()
     seen, number = cloud_depth(points, w2c, K, height, width)
-    close = _nearest_around(seen, 1)  # a pixel is a hole if none of the eight around it has a point either
-    throw_exception_if_processing_interrupted()
-    surface = _nearest_around(seen, max(1, round(RADIUS * min(height, width) / 2)))  # within a splat's radius
+    close = stoppable(_nearest_around, seen, 1)  # a pixel is a hole if none of the eight around it has a point either
+    reach = max(1, round(RADIUS * min(height, width) / 2))  # a splat's radius
+    surface = stoppable(_nearest_around, seen, reach)
     overlap = ((surface < torch.inf) & good).sum().item() / max(1, good.sum().item())
     shown = number[
         (seen <= surface * (1 + FIT_SCALE)) & (number >= 0)
@@ -301,13 +303,12 @@ def despeckled(depth: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     height, width = depth.shape
     depth = depth.where(_valid(depth), depth.new_tensor(torch.inf))
     median, rows = torch.empty_like(depth), max(1, EDGE_PIXELS // width)
-    for top in range(0, height, rows):  # nine times the whole of a large map would take gigabytes
-        throw_exception_if_processing_interrupted()
-        bottom = min(top + rows, height)
+    for band in pieces(height, rows):  # nine times the whole of a large map would take gigabytes
+        top, bottom = band.start, band.stop
         part = depth[None, None, max(0, top - 1) : bottom + 1]
         padded = F.pad(part, (1, 1, int(top == 0), int(bottom == height)), mode="replicate")[0, 0]
         around = [padded[y : y + bottom - top, x : x + width] for y in range(3) for x in range(3)]
-        median[top:bottom] = torch.stack(around).median(0).values
+        median[band] = torch.stack(around).median(0).values
     speckle = ~((depth / median - 1).abs() <= SPECKLE)
     good = depth.isfinite() & ~speckle
     return torch.where(speckle, median, depth), good

@@ -16,7 +16,7 @@ from .cameras import Cameras
 from .depth import points_kept
 from .pointcloud import PointCloud
 from .render import RADIUS
-from .stop import stoppable
+from .stop import pieces, stoppable
 
 WHOLE = 0.01  # by how much of its width a panorama may differ from twice its height
 ROWS = 256  # of a panorama that become points, and of a view that are computed, at a time
@@ -45,7 +45,7 @@ def points_of_panorama(geometry: dict) -> PointCloud:
     keep, kept = points_kept(distance.where(geometry["mask"][0].cpu(), torch.inf))
     height, width = distance.shape
     points, colors, done = torch.empty(len(kept), 3), torch.empty(len(kept), 3), 0
-    for rows in _parts(len(keep)):  # the rays of all pixels would take as much as the points
+    for rows in pieces(len(keep), ROWS):  # the rays of all pixels would take as much as the points
         here = slice(done, done + int(keep[rows].sum()))
         points[here] = directions(height, width, rows)[keep[rows]] * kept[here, None]
         colors[here] = picture[rows][keep[rows]]
@@ -104,7 +104,7 @@ def view_of_panorama(panorama: torch.Tensor, camera: Cameras) -> torch.Tensor:
     panorama = stoppable(partial(F.pad, pad=(1, 1, 0, 0), mode="circular"), panorama)
     width = panorama.shape[3]
     view = torch.empty(1, panorama.shape[1], camera.height, camera.width)
-    for rows in _parts(camera.height):
+    for rows in pieces(camera.height, ROWS):
         x, y, z = rays(camera, rows)
         longitude, elevation = torch.atan2(x, z), torch.atan2(-y, torch.hypot(x, z))
         grid = torch.stack([longitude / math.pi * (width - 2) / width, -elevation / math.pi * 2], dim=-1)
@@ -122,19 +122,12 @@ def rays(camera: Cameras, rows: slice = slice(None)) -> torch.Tensor:
     return (camera.w2c[0, :3, :3].T @ torch.linalg.inv(camera.K[0]) @ pixels).view(3, *x.shape)
 
 
-def _parts(height):
-    """Slices of ROWS rows each; ComfyUI's interrupt is checked before each."""
-    for top in range(0, height, ROWS):
-        throw_exception_if_processing_interrupted()
-        yield slice(top, min(top + ROWS, height))
-
-
 def depth_of_view(distance: torch.Tensor, camera: Cameras) -> torch.Tensor:
     """The depth along z, [height, width], that the (first) camera sees from the panorama's centre, by the nearest of
     the distances [H, W] along the panorama's rays."""
     height, width = distance.shape
     depth = torch.empty(camera.height, camera.width)
-    for rows in _parts(camera.height):
+    for rows in pieces(camera.height, ROWS):
         x, y, z = rays(camera, rows)
         horizontal = torch.hypot(x, z)
         column = ((torch.atan2(x, z) / (2 * math.pi) + 0.5) * width).long() % width

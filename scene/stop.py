@@ -1,7 +1,8 @@
-"""ComfyUI's interrupt (the stop button) during a library call that takes seconds and cannot be split."""
+"""ComfyUI's interrupt (the stop button) during long work: between the pieces of what can be split, and during a library
+call that cannot."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 from typing import TypeVar
 
@@ -11,6 +12,13 @@ from ..core import throw_exception_if_processing_interrupted
 
 SECONDS = 0.2  # between two checks for an interrupt
 Result = TypeVar("Result")
+
+
+def pieces(count: int, size: int) -> Iterator[slice]:
+    """Slices of `size` each, the last one shorter, that cover range(count). ComfyUI's interrupt is checked before each."""
+    for start in range(0, count, size):
+        throw_exception_if_processing_interrupted()
+        yield slice(start, min(start + size, count))
 
 
 def stoppable(work: Callable[..., Result], *arguments) -> Result:
