@@ -43,7 +43,7 @@ WIDGETS = {  # what makes a run short, by node and widget
     "WorldStereoPanorama": SMALL,
     "WorldStereoRender": SMALL,
     "WorldStereoStartScene": SMALL,
-    "WorldStereoExploreScene": {"keyframes": 5, "stop_after": 1},
+    "WorldStereoExploreScene": {"keyframes": 5, "stop_after": 2},
     "CookFP8": {"result": "cooked", "overwrite": True},
 }
 CLIP = {"WorldStereoPreviewClip", "PreviewImage", "SaveVideo", "WorldStereoPicture", "WorldStereoCameraPath"}
@@ -149,7 +149,9 @@ def not_shown(page, mode):
     look = """nodes2 => app.graph.nodes.filter(node => app.nodeOutputs[node.id]?.images?.length).filter(node => {
         const media = nodes2 ? document.querySelector(`[data-node-id="${node.id}"]`)?.querySelectorAll("img, video")
             : [...(node.imgs ?? []), ...(node.videoContainer?.children ?? [])];
-        return ![...media ?? []].some(shown => shown.naturalWidth > 0 || shown.readyState >= 2);
+        const ready = app.nodeOutputs[node.id].animated?.[0] ? shown => shown.readyState >= 2
+            : shown => shown.naturalWidth > 0;
+        return ![...media ?? []].some(ready);
     }).map(node => `${node.id} ${node.type}`)"""
     for _ in range(120):
         if not (missing := page.evaluate(look, MODES[mode])):
@@ -181,6 +183,7 @@ def test_a_workflow_opens_runs_and_shows_what_it_made(page, name, mode):
     assert not_shown(page, mode) == []
     if mode == "classic":
         assert all(share < 0.4 for share in empty_shares(page))
+    assert page.get_by_test_id("error-loading-video").count() == 0
     assert red(page) == []
     screenshot(page, f"{name}_{mode}")
     assert page.errors == []
