@@ -13,7 +13,7 @@ from worldstereo_fp8.scene.camera_files import read_cameras
 from worldstereo_fp8.scene.camera_path import EASINGS, Move, move_on, pinhole
 from worldstereo_fp8.scene.cameras import Cameras, quaternion_to_rotation, rigid_inverse
 from worldstereo_fp8.scene.depth import points_from_depth
-from worldstereo_fp8.scene.fly_path import DEFAULT_PATH, fly, fly_on, read_fly_path
+from worldstereo_fp8.scene.fly_path import DEFAULT_PATH, VIEWER_POINTS, fly, fly_on, read_fly_path
 from worldstereo_fp8.scene.pictures import resize_pictures
 from worldstereo_fp8.scene.render import render
 from worldstereo_fp8.worldstereo.conditioning import keyframe_size
@@ -419,4 +419,101 @@ def test_a_copy_a_subgraph_and_another_start(comfyui, page, errors):
     prompt = page.evaluate("async () => (await app.graphToPrompt()).output")
     (flown,) = [node for node in prompt.values() if node["class_type"] == "WorldStereoFlyPath"]
     assert len(json.loads(flown["inputs"]["path"])["views"]) == 2
+    assert errors == []
+
+
+FIND_VIEWER = """async () => {
+    const modules = await (await fetch("/extensions")).json();
+    const {FlyViewer} = await import(modules.find(name => name.endsWith("/fly_viewer.js")));
+    const {draw} = FlyViewer.prototype;
+    FlyViewer.prototype.draw = function (...args) { window.viewer = this; return draw.apply(this, args); };
+}"""
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_trackpad_flies_and_does_not_zoom(comfyui, page, errors, mode):
+    """Small fractions of a pixel, a sideways swipe, a pinch (Ctrl) and a flick: the page and the graph stay."""
+    set_up_flight(page, mode)
+    page.evaluate(FIND_VIEWER)
+    show_scene(page)
+    note = page.locator(".ws-note")
+    assert "W A S D" in note.inner_text()
+    button(page, "Picture's view").click()
+    before = page.evaluate("[app.canvas.ds.scale, ...app.canvas.ds.offset, visualViewport.scale, devicePixelRatio]")
+
+    def scroll(count=1, **event):
+        """Where `count` such wheel events take the camera, and whether the page was kept from scrolling each time."""
+        page.evaluate("viewer.choose(0)")
+        return page.evaluate(
+            """([count, event]) => {
+                const stage = document.querySelector(".ws-stage canvas");
+                let kept = true;
+                for (let i = 0; i < count; i++) {
+                    const wheel = new WheelEvent("wheel", {bubbles: true, cancelable: true, ...event});
+                    kept &&= !stage.dispatchEvent(wheel);
+                }
+                return {kept, position: viewer.memory.camera.position};
+            }""",
+            [count, event],
+        )
+
+    speed = 0.25  # the slider's default, in units of the scene's depth a second
+    small = scroll(10, deltaY=-0.375, deltaX=0.125)
+    assert small["kept"] and small["position"] == pytest.approx([0.002 * speed * 1.25, 0, 0.002 * speed * 3.75])
+    pinch = scroll(10, deltaY=-0.75, ctrlKey=True)
+    assert pinch["kept"] and pinch["position"] == pytest.approx([0, 0, 0.002 * speed * 75])
+    flick = scroll(60, deltaY=-900.5)  # a second of it
+    assert flick["kept"] and flick["position"][2] == pytest.approx(60 * 0.002 * speed * 120)
+    assert note.inner_text() == ""
+    # As Chromium itself sends them.
+    page.evaluate("viewer.choose(0)")
+    stage = page.locator(".ws-stage canvas").bounding_box()
+    page.mouse.move(stage["x"] + 50, stage["y"] + 50)
+    page.mouse.wheel(1.5, -2.5)
+    page.keyboard.down("Control")
+    page.mouse.wheel(0, -1.25)
+    page.keyboard.up("Control")
+    page.wait_for_timeout(300)
+    right, _, forward = page.evaluate("viewer.memory.camera.position")
+    assert 0 < right < 0.01 and 0 < forward < 0.1
+    after = page.evaluate("[app.canvas.ds.scale, ...app.canvas.ds.offset, visualViewport.scale, devicePixelRatio]")
+    assert after == before
+    assert errors == []
+
+
+def test_the_viewer_draws_only_on_change(comfyui, page, errors):
+    """And keeps four clouds on the GPU, each sent once."""
+    set_up_flight(page)
+    page.evaluate(FIND_VIEWER)
+    show_scene(page)
+    wait_for_colours(page, 1000)
+    button(page, "Picture's view").click()
+    page.wait_for_timeout(3000)  # the holes are counted
+    measured = page.evaluate("""async () => {
+        const modules = await (await fetch("/extensions")).json();
+        const {sharedRenderer} = await import(modules.find(name => name.endsWith("/fly_renderer.js")));
+        const renderer = sharedRenderer(), {gl} = renderer, {viewer} = window, result = {};
+        const count = {drawArrays: 0, bufferData: 0};
+        for (const name of Object.keys(count)) {
+            gl[name] = function (...args) { count[name]++; return WebGL2RenderingContext.prototype[name].apply(gl, args); };
+        }
+        await new Promise(done => setTimeout(done, 2000));
+        result.idle = {...count};
+        for (let i = 0; i < 10; i++) {
+            viewer.walk([0, 0, 0.01]);
+            await new Promise(requestAnimationFrame);
+            await new Promise(requestAnimationFrame);
+        }
+        result.moving = {...count};
+        const {scene} = viewer.memory;
+        for (let i = 0; i < 6; i++) renderer.draw({...scene, name: `cloud ${i}`}, viewer.memory.camera, 64, 48);
+        result.kept = [...renderer.clouds.keys()];
+        for (const name of Object.keys(count)) delete gl[name];
+        result.points = scene.count;
+        return result;
+    }""")
+    assert measured["idle"] == {"drawArrays": 0, "bufferData": 0}
+    assert measured["moving"] == {"drawArrays": 10, "bufferData": 0}
+    assert measured["kept"] == [f"cloud {i}" for i in range(2, 6)]
+    assert 0 < measured["points"] <= VIEWER_POINTS
     assert errors == []

@@ -1,4 +1,4 @@
-// Shows only those widgets of WorldStereo Camera Path that the chosen preset and lens use.
+// Shows only those widgets of WorldStereo Camera Path and Fly Path that the chosen preset and lens use.
 
 import { app } from "../../../scripts/app.js";
 
@@ -12,16 +12,19 @@ function show(widget, shown) {
 function follow(node) {
   const widgets = Object.fromEntries(node.widgets.map((widget) => [widget.name, widget]));
   const update = () => {
-    const turns = TURNS.test(widgets.preset.value);
-    show(widgets.degrees, turns);
-    show(widgets.distance, !turns);
+    if (widgets.preset) {
+      const turns = TURNS.test(widgets.preset.value);
+      show(widgets.degrees, turns);
+      show(widgets.distance, !turns);
+    }
     show(widgets.lens_value, widgets.lens.value !== "auto");
     node.widgets = [...node.widgets]; // Nodes 2.0 looks at the list
     node.setDirtyCanvas(true, true);
   };
-  for (const name of ["preset", "lens"]) {
-    const { callback } = widgets[name];
-    widgets[name].callback = function (...values) {
+  for (const widget of [widgets.preset, widgets.lens]) {
+    if (!widget) continue;
+    const { callback } = widget;
+    widget.callback = function (...values) {
       const result = callback?.apply(this, values);
       update();
       return result;
@@ -35,7 +38,7 @@ app.registerExtension({
   name: "WorldStereo.CameraPath",
 
   nodeCreated(node) {
-    if (node.comfyClass !== "WorldStereoCameraPath") return;
+    if (!["WorldStereoCameraPath", "WorldStereoFlyPath"].includes(node.comfyClass)) return;
     const update = follow(node);
     const { onConfigure } = node;
     node.onConfigure = function (...values) {

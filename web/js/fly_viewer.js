@@ -17,6 +17,8 @@ const TOO_NEAR = 0.08; // a view's frustum would fill the picture
 const PICK = 14; // pixels between a click and the view it picks
 const HASTE = 4; // Shift's
 const WHEEL = 0.002; // of the speed, a pixel scrolled
+const WHEEL_UNITS = [1, 30, 100]; // pixels, by deltaMode: a pixel, a line, a page
+const MOST_SCROLLED = 120; // pixels that one event counts for: a trackpad's flick has hundreds, many times a second
 const STEEPEST = 0.995; // cosine between the line of sight and up: beyond, looking around would turn over
 const SETTLE = 250; // ms without a change of the path before its holes are counted
 const FRAMES_PER_SECOND = 16;
@@ -25,6 +27,7 @@ const WAYS = { KeyW: [0, 0, 1], KeyS: [0, 0, -1], KeyA: [-1, 0, 0], KeyD: [1, 0,
 const TURNS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
 const TURN_SPEED = 0.8; // radians a second
 const TAP = 0.05; // seconds
+const HINT = "Drag to look around; W A S D, Q E and the wheel move; Enter adds a view";
 
 const STYLE = `
 .ws-fly { display: flex; flex-direction: column; gap: 4px; width: 100%; height: 100%; min-height: 0; outline: none;
@@ -174,6 +177,11 @@ export class FlyViewer {
       root.addEventListener(type, (event) => event.button === 1 || event.stopPropagation()); // nor drags the node
     }
     root.addEventListener("wheel", (event) => this.onWheel(event), { passive: false });
+    // Before the page: in Nodes 2.0 it zooms the graph by a pinch (Ctrl) wherever the pointer is.
+    this.onFocusedWheel = (event) => {
+      if (root.contains(event.target) && root.contains(document.activeElement)) this.onWheel(event);
+    };
+    window.addEventListener("wheel", this.onFocusedWheel, { capture: true, passive: false });
     canvas.addEventListener("pointerdown", (event) => this.onPointerDown(event));
     canvas.addEventListener("pointermove", (event) => this.onPointerMove(event));
     canvas.addEventListener("pointerup", (event) => this.onPointerUp(event));
@@ -183,6 +191,7 @@ export class FlyViewer {
   dispose() {
     this.resizing.disconnect();
     restored.removeEventListener("restored", this.onRestored);
+    window.removeEventListener("wheel", this.onFocusedWheel, { capture: true });
     this.pressed.clear();
     this.stopPlaying();
     clearTimeout(this.settling);
@@ -403,9 +412,10 @@ export class FlyViewer {
     event.stopPropagation();
     if (event.target === this.text) return;
     event.preventDefault();
-    const pixels = event.deltaMode === WheelEvent.DOM_DELTA_LINE ? 30 : 1;
-    const far = WHEEL * pixels * this.unitsPerSecond() * (event.shiftKey ? HASTE : 1);
-    this.walk([far * event.deltaX, 0, -far * event.deltaY * (event.ctrlKey ? 10 : 1)]); // Ctrl: a pinch, in small steps
+    const unit = WHEEL_UNITS[event.deltaMode] * (event.ctrlKey ? 10 : 1); // Ctrl: a pinch, in small steps
+    const far = WHEEL * this.unitsPerSecond() * (event.shiftKey ? HASTE : 1);
+    const scrolled = (delta) => far * Math.min(Math.max(unit * delta, -MOST_SCROLLED), MOST_SCROLLED);
+    this.walk([scrolled(event.deltaX), 0, -scrolled(event.deltaY)]);
   }
 
   onPointerDown(event) {
@@ -602,9 +612,11 @@ export class FlyViewer {
     if (scene.assumed) status += `${status && "; "}${scene.assumed}`;
     this.status.textContent = this.bad || status;
     this.status.classList.toggle("ws-error", Boolean(this.bad));
-    this.note.textContent = this.message || (scene.count ? "" : scene === EMPTY_SCENE
-      ? "Press Show scene: it runs the picture and its depth, not the model"
-      : "No points: connect scene");
+    let hint = "";
+    if (scene === EMPTY_SCENE) hint = "Press Show scene: it runs the picture and its depth, not the model";
+    else if (!scene.count) hint = "No points: connect scene";
+    else if (this.frame === null && this.memory.camera === START) hint = HINT;
+    this.note.textContent = this.message || hint;
   }
 
   // Counts the holes of the keyframes, one at a time, when the path has not changed for a moment.
