@@ -9,7 +9,7 @@ import torch
 from comfy_api.latest import Types, io, ui
 from PIL import ImageColor
 
-from ..core import PromptServer
+from ..core import PromptServer, throw_exception_if_processing_interrupted
 from ..scene.pictures import resize_pictures, within
 
 CATEGORY = "WorldStereo"
@@ -73,6 +73,7 @@ def splat_of(
     count = len(points)
     if rotations is None:
         rotations = points.new_tensor([1.0, 0, 0, 0]).expand(count, 4)
-    harmonics = ((colors - 0.5) / SH_DEGREE_0)[:, None]
+    throw_exception_if_processing_interrupted()
+    harmonics = (colors - 0.5).div_(SH_DEGREE_0)[:, None]
     parts = (points, sizes, rotations, points.new_full((count, 1), opacity), harmonics)
     return Types.SPLAT(*(part[None] for part in parts))

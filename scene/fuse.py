@@ -283,10 +283,11 @@ def _fit_frame(name, points, depth, w2c, K, height, width, shift):
         if disparity:
             reason = f"its depth does not fit the cloud's, residual {residual:.1%}. {disparity}"
         return FrameFit(name, overlap, scale, offset, residual, 0, reason), None, None
+    throw_exception_if_processing_interrupted()
     depth = scale * depth + offset
     good &= _valid(depth)
     depth = depth.where(_valid(depth), depth.new_tensor(torch.inf))
-    depth[good] = draw_in(depth[good])
+    depth[good] = stoppable(draw_in, depth[good])
     fit = FrameFit(name, overlap, scale, offset, residual)
     new = good & ~on_edge(1 / depth) & (depth < close * (1 - fit.same))
     fit = replace(fit, added=int(new.sum()))

@@ -1,6 +1,7 @@
 """Pictures, [N, H, W, C] in 0..1: resizing, comparing shapes, and laying them out to look at."""
 
 import math
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -27,7 +28,8 @@ def resize_pictures(pictures: torch.Tensor, height: int, width: int, antialias: 
         throw_exception_if_processing_interrupted()
         # ComfyUI's --fp16-intermediates gives FP16 pictures, which the CPU cannot resize.
         channels = picture[..., :3].movedim(-1, 0)[None].float()
-        part[:] = F.interpolate(channels, (height, width), mode="bicubic", antialias=antialias)[0].movedim(0, -1)
+        bicubic = partial(F.interpolate, size=(height, width), mode="bicubic", antialias=antialias)
+        part[:] = stoppable(bicubic, channels)[0].movedim(0, -1)
         part.clamp_(0, 1)
     return resized
 

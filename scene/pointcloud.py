@@ -148,7 +148,7 @@ def splat_sizes(cloud: PointCloud) -> torch.Tensor:
         throw_exception_if_processing_interrupted()
         distance, _ = tree.query(points[first : first + SPLAT_PIECE], k=count + 1, workers=-1)
         size[first : first + SPLAT_PIECE] = torch.from_numpy(distance[:, 1:].mean(1) / 2)
-    return size.clamp_max(SPLAT_LIMIT * size.median())
+    return size.clamp_max(SPLAT_LIMIT * stoppable(torch.median, size))
 
 
 def world_mirror(names: list[str], c2w: torch.Tensor, K: torch.Tensor) -> dict:
