@@ -36,7 +36,7 @@ def resize_pictures(pictures: torch.Tensor, height: int, width: int, antialias: 
 
 def as_bytes(colors: torch.Tensor) -> torch.Tensor:
     """Colours in 0..1 (clipped), of any shape, rounded to uint8 in 0..255."""
-    return (colors * 255).round().clamp(0, 255).byte()
+    return (colors * 255).round_().clamp_(0, 255).byte()
 
 
 def write_png(path: Path, picture: torch.Tensor) -> None:

@@ -176,7 +176,7 @@ def write_world_mirror(folder: Path, frames: torch.Tensor, cameras: Cameras, pro
     with new_folder(folder) as new:
         (new / "images").mkdir()
         for name, frame in zip(names, frames):
-            write_png(new / "images" / f"{name}.png", as_bytes(frame[..., :3]).cpu())
+            write_png(new / "images" / f"{name}.png", stoppable(as_bytes, frame[..., :3]).cpu())
             progress(1)
         content = world_mirror(names, rigid_inverse(cameras.w2c), cameras.K)
         (new / "cameras.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
