@@ -5,7 +5,7 @@ cloud already has in that camera (the global geometric memory of HY-World and Wo
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -151,7 +151,7 @@ def fuse(
 
 
 def seen_through(
-    points: torch.Tensor, seen: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]]
+    points: torch.Tensor, seen: Iterable[tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]]
 ) -> torch.Tensor:
     """Which of points [P, 3] at least as many frames see through as see (things that moved, and errors), a mask [P].
     seen: each frame's depth [H, W], its w2c [4, 4] and K [3, 3], and the relative distance within which depths are one

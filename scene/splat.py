@@ -16,9 +16,10 @@ from .cameras import rotation_to_quaternion
 from .depth import draw_in, unproject
 from .fuse import SAME_SURFACE, despeckled, seen_through, thin_by_voxels
 from .memory import view_scores
-from .pointcloud import PointCloud, splat_sizes
+from .pointcloud import PIECE, PointCloud, splat_sizes
 from .render import project
 from .scene import Scene
+from .stop import pieces, stoppable
 
 SIGMA_PIXELS = 0.75  # a Gaussian's standard deviation in pixels: Gaussians one pixel apart close the surface
 OPACITY = 0.99
@@ -91,7 +92,7 @@ class _Depths:
             depth = scene.depths[view]
             return draw_in(depth.where(_valid(depth), torch.inf))
 
-        kept = max(2 * NEIGHBOURS, KEPT_PIXELS // (scene.cameras.width * scene.cameras.height))
+        kept = max(NEIGHBOURS + 2, KEPT_PIXELS // (scene.cameras.width * scene.cameras.height))
         self.views, self.depth_of = views, lru_cache(kept)(depth_of)
 
     def __getitem__(self, view):
@@ -140,7 +141,7 @@ def _tolerance(scene, depths, view, others):
     sparse &= depths[view].isfinite()
     points = unproject(scene.pictures[view], depths[view][sparse], sparse, w2c[view], K[view]).points
     errors = []
-    for other in others:
+    for other in _interruptible(others):
         u, v, z = project(points, w2c[other], K[other])
         inside = (z > 0) & (u >= 0) & (u < scene.cameras.width) & (v >= 0) & (v < scene.cameras.height)
         errors.append((depths[other][v[inside].long(), u[inside].long()] / z[inside] - 1).abs())
@@ -151,36 +152,43 @@ def _tolerance(scene, depths, view, others):
 def _collected(scene, depths, others, tolerances, scale, progress):
     """The Gaussians of all views, whose pictures are reduced by the factor `scale`."""
     made = None
-    for view in depths:
-        throw_exception_if_processing_interrupted()
-        same, w2c = tolerances[view], scene.cameras.w2c[view]
-        K, picture, depth = _smaller(scene.pictures[view], depths[view], scene.cameras.K[view], scale)
-        slopes, good = _slopes(depth, K)
-        cloud = unproject(picture, depth[good], good, w2c, K)
-        y, x = good.nonzero(as_tuple=True)
-        sizes, rotations = _surfels(x, y, depth[good], slopes[:, good], w2c, K)
-        new = Gaussians(cloud.points, sizes, rotations, cloud.colors)
-        seen = [(depths[n], scene.cameras.w2c[n], scene.cameras.K[n], same) for n in (view, *others[view])]
-        alive = ~seen_through(new.points, seen)
-        if made is not None:
-            number = torch.full(depth.shape, -1)
-            number[good] = torch.arange(len(new))
-            u, v, z = project(made.points, w2c, K)
-            inside = (z > 0) & (u >= 0) & (u < depth.shape[1]) & (v >= 0) & (v < depth.shape[0])
-            there = number[v[inside].long(), u[inside].long()]
-            pair = (there >= 0) & ((depth[v[inside].long(), u[inside].long()] / z[inside] - 1).abs() <= same)
-            old, there = inside.nonzero().squeeze(1)[pair], there[pair]
-            fine = made.sizes[old, 0] <= FINER * new.sizes[there, 0]
-            shown = torch.zeros(depth.shape)
-            shown[y[there[fine]], x[there[fine]]] = 1
-            closed = -F.max_pool2d(-F.max_pool2d(shown[None], 3, 1, 1), 3, 1, 1)[0]  # gaps between Gaussians
-            alive &= closed[good] == 0
-            keep = torch.ones(len(made), dtype=torch.bool)
-            keep[old[~fine & alive[there]]] = False
-            made = made[keep]
-        made = new[alive] if made is None else made + new[alive]
+    for view in _interruptible(depths):
+        made = _joined(made, scene, depths, view, others[view], tolerances[view], scale)
         progress(1)
     return made
+
+
+def _joined(made, scene, depths, view, others, same, scale):
+    """The Gaussians made so far, or None, with a view's. A function, so that nothing else of a view is kept."""
+    w2c = scene.cameras.w2c[view]
+    K, picture, depth = _smaller(scene.pictures[view], depths[view], scene.cameras.K[view], scale)
+    slopes, good = stoppable(_slopes, *despeckled(depth), K)
+    cloud = unproject(picture, depth[good], good, w2c, K)
+    y, x = good.nonzero(as_tuple=True)
+    sizes, rotations = _surfels(x, y, depth, slopes, w2c, K)
+    new = Gaussians(cloud.points, sizes, rotations, cloud.colors)
+    seen = ((depths[n], scene.cameras.w2c[n], scene.cameras.K[n], same) for n in (view, *others))
+    alive = ~seen_through(new.points, seen)
+    if made is not None:
+        throw_exception_if_processing_interrupted()
+        number = torch.full(depth.shape, -1)
+        number[good] = torch.arange(len(new))
+        u, v, z = project(made.points, w2c, K)
+        inside = (z > 0) & (u >= 0) & (u < depth.shape[1]) & (v >= 0) & (v < depth.shape[0])
+        there = number[v[inside].long(), u[inside].long()]
+        pair = (there >= 0) & ((depth[v[inside].long(), u[inside].long()] / z[inside] - 1).abs() <= same)
+        old, there = inside.nonzero().squeeze(1)[pair], there[pair]
+        fine = made.sizes[old, 0] <= FINER * new.sizes[there, 0]
+        throw_exception_if_processing_interrupted()
+        shown = torch.zeros(depth.shape)
+        shown[y[there[fine]], x[there[fine]]] = 1
+        closed = -F.max_pool2d(-F.max_pool2d(shown[None], 3, 1, 1), 3, 1, 1)[0]  # gaps between Gaussians
+        alive &= closed[good] == 0
+        keep = torch.ones(len(made), dtype=torch.bool)
+        keep[old[~fine & alive[there]]] = False
+        made = made[keep]
+    throw_exception_if_processing_interrupted()
+    return new[alive] if made is None else made + new[alive]
 
 
 def _smaller(picture, depth, K, scale):
@@ -191,11 +199,10 @@ def _smaller(picture, depth, K, scale):
     return K, picture, F.interpolate(depth[None, None], size, mode="nearest-exact")[0, 0]
 
 
-def _slopes(depth, K):
+def _slopes(depth, good, K):
     """The slopes [2, H, W] of the disparity per pixel to the right and down, and a mask [H, W] of the pixels that lie
-    on a surface. The slope is the smaller one of the two sides, so that an edge on one side does not distort it, and 0
-    where they differ in sign."""
-    depth, good = despeckled(depth)
+    on a surface. depth, good: from `despeckled`. The slope is the smaller one of the two sides, so that an edge on one
+    side does not distort it, and 0 where they differ in sign."""
     disparity = (1 / depth).masked_fill(~good, torch.nan)
     slopes, edge = [], torch.zeros_like(good)
     for axis in (1, 0):
@@ -217,7 +224,17 @@ def _slopes(depth, K):
 
 
 def _surfels(x, y, depth, slopes, w2c, K):
-    """Sizes [P, 3] and rotations [P, 4] of the Gaussians that cover the pixels x, y [P] on their surfaces."""
+    """Sizes [P, 3] and rotations [P, 4] of the Gaussians that cover the pixels x, y [P] of a depth map on their
+    surfaces."""
+    sizes, rotations = torch.empty(len(x), 3), torch.empty(len(x), 4)
+    for part in pieces(len(x), PIECE):  # of a large view they would take gigabytes
+        sizes[part], rotations[part] = _surfels_of(
+            x[part], y[part], depth[y[part], x[part]], slopes[:, y[part], x[part]], w2c, K
+        )
+    return sizes, rotations
+
+
+def _surfels_of(x, y, depth, slopes, w2c, K):
     to_camera = torch.linalg.inv(K)
     rays = torch.stack([x + 0.5, y + 0.5, torch.ones_like(depth)], 1) @ to_camera.T
     # The vectors [P, 3, 2] on the surface from a pixel to the next along both axes, in the world.
