@@ -153,13 +153,16 @@ def _collected(scene, depths, others, tolerances, scale, progress):
     """The Gaussians of all views, whose pictures are reduced by the factor `scale`."""
     made = None
     for view in _interruptible(depths):
-        made = _joined(made, scene, depths, view, others[view], tolerances[view], scale)
+        made, new, alive = _judged(made, scene, depths, view, others[view], tolerances[view], scale)
+        new = new[alive]
+        made = new if made is None else made + new
         progress(1)
     return made
 
 
-def _joined(made, scene, depths, view, others, same, scale):
-    """The Gaussians made so far, or None, with a view's. A function, so that nothing else of a view is kept."""
+def _judged(made, scene, depths, view, others, same, scale):
+    """Those of the Gaussians made so far (or None) that a view does not replace, the view's own, and which of these are
+    used, a mask [P]."""
     w2c = scene.cameras.w2c[view]
     K, picture, depth = _smaller(scene.pictures[view], depths[view], scene.cameras.K[view], scale)
     slopes, good = stoppable(_slopes, *despeckled(depth), K)
@@ -188,7 +191,7 @@ def _joined(made, scene, depths, view, others, same, scale):
         keep[old[~fine & alive[there]]] = False
         made = made[keep]
     throw_exception_if_processing_interrupted()
-    return new[alive] if made is None else made + new[alive]
+    return made, new, alive
 
 
 def _smaller(picture, depth, K, scale):
@@ -227,7 +230,7 @@ def _surfels(x, y, depth, slopes, w2c, K):
     """Sizes [P, 3] and rotations [P, 4] of the Gaussians that cover the pixels x, y [P] of a depth map on their
     surfaces."""
     sizes, rotations = torch.empty(len(x), 3), torch.empty(len(x), 4)
-    for part in pieces(len(x), PIECE):  # of a large view they would take gigabytes
+    for part in pieces(len(x), PIECE // 4):  # of a large view they would take gigabytes
         sizes[part], rotations[part] = _surfels_of(
             x[part], y[part], depth[y[part], x[part]], slopes[:, y[part], x[part]], w2c, K
         )
