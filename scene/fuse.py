@@ -9,15 +9,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.spatial import cKDTree
 
 from ..core import throw_exception_if_processing_interrupted
 from .cameras import Cameras
 from .depth import EDGE_PIXELS, draw_in, on_edge, unproject
-from .pointcloud import PIECE, PointCloud
+from .pointcloud import PIECE, PointCloud, neighbour_distances
 from .render import RADIUS, project
 from .stop import pieces, stoppable
 
@@ -321,14 +319,8 @@ def outliers(points: torch.Tensor, start: int = 0) -> torch.Tensor:
     HY-World)."""
     if len(points) - start < 2 or len(points) <= NEIGHBOURS:
         return torch.zeros(len(points) - start, dtype=torch.bool)
-    every = points.numpy()
-    tree = stoppable(partial(cKDTree, balanced_tree=False, compact_nodes=False), every)
-    mean = np.empty(len(every) - start, np.float32)
-    for first in range(0, len(mean), 1 << 16):
-        throw_exception_if_processing_interrupted()
-        part = every[start + first : start + first + (1 << 16)]
-        mean[first : first + len(part)] = tree.query(part, NEIGHBOURS + 1, workers=-1)[0][:, 1:].mean(1)
-    return torch.from_numpy(mean > mean.mean() + DEVIATIONS * mean.std())
+    mean = neighbour_distances(points, NEIGHBOURS, start)
+    return mean > mean.mean() + DEVIATIONS * mean.std(correction=0)
 
 
 def thin_by_voxels(points: torch.Tensor, limit: int) -> tuple[torch.Tensor, float]:

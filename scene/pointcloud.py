@@ -19,7 +19,7 @@ from ..files.regular import open_regular
 from ..files.text import shown
 from .cameras import Cameras, rigid_inverse
 from .pictures import as_bytes, write_png
-from .stop import stoppable
+from .stop import pieces, stoppable
 
 OPENCV_TO_Y_UP = (1.0, -1.0, -1.0)  # y down, z forward to y up, z backward (glTF, three.js): half a turn about x
 PLY_LIMIT, PLY_HEADER = 512 << 20, 1 << 16  # bytes
@@ -31,7 +31,9 @@ PLY_TYPES = {
     **{name: f"<{kind}" for name, kind in (("short", "i2"), ("ushort", "u2"), ("int", "i4"), ("uint", "u4"))},
     **{name: f"<{kind}" for name, kind in (("int16", "i2"), ("uint16", "u2"), ("int32", "i4"), ("uint32", "u4"))},
 }
-SPLAT_NEIGHBOURS, SPLAT_LIMIT, SPLAT_PIECE = 3, 8.0, 1 << 16
+SPLAT_NEIGHBOURS, SPLAT_LIMIT = 3, 8.0
+NEIGHBOUR_PIECE = 1 << 16  # points whose neighbours are looked for at a time
+SPREAD = 1e-10  # of the cloud's extent: by how much points are moved apart for that
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,13 +144,25 @@ def splat_sizes(cloud: PointCloud) -> torch.Tensor:
     count = min(SPLAT_NEIGHBOURS, len(cloud) - 1)
     if count < 1:
         return torch.zeros(len(cloud))
-    points, size = cloud.points.numpy(), torch.empty(len(cloud))
-    tree = stoppable(partial(cKDTree, balanced_tree=False, compact_nodes=False), points)
-    for first in range(0, len(points), SPLAT_PIECE):
-        throw_exception_if_processing_interrupted()
-        distance, _ = tree.query(points[first : first + SPLAT_PIECE], k=count + 1, workers=-1)
-        size[first : first + SPLAT_PIECE] = torch.from_numpy(distance[:, 1:].mean(1) / 2)
+    size = neighbour_distances(cloud.points, count) / 2
     return size.clamp_max(SPLAT_LIMIT * stoppable(torch.median, size))
+
+
+def neighbour_distances(points: torch.Tensor, count: int, start: int = 0) -> torch.Tensor:
+    """The mean distance [P - start] of each of points[start:] to its `count` nearest neighbours among all points
+    [P, 3], where count < P."""
+    places = points.to(torch.float64, copy=True).numpy()
+    places -= places.min(0)
+    # Points in one place would share a leaf of the tree, where every query would be compared with each of them.
+    spread, random = SPREAD * (places.max() or 1.0), np.random.default_rng(0)
+    for part in pieces(len(places), PIECE):
+        places[part] += random.uniform(0, spread, places[part].shape)
+    tree = stoppable(partial(cKDTree, balanced_tree=False, compact_nodes=False), places)
+    mean = torch.empty(len(places) - start)
+    for part in pieces(len(mean), NEIGHBOUR_PIECE):
+        distance, _ = tree.query(places[start:][part], k=count + 1, workers=-1)
+        mean[part] = torch.from_numpy(distance[:, 1:].mean(1))
+    return mean
 
 
 def world_mirror(names: list[str], c2w: torch.Tensor, K: torch.Tensor) -> dict:

@@ -1,6 +1,7 @@
 """The cloud that grows: depth of unknown scale and shift fitted to it, on a drawn scene whose surfaces are known."""
 
 import math
+import time
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from worldstereo_fp8.scene.fuse import (
     outliers,
     thin_by_voxels,
 )
-from worldstereo_fp8.scene.pointcloud import PointCloud
+from worldstereo_fp8.scene.pointcloud import PointCloud, neighbour_distances
 from worldstereo_fp8.scene.render import render
 
 WIDTH, HEIGHT, FOCAL = 208, 120, 160.0
@@ -248,3 +249,13 @@ def test_counts_must_match(start):
         fuse(start, torch.zeros(1, 4, 4, 3), [torch.ones(4, 4)] * 2, cameras)
     with pytest.raises(ValueError, match="cloud is empty"):
         fuse(PointCloud(torch.zeros(0, 3), torch.zeros(0, 3)), torch.zeros(2, 4, 4, 3), [torch.ones(4, 4)] * 2, cameras)
+
+
+def test_neighbours_of_points_in_one_place():
+    """A leaf of the tree with all of them would take each query minutes."""
+    points = torch.ones(200_000, 3)
+    points[::2] += torch.rand(100_000, 3, generator=torch.Generator().manual_seed(0))
+    begun = time.monotonic()
+    distances = neighbour_distances(points, 3)
+    assert time.monotonic() - begun < 40
+    assert distances[1::2].max() < 1e-8 and distances[::2].median() > 1e-3
