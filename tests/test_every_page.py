@@ -149,9 +149,8 @@ def not_shown(page, mode):
     look = """nodes2 => app.graph.nodes.filter(node => app.nodeOutputs[node.id]?.images?.length).filter(node => {
         const media = nodes2 ? document.querySelector(`[data-node-id="${node.id}"]`)?.querySelectorAll("img, video")
             : [...(node.imgs ?? []), ...(node.videoContainer?.children ?? [])];
-        const ready = app.nodeOutputs[node.id].animated?.[0] ? shown => shown.readyState >= 2
-            : shown => shown.naturalWidth > 0;
-        return ![...media ?? []].some(ready);
+        const pictures = !app.nodeOutputs[node.id].animated?.[0]; // Load Video's video is not said to be animated
+        return ![...media ?? []].some(shown => shown.readyState >= 2 || (pictures && shown.naturalWidth > 0));
     }).map(node => `${node.id} ${node.type}`)"""
     for _ in range(120):
         if not (missing := page.evaluate(look, MODES[mode])):
