@@ -288,6 +288,8 @@ def _tensor(name: str, info, path: Path, begin: int, broken: str) -> tuple[Tenso
     where = f"{broken}: {shown(name)}"
     if not isinstance(info, dict):
         raise ValueError(f"{where} is {shown(info)}, expected dtype, shape and data_offsets.")
+    if others := info.keys() - {"dtype", "shape", "data_offsets"}:
+        raise ValueError(f"{where} has {first_few(sorted(others))} beside dtype, shape and data_offsets.")
     dtype, shape, offsets = (info.get(key) for key in ("dtype", "shape", "data_offsets"))
     if not isinstance(dtype, str):
         raise ValueError(f"{where} has the dtype {shown(dtype)}, expected a name.")

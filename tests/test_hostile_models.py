@@ -86,6 +86,14 @@ def test_a_header(tool, header, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["m.safetensors"]
 
 
+@pytest.mark.parametrize("tool", TOOLS)
+def test_an_entry_that_the_format_does_not_have(tool, tmp_path):
+    """It may hold a lone surrogate, which the safetensors library does not read."""
+    header = {"a.weight": one()["a.weight"] | {"config": {"\ud800": []}}}
+    with pytest.raises(ValueError, match=r"a\.weight has config beside dtype, shape and data_offsets"):
+        TOOLS[tool](file_of(tmp_path, header, b"\0\0"))
+
+
 @pytest.mark.skipif(sys.platform == "win32" or sys.platform == "darwin", reason="names there are Unicode")
 @pytest.mark.parametrize("tool", TOOLS)
 def test_a_file_name_that_is_no_text(tool, tmp_path):
@@ -244,7 +252,8 @@ def test_what_the_safetensors_library_does_not_read_is_named(tmp_path):
     path = save(source(CASE), tmp_path / "m.safetensors", config())
     content = path.read_bytes()
     length = int.from_bytes(content[:8], "little")
-    header = content[8 : 8 + length].replace(b'"dtype"', b'"x":NaN,"dtype"', 1)  # JSON to Python, not to the library
+    header = content[8 : 8 + length].replace(b"[0,", b"[-0,", 1)  # a whole number to Python, not to the library
+    assert b"[-0," in header
     path.write_bytes(struct.pack("<Q", len(header)) + header + content[8 + length :])
     with pytest.raises(ValueError) as caught:
         load_worldstereo(path)
