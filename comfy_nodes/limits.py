@@ -15,6 +15,7 @@ from comfy_api.latest import io
 from ..core import throw_exception_if_processing_interrupted
 from ..files.text import first_few, shown
 from ..scene.cameras import MAX_CAMERAS, Cameras
+from ..scene.pictures import MAX_PICTURE
 from ..scene.pointcloud import PointCloud
 from ..scene.scene import Scene
 from ..worldstereo.conditioning import References
@@ -22,7 +23,7 @@ from . import common
 
 MAX_TEXT = 1 << 16  # characters
 MAX_CHOICE = 1000  # characters of a choice, its folders included
-MAX_SIDE, MAX_PIXELS = 1 << 15, 1 << 26  # of one picture: photos of 50 megapixels, panoramas of 8192x4096
+MAX_SIDE = 1 << 15  # of one picture
 MAX_FRAMES = 10_000  # pictures of one input
 MAX_POINTS = 1 << 25  # a panorama's of 8192x4096
 MAX_CONDITIONS = 1000
@@ -123,9 +124,9 @@ def _shape(tensor) -> str:
 def _check_size(name, count, height, width):
     if min(count, height, width) < 1:
         raise ValueError(f"{name} is empty: {count} pictures of {width}×{height} pixels.")
-    if max(height, width) > MAX_SIDE or height * width > MAX_PIXELS:
+    if max(height, width) > MAX_SIDE or height * width > MAX_PICTURE:
         raise ValueError(
-            f"{name} is {width}×{height}: the limits are {MAX_SIDE} pixels per side and {MAX_PIXELS >> 20} megapixels. "
+            f"{name} is {width}×{height}: the limits are {MAX_SIDE} pixels per side and {MAX_PICTURE >> 20} megapixels. "
             "Make it smaller."
         )
     if count > MAX_FRAMES:

@@ -39,6 +39,7 @@ BUFFERS = 128  # slices in memory, 268 MB: those of one tensor, those in the thr
 MOST_KEPT = 72  # slices of one tensor kept in memory, 150 MB; the largest weight of Wan 14B has 142 MB in BF16
 MAX_HEADER = 8 * 2**20  # bytes; WorldStereo's has 0.3 MB, and a workflow saved in the metadata can add a few MB
 MAX_NAME = 300  # characters of a tensor's name; the longest of a checkpoint has under 100
+ENTRY = ("dtype", "shape", "data_offsets")  # of a tensor in a header
 MAX_AXES = 8
 MAX_TENSORS = 20_000  # WorldStereo has 2351
 PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
@@ -288,9 +289,9 @@ def _tensor(name: str, info, path: Path, begin: int, broken: str) -> tuple[Tenso
     where = f"{broken}: {shown(name)}"
     if not isinstance(info, dict):
         raise ValueError(f"{where} is {shown(info)}, expected dtype, shape and data_offsets.")
-    if others := info.keys() - {"dtype", "shape", "data_offsets"}:
+    if others := info.keys() - set(ENTRY):
         raise ValueError(f"{where} has {first_few(sorted(others))} beside dtype, shape and data_offsets.")
-    dtype, shape, offsets = (info.get(key) for key in ("dtype", "shape", "data_offsets"))
+    dtype, shape, offsets = map(info.get, ENTRY)
     if not isinstance(dtype, str):
         raise ValueError(f"{where} has the dtype {shown(dtype)}, expected a name.")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_count(n) for n in offsets):

@@ -30,7 +30,7 @@ from ..files.text import shown
 from . import camera_files
 from .cameras import Cameras, rigid_inverse, rotation_to_quaternion
 from .fuse import thin_by_voxels
-from .pictures import as_bytes, write_png
+from .pictures import MAX_PICTURE, as_bytes, write_png
 from .pointcloud import PLY_POINTS, PointCloud, read_ply, world_mirror, write_ply
 from .scene import MAX_PIXELS, MAX_POINTS, MAX_VIEWS, Scene, TakenPath
 from .stop import stoppable
@@ -45,7 +45,6 @@ PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 # Pillow goes by the content: PostScript, in a file of any name, it would hand to Ghostscript.
 FORMATS = ("PNG", "JPEG", "WEBP")
 PICTURE_BYTES = 1 << 29  # of a file
-MAX_PICTURE = 1 << 26  # pixels: with alpha it takes 1 GB while it is read
 KINDS = ("scene.json", "transforms.json", "cameras.json", "sparse/0/images.txt", "sparse/images.txt", "images.txt")
 
 

@@ -349,13 +349,10 @@ def thin_by_voxels(points: torch.Tensor, limit: int) -> tuple[torch.Tensor, floa
 
 def _first_of_voxels(points, low, size, limit):
     """The numbers, rising, of the first point in each voxel; None where more than `limit` voxels hold points."""
-    keys = torch.zeros(
-        0, dtype=torch.long
-    )  # of the voxels found so far, rising, and the number of each one's first point
-    numbers = keys
-    for start in range(0, len(points), VOXEL_PIECE):
-        throw_exception_if_processing_interrupted()
-        x, y, z = ((points[start : start + VOXEL_PIECE] - low) / size).long().unbind(1)
+    # Of the voxels found so far, rising, and the number of each one's first point.
+    keys = numbers = torch.zeros(0, dtype=torch.long)
+    for part in pieces(len(points), VOXEL_PIECE):
+        x, y, z = ((points[part] - low) / size).long().unbind(1)
         key, order = (((x << VOXEL_BITS + 1) | y) << VOXEL_BITS + 1 | z).sort(stable=True)
         first = torch.ones_like(key, dtype=torch.bool)
         first[1:] = key[1:] != key[:-1]
@@ -368,7 +365,7 @@ def _first_of_voxels(points, low, size, limit):
         new = torch.zeros(len(keys) + len(key), dtype=torch.bool)
         new[place + torch.arange(len(key))] = True  # each goes before the one found at its place
         merged = keys.new_empty(2, len(new))
-        merged[:, new] = torch.stack([key, order[first] + start])
+        merged[:, new] = torch.stack([key, order[first] + part.start])
         merged[:, ~new] = torch.stack([keys, numbers])
         keys, numbers = merged
     return numbers.sort().values

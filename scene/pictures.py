@@ -16,6 +16,7 @@ from .stop import stoppable
 
 SHAPE_TOLERANCE = 0.05  # relative, of height/width: what rounding sides to whole pixels or patches may change
 SMALLEST_STRETCH = 0.01  # relative: a smaller one is not reported
+MAX_PICTURE = 1 << 26  # pixels of one picture: photos of 50 megapixels, panoramas of 8192x4096
 MOST_PIXELS = 1 << 19  # of a render without a given size
 SHEET_WIDTH, SHEET_HEIGHT = 1680, 8192  # pixels; a sheet that would be higher is made narrower
 

@@ -125,14 +125,13 @@ def _read_vertices(file: BinaryIO, vertex: np.dtype, count: int, start: int, siz
     coloured = set(channels) <= set(vertex.names or ())
     points, colors = np.empty((count, 3), np.float32), np.full((count, 3), 0.5, np.float32)
     file.seek(start)
-    for first in range(0, count, PLY_PIECE):
-        throw_exception_if_processing_interrupted()
-        wanted = min(PLY_PIECE, count - first)
+    for part in pieces(count, PLY_PIECE):
+        wanted = part.stop - part.start
         piece = np.frombuffer(file.read(wanted * vertex.itemsize), vertex, wanted)
         for column, axis in enumerate("xyz"):
-            points[first : first + wanted, column] = piece[axis]
+            points[part, column] = piece[axis]
         for column, channel in enumerate(channels if coloured else ()):
-            colors[first : first + wanted, column] = piece[channel]
+            colors[part, column] = piece[channel]
     if coloured:
         np.clip(np.divide(colors, 255, out=colors), 0, 1, out=colors)
     return PointCloud(torch.from_numpy(points), torch.from_numpy(colors))

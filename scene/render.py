@@ -17,7 +17,7 @@ from .cameras import Cameras
 from .depth import depth_of_moge, depth_of_picture, points_from_depth
 from .pictures import resize_pictures, same_shape
 from .pointcloud import PointCloud
-from .stop import stoppable
+from .stop import pieces, stoppable
 
 RADIUS = 0.008  # of a splat, in units in which the shorter side of the picture spans 2
 SMALLEST_PIXELS = 1.0  # the least radius of a splat in pixels: below it, points one pixel apart show gaps and moiré
@@ -124,12 +124,12 @@ def render(
     for frame, (w2c, K) in enumerate(zip(cameras.w2c, cameras.K)):
         u, v, index = _visible(points, w2c, K, height, width, radius)
         rows = max(1, TILE_PIXELS // width)
-        for top in range(0, height, rows):
-            throw_exception_if_processing_interrupted()
-            bottom = min(top + rows, height)
-            picture, seen = _splat(u, v, colors, index, top, bottom, width, radius, points_per_pixel, background)
-            pictures[frame, top:bottom] = picture.view(-1, width, 3)
-            holes[frame, top:bottom] = (~seen).view(-1, width)
+        for band in pieces(height, rows):
+            picture, seen = _splat(
+                u, v, colors, index, band.start, band.stop, width, radius, points_per_pixel, background
+            )
+            pictures[frame, band] = picture.view(-1, width, 3)
+            holes[frame, band] = (~seen).view(-1, width)
         progress(1)
     return pictures, holes
 
@@ -164,19 +164,18 @@ def project(
 def _visible(points, w2c, K, height, width, radius):
     """Pixel coordinates u, v of the points whose splats reach the picture, near to far, and their indices."""
     parts = []
-    for first in range(0, len(points), CHUNK_POINTS):
-        throw_exception_if_processing_interrupted()
-        u, v, z = project(points[first : first + CHUNK_POINTS], w2c, K)
+    for part in pieces(len(points), CHUNK_POINTS):
+        u, v, z = project(points[part], w2c, K)
         inside = (z > 0) & (u > -radius) & (u < width + radius) & (v > -radius) & (v < height + radius)
         index = inside.nonzero().squeeze(1)
-        parts.append((u[index], v[index], z[index], (index + first).int()))
+        parts.append((u[index], v[index], z[index], (index + part.start).int()))
     if not parts:
         none = points.new_zeros(0)
         return none, none, none.int()
     # One column after the other, from here on: with the most points each takes 130 MB.
-    pieces = [list(piece) for piece in zip(*parts)]
+    lists = [list(column) for column in zip(*parts)]
     parts.clear()
-    u, v, z, index = (torch.cat(pieces.pop(0)) for _ in range(4))
+    u, v, z, index = (torch.cat(lists.pop(0)) for _ in range(4))
     sort = partial(torch.argsort, stable=True)
     near_to_far = stoppable(sort, z) if z.device.type == "cpu" else sort(z)
     del z
@@ -184,9 +183,8 @@ def _visible(points, w2c, K, height, width, radius):
     del u, v, index
     for number, column in enumerate(columns):
         columns[number] = column.new_empty(len(column))
-        for first in range(0, len(column), CHUNK_POINTS):
-            throw_exception_if_processing_interrupted()
-            columns[number][first : first + CHUNK_POINTS] = column[near_to_far[first : first + CHUNK_POINTS]]
+        for part in pieces(len(column), CHUNK_POINTS):
+            columns[number][part] = column[near_to_far[part]]
     return tuple(columns)
 
 

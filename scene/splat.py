@@ -162,7 +162,7 @@ def _collected(scene, depths, others, tolerances, scale, progress):
 
 def _judged(made, scene, depths, view, others, same, scale):
     """Those of the Gaussians made so far (or None) that a view does not replace, the view's own, and which of these are
-    used, a mask [P]."""
+    used, a mask [P]. A function, so that the view's other arrays are dropped before its Gaussians are copied."""
     w2c = scene.cameras.w2c[view]
     K, picture, depth = _smaller(scene.pictures[view], depths[view], scene.cameras.K[view], scale)
     slopes, good = stoppable(_slopes, *despeckled(depth), K)
