@@ -8,7 +8,10 @@ import shutil
 from pathlib import Path
 
 import comfy.cli_args
+import numpy as np
 import pytest
+import torch
+from comfy_extras.frame_interpolation_models.ifnet import IFNet
 from safetensors.torch import save_file
 from test_workflow import PLACEHOLDERS
 from web_page import page_of
@@ -31,6 +34,8 @@ WORKFLOWS = (  # in this order: the third continues what the second saved
     "your_own_render_and_mask",
     "cook_fp8",
 )
+INTERPOLATED = "picture_to_camera_move_camera_variant"  # is run with frame interpolation x4 switched on
+KEYFRAMES = 5
 VIEWERS = {"PreviewPointCloud", "PreviewGaussianSplat"}
 SMALL = {"width": 256, "height": 160}
 FLIGHT = {"keyframes": 6, "views": [{"position": [0.1, 0, 0], "rotation": [1, 0, 0, 0]}]}
@@ -38,7 +43,7 @@ WIDGETS = {  # what makes a run short, by node and widget
     "LoadWorldStereoFP8": {"model_name": job.MODEL},
     "VAELoader": {"vae_name": job.VAE},
     "BasicScheduler": {"steps": 2},
-    "WorldStereoCameraPath": {"keyframes": 5},
+    "WorldStereoCameraPath": {"keyframes": KEYFRAMES},
     "WorldStereoFlyPath": {"path": json.dumps(FLIGHT)},
     "WorldStereoPanorama": SMALL,
     "WorldStereoRender": SMALL,
@@ -67,11 +72,19 @@ def prepare(base):
     save_file(toy.weights(), source / "model.safetensors")
     (source / "config.json").write_text(json.dumps({"model_type": toy.CONFIG.model_type} | toy.CONFIG_JSON))
     camera = "diffusion_models/WorldStereo-camera-fp8_e4m3fn_scaled.safetensors"
-    for name in (*PLACEHOLDERS, camera, "frame_interpolation/film_net_fp16.safetensors"):
+    interpolation = "frame_interpolation/film_net_fp16.safetensors"
+    for name in (*PLACEHOLDERS, camera, interpolation):
         (base / "models" / name).parent.mkdir(exist_ok=True)
         (base / "models" / name).touch()
+    save_interpolation(base / "models" / interpolation)
     scene.draw(base / "input")
     shutil.copyfile(COMFYUI / "input" / "example.png", base / "input" / "example.png")
+
+
+def save_interpolation(path):
+    """A frame interpolation model of the smallest kind that core loads: all zero, it blends a frame with the next."""
+    network = IFNet(head_ch=1, channels=(2, 2, 2, 2, 2))
+    save_file({name: torch.zeros_like(tensor) for name, tensor in network.state_dict().items()}, path)
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +143,24 @@ def run(page):
     assert kind == "execution_success", detail
 
 
+def switch(page, kinds):
+    """Presses Ctrl-B on the nodes of these types, which bypasses them or switches them on."""
+    page.evaluate(
+        """kinds => {
+            app.canvas.selectItems(app.graph.nodes.filter(node => kinds.includes(node.type)));
+            app.extensionManager.command.execute("Comfy.Canvas.ToggleSelectedNodes.Bypass");
+            app.canvas.deselectAll();
+        }""",
+        kinds,
+    )
+
+
+def saved_video(comfyui, page):
+    (saved,) = page.evaluate("app.nodeOutputs[app.graph.nodes.find(node => node.type === 'SaveVideo').id].images")
+    frames = scene.read_video(comfyui.base / "output" / saved["subfolder"] / saved["filename"])
+    return np.stack(frames).astype(float)
+
+
 def screenshot(page, name):
     if folder := os.environ.get("SCREENSHOTS"):
         page.wait_for_timeout(1000)
@@ -169,12 +200,19 @@ def empty_shares(page):
 
 
 @pytest.mark.parametrize("name, mode", [*zip(WORKFLOWS, itertools.cycle(MODES))])
-def test_a_workflow_opens_runs_and_shows_what_it_made(page, name, mode):
+def test_a_workflow_opens_runs_and_shows_what_it_made(comfyui, page, name, mode):
     workflow = load(name)
     values = WIDGETS | ({"LoadWorldStereoFP8": {"model_name": CAMERA_MODEL}} if "camera_variant" in name else {})
     page.errors.clear()
     show(page, workflow, mode, values)
+    if name == INTERPOLATED:
+        switch(page, ["FrameInterpolationModelLoader", "FrameInterpolate"])
     run(page)
+    if name == INTERPOLATED:
+        frames = saved_video(comfyui, page)
+        assert len(frames) == 4 * (KEYFRAMES - 1) + 1
+        before, between, after = frames[:-4:4], frames[2::4], frames[4::4]
+        assert abs(between - (before + after) / 2).mean() < 0.2 * abs(between - before).mean()
     sent = page.evaluate(
         "app.graph.nodes.filter(node => app.nodeOutputs[node.id]?.images?.length).map(node => node.type)"
     )
