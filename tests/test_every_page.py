@@ -268,6 +268,30 @@ def test_groups_are_switched_with_ctrl_b(page, mode):
     assert page.errors == []
 
 
+def test_the_page_offers_the_models_that_are_missing(comfyui, page):
+    """With the folder where the file belongs and its link, from the loader's `properties.models`."""
+    page.errors.clear()
+    workflow = load("picture_to_camera_move")
+    (model,) = next(n["properties"]["models"] for n in workflow["nodes"] if n["type"] == "LoadWorldStereoFP8")
+    placeholder = comfyui.base / "models" / model["directory"] / model["name"]
+    placeholder.unlink()
+    try:
+        show(page, workflow, "classic", {})
+    finally:
+        placeholder.touch()
+    page.get_by_role("button", name="View details").click()
+    row = page.get_by_test_id("missing-model-importable-rows")
+    assert row.inner_text().split("\n")[:2] == [model["name"], model["directory"]]
+    page.evaluate("() => { HTMLAnchorElement.prototype.click = function () { window.followed = this.href; }; }")
+    row.get_by_role("button", name="Download").click()
+    page.wait_for_function("window.followed")
+    page.evaluate("delete HTMLAnchorElement.prototype.click")
+    assert page.evaluate("window.followed") == model["url"]
+    screenshot(page, "missing_models")
+    page.get_by_role("button", name="Toggle properties panel").click()
+    assert page.errors == []
+
+
 def test_the_template_browser_lists_the_workflows_with_pictures(page):
     page.errors.clear()
     size = page.viewport_size
