@@ -1,4 +1,5 @@
-"""WorldStereo Camera Path in the web page: only the widgets that its preset uses are shown, in both kinds of graph."""
+"""WorldStereo Camera Path and Fly Path in the web page: only the widgets that their preset and lens use are shown, in both
+kinds of graph."""
 
 import os
 import time
@@ -75,4 +76,14 @@ def test_a_preset_shows_the_widgets_that_it_uses(comfyui, page, errors, nodes2):
     choose("preset", "tilt up")
     choose("lens", "auto")
     wait_for({"degrees"})
+
+    page.evaluate("""() => {
+        window.app.graph.clear();
+        window.node = window.LiteGraph.createNode("WorldStereoFlyPath");
+        window.node.pos = [200, 200];
+        window.app.graph.add(window.node);
+    }""")
+    wait_for(set())
+    choose("lens", "focal length (mm, full frame)")
+    wait_for({"lens_value"})
     assert errors == []

@@ -465,6 +465,11 @@ def test_a_trackpad_flies_and_does_not_zoom(comfyui, page, errors, mode):
     flick = scroll(60, deltaY=-900.5)  # a second of it
     assert flick["kept"] and flick["position"][2] == pytest.approx(60 * 0.002 * speed * 120)
     assert note.inner_text() == ""
+    slider = page.get_by_title("How fast you fly")
+    slider.fill("-1")  # twice as fast
+    assert scroll(10, deltaY=-1)["position"][2] == pytest.approx(2 * 0.002 * speed * 10)
+    slider.fill("-2")
+    page.locator(".ws-fly").focus()
     # As Chromium itself sends them.
     page.evaluate("viewer.choose(0)")
     stage = page.locator(".ws-stage canvas").bounding_box()
