@@ -77,13 +77,19 @@ def test_a_preset_shows_the_widgets_that_it_uses(comfyui, page, errors, nodes2):
     choose("lens", "auto")
     wait_for({"degrees"})
 
-    page.evaluate("""() => {
-        window.app.graph.clear();
-        window.node = window.LiteGraph.createNode("WorldStereoFlyPath");
-        window.node.pos = [200, 200];
-        window.app.graph.add(window.node);
+    page.evaluate("""async () => {
+        const {app, LiteGraph} = window, fly = LiteGraph.createNode("WorldStereoFlyPath");
+        app.graph.clear();
+        app.graph.add(fly);
+        fly.pos = [200, 200];
+        // With an id of its own: else the page gives the node's widgets what an earlier node of its number had.
+        await app.loadGraphData({...app.graph.serialize(), id: crypto.randomUUID()});
+        window.node = app.graph.nodes[0];
+        Object.assign(app.canvas.ds, {scale: 1, offset: [0, 0]});
     }""")
     wait_for(set())
     choose("lens", "focal length (mm, full frame)")
     wait_for({"lens_value"})
+    choose("lens", "auto")
+    wait_for(set())
     assert errors == []
