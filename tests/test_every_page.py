@@ -143,6 +143,18 @@ def run(page):
     assert kind == "execution_success", detail
 
 
+def crowded(page):
+    """The pairs of nodes of the classic graph that overlap or touch once they show what they made: texts make a node
+    higher."""
+    return page.evaluate("""() => {
+        const title = LiteGraph.NODE_TITLE_HEIGHT, gap = 10;
+        const boxes = app.graph.nodes.map(({id, type, pos: [x, y], size: [width, height]}) =>
+            ({name: `${id} ${type}`, x, top: y - title, right: x + width, bottom: y + height + gap}));
+        const meet = (a, b) => a.x < b.right && b.x < a.right && a.top < b.bottom && b.top < a.bottom;
+        return boxes.flatMap((a, i) => boxes.slice(0, i).filter(b => meet(a, b)).map(b => `${a.name}, ${b.name}`));
+    }""")
+
+
 def switch(page, kinds):
     """Presses Ctrl-B on the nodes of these types, which bypasses them or switches them on."""
     page.evaluate(
@@ -219,6 +231,7 @@ def test_a_workflow_opens_runs_and_shows_what_it_made(comfyui, page, name, mode)
     assert RESULTS[name] <= set(sent)
     assert not_shown(page, mode) == []
     if mode == "classic":
+        assert crowded(page) == []
         assert all(share < 0.4 for share in empty_shares(page))
     assert page.get_by_test_id("error-loading-video").count() == 0
     assert red(page) == []
@@ -309,8 +322,19 @@ def test_the_template_browser_lists_the_workflows_with_pictures(page):
         )
     screenshot(page, "templates")
     page.set_viewport_size(size)
-    page.keyboard.press("Escape")
+
+    # The first of them opens where one begins, large enough to be read.
+    dialog.get_by_text(WORKFLOWS[0], exact=True).first.click()
     dialog.wait_for(state="hidden")
+    page.wait_for_function("app.graph.nodes.some(node => node.type === 'WorldStereoPictureOrSample')")
+    page.wait_for_timeout(500)
+    assert page.evaluate("app.canvas.ds.scale") > 0.65  # below 0.57 the classic graph draws no texts
+    seen = page.evaluate("""app.graph.nodes.filter(({pos, size}) => {
+        const [x, y] = app.canvas.ds.convertOffsetToCanvas(pos), {scale} = app.canvas.ds;
+        return x > 0 && y > 0 && x + size[0] * scale < innerWidth && y + size[1] * scale < innerHeight;
+    }).map(node => node.title)""")
+    assert {"Try it first", "Model files", "Load WorldStereo FP8", "Picture", "WorldStereo Picture"} <= set(seen)
+    screenshot(page, "opened")
     assert page.errors == []
 
 
