@@ -1,6 +1,8 @@
 """From a picture and its depth to coloured points, by the rules of the renders that WorldStereo was trained on: far
 depths are compressed, edges and invalid depths dropped."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 
@@ -33,14 +35,32 @@ def depth_of_moge(geometry: dict) -> torch.Tensor:
     return depth[0].where(geometry["mask"][0].cpu(), torch.inf) if "mask" in geometry else depth[0]
 
 
-def depths_of_moge(geometry: dict) -> list[torch.Tensor]:
+def depths_of_moge(geometry: dict) -> "MogeDepths":
     """The depths [H, W] of core's MOGE_GEOMETRY of a batch of pictures, infinite where its masks say there is none.
 
     Raises ValueError for a panorama and for a geometry without depth.
     """
-    batch = len(geometry.get("depth", ()))
-    parts = [{name: value[i : i + 1] for name, value in geometry.items()} for i in range(batch)]
-    return [depth_of_moge(part) for part in parts or [geometry]]
+    depths = MogeDepths(geometry)
+    depths.depth(0)
+    return depths
+
+
+class MogeDepths(Sequence):
+    """See `depths_of_moge`. Each is computed when it is asked for: together, those of large pictures take gigabytes."""
+
+    def __init__(self, geometry: dict):
+        self.geometry = geometry
+
+    def __len__(self):
+        return len(self.geometry["depth"])
+
+    def __getitem__(self, place):
+        if isinstance(place, slice):
+            return MogeDepths({name: value[place] for name, value in self.geometry.items()})
+        return self.depth(range(len(self))[place])
+
+    def depth(self, number: int) -> torch.Tensor:
+        return depth_of_moge({name: value[number : number + 1] for name, value in self.geometry.items()})
 
 
 def depth_of_picture(image: torch.Tensor, kind: str, near: float, far: float) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """A path through a scene: the render of the cloud, the references from memory, and what is remembered of the result."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -122,7 +122,7 @@ def remember_clip(
     cameras: Cameras,
     name: str,
     count: int,
-    depths: list[torch.Tensor] | None,
+    depths: Sequence[torch.Tensor] | None,
     points: int,
     device: str | torch.device,
     progress: Callable[[int], None],
@@ -154,7 +154,7 @@ def remember_clip(
         cloud, report = fuse(
             scene.cloud,
             [pictures[frame] for frame in moving],
-            [depths[frame] for frame in moving],
+            depths[1:],
             cameras[moving],
             names=names,
             limit=points,

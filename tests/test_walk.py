@@ -170,8 +170,10 @@ def test_depths_of_a_batch():
     depth = torch.ones(2, 3, 4)
     mask = depth > 0
     mask[1, 0, 0] = False
-    first, second = depths_of_moge({"depth": depth, "mask": mask, "intrinsics": torch.eye(3).expand(2, 3, 3)})
-    assert first.isfinite().all() and second[0, 0] == torch.inf
+    depths = depths_of_moge({"depth": depth, "mask": mask, "intrinsics": torch.eye(3).expand(2, 3, 3)})
+    assert len(depths) == 2 and len(depths[1:]) == 1
+    for first, second in (depths, (depths[0], depths[1:][0])):
+        assert first.isfinite().all() and second[0, 0] == torch.inf
     with pytest.raises(ValueError, match="no depth"):
         depths_of_moge({"image": depth})
     with pytest.raises(ValueError, match="panorama"):
