@@ -17,7 +17,7 @@ from .limits import checked
 
 FPS = 16.0
 MAX_CLIP_SIDE = 8192  # pixels that H.264 takes
-PLAYED_PIXELS = 1 << 22  # of a frame of the clip on the node
+PLAYED_PIXELS = 1 << 21  # of a frame of the clip on the node: the encoder ends with dozens of them in one call
 
 
 class WorldStereoPreviewClip(io.ComfyNode):
