@@ -120,8 +120,9 @@ def new_large_file(path: str | os.PathLike, nbytes: int, overwrite: bool = False
             _put_or_keep(temporary, path, overwrite)
         except BaseException:
             if fcntl is None:
-                file.close()
+                _close(file)
             temporary.unlink(missing_ok=True)
+            _close(file)
             raise
     if hasattr(os, "O_DIRECTORY"):  # the new name itself is on disk once the folder is synced; Windows has no such call
         folder = os.open(path.parent, os.O_DIRECTORY)
@@ -146,6 +147,12 @@ def _written_out(file, path: Path):
             stop.set()
         with naming(path):
             syncs.result()  # the system reports a failed write only once, to the next fsync
+
+
+def _close(file):
+    """Closes a file that is given up. What a full disk did not take is tried again, whose error would hide the first."""
+    with contextlib.suppress(OSError):
+        file.close()
 
 
 def _lock(file) -> bool:

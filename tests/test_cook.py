@@ -416,12 +416,13 @@ def test_no_room(sources, tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(resource is None, reason="Windows limits no file's size")
-def test_disk_full_half_way(sources, tmp_path):
+@pytest.mark.parametrize("room", [200_000, 200_100, 0])
+def test_disk_full_half_way(sources, tmp_path, room):
     """A file size limit makes the disk refuse the write in the middle."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
     try:
-        with pytest.raises(OSError) as caught:
+        with pytest.raises(OSError, match="out.safetensors could not be written: File too large") as caught:
             cook(sources / "bf16.safetensors", tmp_path / "out.safetensors")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
