@@ -9,6 +9,7 @@
     python dev.py bench workflow [arguments] the example workflow at full size on the ComfyUI server
     python dev.py bench render               the point-cloud render
     python dev.py bench cook [arguments]     Cook FP8 against cp; needs 30 GB of disk, and is not part of "all"
+    python dev.py bench bounds [case ...]    memory and stop button at the largest inputs; not part of "all"
 
 linear, step, drift, explore and workflow need a CUDA GPU; all but workflow print Markdown tables.
 """
@@ -18,7 +19,7 @@ import sys
 from pathlib import Path
 
 ALL = ("linear", "step", "drift", "workflow", "explore", "render")
-BENCHMARKS = (*ALL, "multigpu", "cook")
+BENCHMARKS = (*ALL, "multigpu", "cook", "bounds")
 
 
 def main() -> int:

@@ -1,8 +1,12 @@
-"""The benchmark of Explore Scene runs to its end, at toy size, where the server's packages and PyAV are missing."""
+"""The benchmark of Explore Scene runs to its end, at toy size, where the server's packages and PyAV are missing; that of
+the bounds measures."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 EXPLORE = Path(__file__).resolve().parent.parent / "benchmarks" / "explore.py"
 BARE = """
@@ -26,3 +30,19 @@ def test_explore_runs_without_a_server_and_without_pyav(tmp_path):
         parts = sum(float(part.split()[-1]) for part in row[6].split(","))
         assert 0 < sampling < whole and abs(sampling + parts - whole) < 0.1
     assert "33 paths:" in run.stdout and "a toy's figures" in run.stdout
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="it measures through Linux's /proc")
+def test_a_case_of_the_bounds():
+    command = [sys.executable, str(EXPLORE.with_name("bounds.py")), "--measure", "go_on"]
+    measured = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    picture = 2048 * 4096 * 3 * 4 / (1 << 30)
+    assert measured["result"] == pytest.approx(picture, rel=0.01)
+    assert 0 <= measured["own"] <= measured["gap"] <= measured["seconds"] and abs(measured["beside"]) < 1
+
+
+def test_bounds_of_no_case():
+    run = subprocess.run(
+        [sys.executable, str(EXPLORE.with_name("bounds.py")), "nothing"], capture_output=True, text=True
+    )
+    assert run.returncode and "no case 'nothing', only render_points, " in run.stderr
