@@ -5,8 +5,8 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from fuzz import CLASSES, SERVED
-from fuzz.runner import SERVED_SHARE, Worker, run
+from fuzz import CLASSES, SERVED, SHARES
+from fuzz.runner import Worker, run
 
 
 def main() -> int:
@@ -18,7 +18,8 @@ def main() -> int:
         "--count",
         type=int,
         default=5000,
-        help=f"cases of each class (5000); a {SERVED_SHARE}th of them where a real server runs them",
+        help="cases of each class (5000), but "
+        + ", ".join(f"1 in {share} of {name}" for name, share in SHARES.items()),
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--first", type=int, default=0, help="the number of the first case, to see one again")

@@ -40,7 +40,7 @@ OTHERS = ("GIF", "TIFF", "BMP", "PPM", "EPS", "ICO", "PCX")  # formats that no s
 
 
 @functools.cache
-def good() -> Path:
+def good_scene() -> Scene:
     count = 3
     w2c = torch.eye(4).repeat(count, 1, 1)
     w2c[:, 0, 3] = torch.arange(count) * 0.1
@@ -49,8 +49,13 @@ def good() -> Path:
     depths = (torch.ones(HEIGHT, WIDTH), None, None)
     cloud = PointCloud(torch.rand(9, 3), torch.rand(9, 3))
     scene = Scene((pictures[0],), cameras[0], ("start",), depths[:1], cloud)
+    return scene.with_path("path 1", cameras, [1, 2], pictures[1:])
+
+
+@functools.cache
+def good() -> Path:
     folder = Path(tempfile.mkdtemp(prefix="fuzz-scene-")) / "scene"
-    write_scene(folder, scene.with_path("path 1", cameras, [1, 2], pictures[1:]))
+    write_scene(folder, good_scene())
     return folder
 
 

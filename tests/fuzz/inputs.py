@@ -202,10 +202,11 @@ def nodes() -> tuple:
 
 
 def case(random: Random, folder: Path) -> Case:
+    place = folder / "ComfyUI"
     for kind in ("input", "output", "temp"):
-        (folder / kind).mkdir()
-        setattr(folder_paths, f"{kind}_directory", str(folder / kind))
-    write_camera_json(folder / "input" / "camera.json", cameras())
+        (place / kind).mkdir(parents=True)
+        setattr(folder_paths, f"{kind}_directory", str(place / kind))
+    write_camera_json(place / "input" / "camera.json", cameras())
     node = random.choice(nodes())
     hidden = SimpleNamespace(unique_id=None, prompt=None, extra_pnginfo=None)
     node = type(node.__name__, (node,), {"hidden": hidden})
@@ -222,12 +223,10 @@ def case(random: Random, folder: Path) -> Case:
         given["\ud800"] = 1
 
     def wrong(result) -> str | None:
-        if any(folder.rglob("*.writing")):
-            return "it left a half file"
         for value in result.args or ():
             if isinstance(value, torch.Tensor) and not value.isfinite().all():
                 return "a result is not finite"
-        if node.__base__ is WorldStereoPreviewClip and not list((folder / "temp").iterdir()):
+        if node.__base__ is WorldStereoPreviewClip and not list((place / "temp").iterdir()):
             return "nothing to play"
         return None
 

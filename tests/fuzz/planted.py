@@ -13,17 +13,24 @@ def fail(error):
 
 
 FAULTS = (
-    ("dead", lambda: os._exit(1)),
-    ("hang", lambda: time.sleep(60)),
-    ("unclear", lambda: fail(KeyError("m.json"))),
-    ("unclear", lambda: fail(ValueError("this names no file"))),
-    ("unclear", lambda: fail(ValueError("m.json: \ud800"))),
-    ("unclear", lambda: fail(ValueError("m.json: " + "x" * 5000))),
-    ("unclear", lambda: bytearray(2**34)),
-    ("wrong", lambda: None),
-    ("refused", lambda: fail(ValueError("m.json is broken"))),
+    ("dead", lambda folder: os._exit(1)),
+    ("hang", lambda folder: time.sleep(60)),
+    ("unclear", lambda folder: fail(KeyError("m.json"))),
+    ("unclear", lambda folder: fail(ValueError("this names no file"))),
+    ("unclear", lambda folder: fail(ValueError("m.json: \ud800"))),
+    ("unclear", lambda folder: fail(ValueError("m.json: " + "x" * 5000))),
+    ("unclear", lambda folder: bytearray(2**34)),
+    ("wrong", lambda folder: None),
+    ("overwritten", lambda folder: (folder / "there").write_text("new")),
+    ("overwritten", lambda folder: (folder / "there").unlink()),
+    ("half", lambda folder: (folder / "ComfyUI" / "output" / ".a.abcdefgh.writing").write_text("")),
+    ("outside", lambda folder: (folder / "a").write_text("")),
+    ("refused", lambda folder: fail(ValueError("m.json is broken"))),
 )
 
 
 def case(random: Random, folder: Path) -> Case:
-    return Case(random.choice(FAULTS)[1], ("m.json",), lambda result: "it was accepted")
+    (folder / "ComfyUI" / "output").mkdir(parents=True)
+    (folder / "there").write_text("old")
+    fault = random.choice(FAULTS)[1]
+    return Case(lambda: fault(folder), ("m.json",), lambda result: "it was accepted")

@@ -155,4 +155,5 @@ def case(random: Random, folder: Path) -> Case:
                 raise RuntimeError(refused)
             raise ValueError("prompt refused, and the next one ran")
 
-    return Case(run, ("prompt",))
+    places = ("input", "models", "output", "temp")  # core writes uploads
+    return Case(run, ("prompt",), watched=running.base, places=places, ignored=("user",))

@@ -13,14 +13,13 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from . import SERVED
+from . import SERVED, SHARES
 
 SECONDS = 10  # a case that takes longer hangs
 SERVED_SECONDS = 300  # with the start of the server; the class itself looks at what a prompt takes
-SERVED_SHARE = 6
 START_SECONDS = 300
-VERDICTS = ("refused", "accepted", "dead", "hang", "unclear", "wrong")
-BAD = ("dead", "hang", "unclear", "wrong")
+BAD = ("dead", "hang", "unclear", "wrong", "overwritten", "half", "outside")
+VERDICTS = ("refused", "accepted", *BAD)
 
 
 class Worker:
@@ -109,20 +108,20 @@ class Table:
     slowest: dict = field(default_factory=dict)  # of each class: seconds, and the case's number
 
     def __str__(self):
-        lines = [f"{'class':<12}{'cases':>8}" + "".join(f"{verdict:>10}" for verdict in VERDICTS) + "   slowest"]
+        lines = [f"{'class':<12}{'cases':>8}" + "".join(f"{verdict:>12}" for verdict in VERDICTS) + "   slowest"]
         for name, counts in self.counts.items():
-            cells = "".join(f"{counts[verdict]:>10}" for verdict in VERDICTS)
+            cells = "".join(f"{counts[verdict]:>12}" for verdict in VERDICTS)
             seconds, number = self.slowest[name]
             lines.append(f"{name:<12}{sum(counts.values()):>8}{cells}{seconds:>8.1f} s (case {number})")
         return "\n".join([*lines, *self.bad])
 
 
 def run(worker: Worker, classes, count: int, seed: int = 0, seconds: float = SECONDS, first: int = 0) -> Table:
-    """`count` cases of each class, a SERVED_SHARE of them where they need a server. The same seed gives the same cases, each
-    by its number alone."""
+    """`count` cases of each class, fewer of those in SHARES. The same seed gives the same cases, each by its number
+    alone."""
     table = Table()
     for name in classes:
-        for number in range(first, first + (count // SERVED_SHARE if name in SERVED else count)):
+        for number in range(first, first + count // SHARES.get(name, 1)):
             worker.start()
             started = time.monotonic()
             verdict, what = worker.ask(name, seed, number, SERVED_SECONDS if name in SERVED else seconds)

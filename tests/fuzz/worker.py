@@ -42,7 +42,7 @@ def run_cases():
         folder = Path(tempfile.mkdtemp(prefix="fuzz-"))
         try:
             print(
-                json.dumps(judge(module.case(random.Random(f"{name} {seed} {number}"), folder))),
+                json.dumps(judge(module.case(random.Random(f"{name} {seed} {number}"), folder), folder)),
                 file=answers,
                 flush=True,
             )
