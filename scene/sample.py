@@ -32,6 +32,7 @@ SPHERES = (  # centre, radius, colour
     ((0.9, 0.0, 4.8), 1.0, (0.2, 0.45, 0.85)),
     ((-1.9, -0.6, 5.0), 0.35, (0.3, 0.65, 0.6)),
 )
+FIRST_SPHERE = 1 + len(BOXES)  # what a ray hits has a number: 0 the room, then the boxes, then the spheres
 LAMP = (-1.2, -1.8, 1.0)
 AMBIENT = 0.4
 
@@ -53,8 +54,11 @@ def distances(origin: torch.Tensor, rays: torch.Tensor) -> torch.Tensor:
 
 
 def _cast(origin, rays):
-    distance, normal, hit = _trace(origin, rays)
+    distance, hit, axis = _trace(origin, rays)
     point = origin + rays * distance[:, None]
+    normal = -torch.nn.functional.one_hot(axis, 3) * rays.sign()
+    for number, (centre, radius, _) in enumerate(SPHERES, FIRST_SPHERE):
+        normal = torch.where((hit == number)[:, None], (point - point.new_tensor(centre)) / radius, normal)
     to_lamp = point.new_tensor(LAMP) - point
     towards = torch.nn.functional.normalize(to_lamp, dim=1)
     # From slightly above the surface, so that it does not shade itself.
@@ -64,22 +68,23 @@ def _cast(origin, rays):
 
 
 def _trace(origin, rays):
-    """Distance, normal and number (0 the room, then boxes, then spheres) of what each ray hits first."""
+    """The distance and number of what each ray hits first, and the axis across which that box's side lies."""
     distance, axis = _exit(origin, rays, *ROOM)
-    normal = _towards(rays, axis)
     hit = torch.zeros_like(axis)
     for number, (low, high, _) in enumerate(BOXES, 1):
-        found, axis = _entry(origin, rays, low, high)
-        distance, normal, hit = _nearer(found, _towards(rays, axis), number, distance, normal, hit)
-    for number, (centre, radius, _) in enumerate(SPHERES, 1 + len(BOXES)):
-        centre = rays.new_tensor(centre)
-        a, b, c = (rays * rays).sum(1), (rays * (origin - centre)).sum(1), ((origin - centre) ** 2).sum(-1) - radius**2
+        found, side = _entry(origin, rays, low, high)
+        near = found < distance
+        axis = side.where(near, axis)
+        distance, hit = found.where(near, distance), hit.masked_fill(near, number)
+    a = (rays * rays).sum(1)
+    for number, (centre, radius, _) in enumerate(SPHERES, FIRST_SPHERE):
+        from_centre = origin - rays.new_tensor(centre)
+        b, c = (rays * from_centre).sum(1), (from_centre**2).sum(-1) - radius**2
         root = b * b - a * c
         found = ((-b - root.clamp_min(0).sqrt()) / a).masked_fill(root < 0, torch.inf)
-        found = found.masked_fill(found <= 0, torch.inf)
-        outward = (origin + rays * found.nan_to_num(posinf=0)[:, None] - centre) / radius
-        distance, normal, hit = _nearer(found, outward, number, distance, normal, hit)
-    return distance, normal, hit
+        near = (found < distance) & (found > 0)
+        distance, hit = found.where(near, distance), hit.masked_fill(near, number)
+    return distance, hit, axis
 
 
 def _slabs(origin, rays, low, high):
@@ -95,16 +100,6 @@ def _entry(origin, rays, low, high):
     enters, leaves = _slabs(origin, rays, low, high)
     distance, axis = enters.max(1)
     return distance.masked_fill((distance > leaves.amin(1)) | (distance <= 0), torch.inf), axis
-
-
-def _towards(rays, axis):
-    """The normal of a box's side across `axis`, facing the ray's origin."""
-    return -torch.nn.functional.one_hot(axis, 3) * rays.sign()
-
-
-def _nearer(found, its_normal, number, distance, normal, hit):
-    near = found < distance
-    return found.where(near, distance), its_normal.where(near[:, None], normal), hit.masked_fill(near, number)
 
 
 def _paint(point, normal, hit):
