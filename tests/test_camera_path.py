@@ -275,7 +275,8 @@ def test_a_scene_out_of_sight_needs_a_depth():
 
 def test_a_path_says_what_it_assumes(caplog):
     """Without a scene a warning; with MoGe's normals the guessed pitch, by which an orbit stays level."""
-    image, geometry, _, _, _ = sample.sample()
+    geometry = sample.geometry(pinhole(104, 60, 80))
+    image = geometry["image"]
     move = Move("orbit left", 40.0, 0.0, 3, "linear", "auto")
     lens = ("auto", 60.0, 0.0, 0.0)
     cameras, _, said = plan_path(PathStart(image, *lens, None, None), move)

@@ -1,11 +1,12 @@
-"""WorldStereo Camera Path and Fly Path in the web page: only the widgets that their preset and lens use are shown, in both
-kinds of graph."""
+"""The camera nodes in the web page: Camera Path and Fly Path show only the widgets that their preset and lens use, in both
+kinds of graph, and Load Camera uploads files."""
 
 import os
 import time
 from pathlib import Path
 
 import pytest
+from worldstereo_fp8.scene.camera_files import read_cameras
 
 
 def prepare(base):
@@ -92,4 +93,46 @@ def test_a_preset_shows_the_widgets_that_it_uses(comfyui, page, errors, nodes2):
     wait_for({"lens_value"})
     choose("lens", "auto")
     wait_for(set())
+    assert errors == []
+
+
+def upload_cameras(page, files, ending):
+    """Gives files to the upload button of a WorldStereo Load Camera. Returns the chosen file's name, with this ending."""
+    with page.expect_file_chooser() as chooser:
+        page.evaluate("""() => {
+            window.app.graph.clear();
+            window.redrawn = false;
+            const node = window.LiteGraph.createNode("WorldStereoLoadCamera");
+            window.app.graph.add(node);
+            const redraw = node.setDirtyCanvas;
+            node.setDirtyCanvas = (...layers) => { window.redrawn = true; redraw.apply(node, layers); };
+            node.widgets.find(widget => widget.name === "upload camera file").callback();
+        }""")
+    chooser.value.set_files(files)
+    chosen = page.wait_for_function(
+        """ending => window.app.graph.nodes.flatMap(node => node.widgets ?? [])
+            .map(widget => String(widget.value)).find(value => value.endsWith(ending))""",
+        arg=ending,
+    ).json_value()
+    page.wait_for_function("window.redrawn")
+    return chosen
+
+
+def test_camera_upload(comfyui, page, errors, tmp_path):
+    """The file comes into the input folder and is chosen, whatever the case of its letters."""
+    file = tmp_path / "My_Cameras.JSON"
+    file.write_text('{"extrinsic": []}', "utf-8")
+    assert upload_cameras(page, file, file.name) == file.name
+    assert (comfyui.base / "input" / file.name).read_bytes() == file.read_bytes()
+    assert errors == []
+
+
+def test_an_uploaded_colmap_pair_stays_together(comfyui, page, errors, tmp_path):
+    """Each time both files get a name of their own, and the images are chosen."""
+    for focal, images, lenses in ((40, "images.txt", "cameras.txt"), (80, "IMAGES.TXT", "CAMERAS.TXT")):
+        (tmp_path / images).write_text("1 1 0 0 0 0 0 0 1 a.png\n\n")
+        (tmp_path / lenses).write_text(f"1 PINHOLE 64 48 {focal} {focal} 32 24\n")
+        chosen = upload_cameras(page, [tmp_path / images, tmp_path / lenses], f"_{images}")
+        cameras, _ = read_cameras(comfyui.base / "input" / chosen)
+        assert cameras.K[0, 0, 0] == focal
     assert errors == []

@@ -14,7 +14,6 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 from toy import golden_weights, source
-from web_page import open_workflow
 from worldstereo_fp8.comfy_nodes.files import file_name
 from worldstereo_fp8.demo import server
 from worldstereo_fp8.fp8.cook import verify
@@ -177,9 +176,3 @@ def test_interrupt_leaves_nothing(comfyui):
         comfyui.run(workflow(comfyui, source="large/model.safetensors"))
     thread.join()
     assert [path.name for path in folder.iterdir()] == ["model.safetensors"]
-
-
-def test_the_workflow_in_the_web_page(comfyui, page, errors):
-    faulty, prompt = open_workflow(page, json.loads(WORKFLOW.read_text("utf-8")))
-    assert errors == [] and faulty == []
-    assert prompt == workflow(comfyui)

@@ -7,19 +7,25 @@ import os
 import shutil
 from pathlib import Path
 
+import av
 import comfy.cli_args
 import numpy as np
 import pytest
+import requests
 import torch
 from comfy_extras.frame_interpolation_models.ifnet import IFNet
+from PIL import Image
 from safetensors.torch import save_file
+from test_geometry_nodes import at_toy_size
 from test_workflow import PLACEHOLDERS
-from web_page import page_of
-from worldstereo_fp8.demo import job, scene, toy
+from web_page import open_workflow, page_of
+from worldstereo_fp8.demo import job, scene, server, toy
+from worldstereo_fp8.scene.folder import read_scene
 
 pytestmark = pytest.mark.page
 COMFYUI = Path(comfy.cli_args.__file__).parents[1]
 EXAMPLES = Path(__file__).parents[1] / "example_workflows"
+BLUEPRINT = Path(__file__).parents[1] / "subgraphs" / "Picture to camera move.json"
 MODES = {"classic": False, "Nodes 2.0": True}
 CAMERA_MODEL = "worldstereo_camera_toy.safetensors"
 STAND_INS = job.STAND_INS | {"LoadMoGeModel": "WorldStereoDemoMoGeModel"}
@@ -51,6 +57,7 @@ WIDGETS = {  # what makes a run short, by node and widget
     "WorldStereoExploreScene": {"keyframes": 5, "stop_after": 2},
     "CookFP8": {"result": "cooked", "overwrite": True},
 }
+CLIP_LENGTHS = {"fly_a_path": FLIGHT["keyframes"], "your_own_render_and_mask": 21}  # others': KEYFRAMES
 CLIP = {"WorldStereoPreviewClip", "PreviewImage", "SaveVideo", "WorldStereoPicture", "WorldStereoCameraPath"}
 RESULTS = dict.fromkeys(WORKFLOWS, CLIP) | {
     "fly_a_path": CLIP - {"WorldStereoCameraPath"},
@@ -61,6 +68,7 @@ RESULTS = dict.fromkeys(WORKFLOWS, CLIP) | {
     "continue_scene": {"WorldStereoPreviewClip", "WorldStereoCameraPath", "PreviewImage"},
     "cook_fp8": {"PreviewImage"},
 }
+EXPLORED = {"explore_picture": ["left", "right"], "explore_panorama": ["rise_0", "right_0"]}  # the paths that are run
 
 
 def prepare(base):
@@ -73,11 +81,12 @@ def prepare(base):
     (source / "config.json").write_text(json.dumps({"model_type": toy.CONFIG.model_type} | toy.CONFIG_JSON))
     camera = "diffusion_models/WorldStereo-camera-fp8_e4m3fn_scaled.safetensors"
     interpolation = "frame_interpolation/film_net_fp16.safetensors"
-    for name in (*PLACEHOLDERS, camera, interpolation):
+    geometry = "geometry_estimation/moge_2_vitl_normal_fp16.safetensors"
+    for name in (*PLACEHOLDERS, camera, interpolation, geometry):
         (base / "models" / name).parent.mkdir(exist_ok=True)
         (base / "models" / name).touch()
     save_interpolation(base / "models" / interpolation)
-    scene.draw(base / "input")
+    scene.draw(base / "input", CLIP_LENGTHS["your_own_render_and_mask"])
     shutil.copyfile(COMFYUI / "input" / "example.png", base / "input" / "example.png")
 
 
@@ -167,10 +176,49 @@ def switch(page, kinds):
     )
 
 
-def saved_video(comfyui, page):
-    (saved,) = page.evaluate("app.nodeOutputs[app.graph.nodes.find(node => node.type === 'SaveVideo').id].images")
-    frames = scene.read_video(comfyui.base / "output" / saved["subfolder"] / saved["filename"])
-    return np.stack(frames).astype(float)
+def shown_file(comfyui, page, kind):
+    """The file of which the server told the only node of this type."""
+    (file,) = page.evaluate("kind => app.nodeOutputs[app.graph.nodes.find(node => node.type === kind).id].images", kind)
+    return comfyui.base / file["type"] / file["subfolder"] / file["filename"]
+
+
+def check_clip(comfyui, page, name):
+    """The saved video and the clip that is shown have the path's keyframes, and the interpolated ones between them."""
+    path, played = (shown_file(comfyui, page, kind) for kind in ("SaveVideo", "WorldStereoPreviewClip"))
+    with av.open(path) as file:
+        assert file.streams.video[0].average_rate == 16
+    frames = np.stack(scene.read_video(path)).astype(float)
+    assert frames[-1].std() > 5  # it shows something
+    length = CLIP_LENGTHS.get(name, KEYFRAMES)
+    assert played.is_relative_to(comfyui.base / "temp") and len(scene.read_video(played)) == length
+    if name != INTERPOLATED:
+        assert len(frames) == length
+        return
+    assert len(frames) == 4 * (length - 1) + 1
+    before, between, after = frames[:-4:4], frames[2::4], frames[4::4]
+    assert abs(between - (before + after) / 2).mean() < 0.2 * abs(between - before).mean()
+
+
+def check_scene(comfyui, page, name):
+    """The scene that was saved, the paths in it, and the video of each that was explored."""
+    folders = sorted((comfyui.base / "output" / "worldstereo").glob("scene_*"))
+    found, _ = read_scene(folders[-1])
+    if name == "continue_scene":
+        before, _ = read_scene(folders[-2])
+        assert [path.name for path in found.paths] == [*(path.name for path in before.paths), "path_1"]
+        assert found.names[: len(before)] == before.names
+        last = before.cameras.w2c[before.paths[-1].views[-1]]
+        assert abs(found.paths[-1].cameras.w2c[0] - last).max() < 1e-6  # it starts where the last path ended
+        return
+    assert [path.name for path in found.paths] == EXPLORED[name]
+    start = ("start",) if name == "explore_picture" else tuple(view for view in found.names if "panorama" in view)
+    assert len(start) == {"explore_picture": 1, "explore_panorama": 27}[name]
+    made = (f"{path}/{frame:04}" for path in EXPLORED[name] for frame in range(1, KEYFRAMES))
+    assert found.names == (*start, *made)
+    videos = [sorted((comfyui.base / "output" / "video").glob(f"scene_{path}_*")) for path in EXPLORED[name]]
+    assert all(len(scene.read_video(video)) == KEYFRAMES for (video,) in videos)
+    told = page.evaluate("app.graph.nodes.filter(node => app.nodeOutputs[node.id]).map(node => node.type)")
+    assert {"WorldStereoExploreScene"} | (VIEWERS if name == "explore_picture" else set()) <= set(told)
 
 
 def screenshot(page, name):
@@ -220,11 +268,10 @@ def test_a_workflow_opens_runs_and_shows_what_it_made(comfyui, page, name, mode)
     if name == INTERPOLATED:
         switch(page, ["FrameInterpolationModelLoader", "FrameInterpolate"])
     run(page)
-    if name == INTERPOLATED:
-        frames = saved_video(comfyui, page)
-        assert len(frames) == 4 * (KEYFRAMES - 1) + 1
-        before, between, after = frames[:-4:4], frames[2::4], frames[4::4]
-        assert abs(between - (before + after) / 2).mean() < 0.2 * abs(between - before).mean()
+    if "SaveVideo" in RESULTS[name]:
+        check_clip(comfyui, page, name)
+    if "scene" in name or name in EXPLORED:
+        check_scene(comfyui, page, name)
     sent = page.evaluate(
         "app.graph.nodes.filter(node => app.nodeOutputs[node.id]?.images?.length).map(node => node.type)"
     )
@@ -378,3 +425,71 @@ def test_what_a_node_says_and_shows_is_there_again_from_the_cache(page, mode):
     run(page)
     assert texts(page) == said and not_shown(page, mode) == []
     assert page.errors == []
+
+
+@pytest.mark.parametrize("name", WORKFLOWS)
+def test_a_workflow_opens_as_its_file_has_it(comfyui, page, name):
+    """Without an error, with every node and file known, and with the API form that `to_api` makes of the file.
+
+    After the runs: the scene that is continued is there.
+    """
+    page.errors.clear()
+    page.evaluate("app.extensionManager.setting.set('Comfy.VueNodes.Enabled', false)")
+    workflow = json.loads((EXAMPLES / f"{name}.json").read_text("utf-8"))
+    faulty, prompt = open_workflow(page, workflow)
+    if (folder := os.environ.get("SCREENSHOTS")) and EXAMPLES / f"{name}.json" == job.WORKFLOW:
+        take_screenshot(page, Path(folder) / f"{name}.png")
+    assert page.errors == []
+    assert faulty == []
+    if not VIEWERS & {node["type"] for node in workflow["nodes"]}:  # the page alone knows a 3-D viewer's camera
+        assert prompt == server.to_api(workflow, comfyui.object_info())
+
+
+def take_screenshot(page, path):
+    """The drawn workflow alone."""
+    page.set_viewport_size({"width": 2160, "height": 1500})
+    page.evaluate("""async () => {
+        await window.app.extensionManager.command.execute("Workspace.ToggleFocusMode");
+        window.app.canvas.ds.scale = 0.9;
+        window.app.canvas.ds.offset = [40, 105]; // the groups begin at (-20, -80)
+        window.app.canvas.show_info = false;
+        window.app.canvas.setDirty(true, true);
+    }""")
+    page.wait_for_timeout(3000)
+    page.screenshot(path=path, clip={"x": 0, "y": 0, "width": 1926, "height": 1454})
+
+
+def test_the_blueprint_is_offered_opens_and_runs(comfyui, page):
+    """ComfyUI offers it, the page opens it as one node, and it runs."""
+    page.errors.clear()
+    offered = requests.get(f"http://{comfyui.address}/global_subgraphs", timeout=60).json()
+    ours = [entry for entry in offered.values() if entry["name"] == BLUEPRINT.stem]
+    assert len(ours) == 1 and "worldstereo" in ours[0]["info"]["node_pack"]
+
+    faulty, _ = open_workflow(page, json.loads(BLUEPRINT.read_text("utf-8")))
+    widgets = page.evaluate("window.app.graph.nodes[0].widgets.map(widget => widget.name)")
+    page.evaluate(
+        """() => {
+            const [subgraph] = window.app.graph.nodes;
+            const picture = window.LiteGraph.createNode("LoadImage");
+            const save = window.LiteGraph.createNode("SaveImage");
+            picture.pos = [-300, 100];
+            save.pos = [600, 100];
+            window.app.graph.add(picture);
+            window.app.graph.add(save);
+            picture.widgets[0].value = "image.png";
+            picture.connect(0, subgraph, "image");
+            subgraph.connect(3, save, "images");
+            window.app.canvas.ds.scale = 1;
+            window.app.canvas.ds.offset = [400, 100];
+        }"""
+    )
+    prompt = page.evaluate("async () => (await window.app.graphToPrompt()).output")
+    screenshot(page, "blueprint")
+    assert page.errors == [] and faulty == []
+    assert widgets[:4] == ["text", "preset", "degrees", "distance"]
+    outputs = comfyui.run(at_toy_size(prompt))
+    saved = next(output["images"] for number, output in outputs.items() if prompt[number]["class_type"] == "SaveImage")
+    assert len(saved) == 21
+    last = Image.open(comfyui.base / "output" / saved[-1]["subfolder"] / saved[-1]["filename"])
+    assert np.std(np.asarray(last)) > 5

@@ -22,7 +22,8 @@ from worldstereo_fp8.worldstereo.config import WorldStereoConfig
 WEBGL = True
 MODES = {"classic": False, "Nodes 2.0": True}
 HEIGHT, WIDTH = 240, 416  # fewer rows would make the stand-in's depth rise in steps, which count as edges
-PICTURE = np.random.default_rng(0).integers(0, 256, (30, 52, 3), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
+PICTURE = np.random.default_rng(0).integers(0, 256, (120, 208, 3), dtype=np.uint8).repeat(2, 0).repeat(2, 1)
+SCENE_COLOURS, PATH_COLOURS = 1000, 200  # the viewer shows more with a scene, and fewer with the drawn path alone
 PATIENCE = 180_000  # ms; other work may have the machine
 
 
@@ -157,9 +158,9 @@ def test_flying(comfyui, page, errors, mode):
     """Three views by mouse and keys give the cameras that the server computes; undo, reload and bad text work."""
     set_up_flight(page, mode)
     assert path_text(page) == DEFAULT_PATH
-    assert colours(page) < 100  # grey, and the drawn path
+    assert colours(page) < PATH_COLOURS  # grey, and the drawn path
     show_scene(page)
-    wait_for_colours(page, 1000)
+    wait_for_colours(page, SCENE_COLOURS)
 
     page.locator(".ws-fly select").first.select_option("dolly in")
     texts = [path_text(page)]
@@ -218,14 +219,14 @@ def test_flying(comfyui, page, errors, mode):
     points = points_from_depth(image[0], depth, cameras.w2c[0], cameras.K[0])
     _, holes = render(points, Cameras(cameras.w2c[-1:], cameras.K[-1:], cameras.width, cameras.height))
     assert shown == pytest.approx(100 * holes.mean().item(), abs=3)
-    wait_for_colours(page, 1000)
+    wait_for_colours(page, SCENE_COLOURS)
 
     # Undo, twice, and redo.
     page.locator(".ws-fly").focus()
     page.keyboard.press("Control+z")
     wait_for_path(page, texts[-2])
     page.wait_for_timeout(500)
-    wait_for_colours(page, 1000)  # the scene is still there
+    wait_for_colours(page, SCENE_COLOURS)  # the scene is still there
     page.keyboard.press("Control+z")
     wait_for_path(page, texts[-3])
     page.wait_for_timeout(500)
@@ -253,7 +254,7 @@ def test_flying(comfyui, page, errors, mode):
     assert path_text(page) == text
     assert page.locator(".ws-fly .ws-row .ws-row button").count() == 1 + len(json.loads(text)["views"])
     show_scene(page)
-    wait_for_colours(page, 1000)
+    wait_for_colours(page, SCENE_COLOURS)
     assert errors == []
 
 
@@ -358,10 +359,10 @@ def test_what_a_flight_shows(comfyui, page, errors):
     }""")
     page.wait_for_timeout(300)
     button(page, "P").click()
-    assert colours(page) < 100  # nothing to draw with
+    assert colours(page) < PATH_COLOURS  # nothing to draw with
     page.evaluate("window.lost.restoreContext()")
     page.wait_for_timeout(500)
-    wait_for_colours(page, 1000)
+    wait_for_colours(page, SCENE_COLOURS)
     assert errors == []
 
 
@@ -415,7 +416,7 @@ def test_a_copy_a_subgraph_and_another_start(comfyui, page, errors):
     button(page, "Show scene").click()
     wait_for_status(page, "holes")
     button(page, "Picture's view").click()
-    wait_for_colours(page, 500)  # of a part of the picture
+    wait_for_colours(page, SCENE_COLOURS)  # of a part of the picture
     prompt = page.evaluate("async () => (await app.graphToPrompt()).output")
     (flown,) = [node for node in prompt.values() if node["class_type"] == "WorldStereoFlyPath"]
     assert len(json.loads(flown["inputs"]["path"])["views"]) == 2
@@ -491,7 +492,7 @@ def test_the_viewer_draws_only_on_change(comfyui, page, errors):
     set_up_flight(page)
     page.evaluate(FIND_VIEWER)
     show_scene(page)
-    wait_for_colours(page, 1000)
+    wait_for_colours(page, SCENE_COLOURS)
     button(page, "Picture's view").click()
     page.wait_for_timeout(3000)  # the holes are counted
     measured = page.evaluate("""async () => {

@@ -1,5 +1,6 @@
 """The scene's nodes on a real ComfyUI server with toy models: paths that remember, and what is not computed again."""
 
+import json
 import threading
 
 import numpy as np
@@ -11,6 +12,7 @@ from safetensors.torch import load_file
 from test_geometry_nodes import defaults
 from test_geometry_nodes import graph as linked
 from worldstereo_fp8.demo import job, server
+from worldstereo_fp8.scene.cameras import rigid_inverse
 from worldstereo_fp8.scene.folder import read_scene
 
 WIDTH, HEIGHT, KEYFRAMES = 240, 160, 6  # an entry of the toy model's table
@@ -169,6 +171,24 @@ def test_the_second_path_is_shown_the_frames_of_the_first(comfyui):
     assert abs(pictures(comfyui, outputs, "two_references")[0] - frames[-1]).max() <= 1
 
 
+def test_a_flown_path_goes_on_from_the_last_view(comfyui):
+    """Through the same nodes: one view, a step to the left of a tenth of a depth of 10."""
+    nodes = start() | one_path("one", ("start", 0), "first", "orbit left", 0)
+    nodes |= one_path("two", ("one_add", 0), "last", "orbit left", 1)
+    flown = {name: nodes["two_cameras"][1][name] for name in ("image", "start", "scene")}
+    view = {"position": [-0.1, 0, 0], "rotation": [1, 0, 0, 0]}
+    flown |= {"path": json.dumps({"keyframes": KEYFRAMES, "views": [view]}), "scene_depth": 10.0}
+    nodes["two_cameras"] = ("WorldStereoFlyPath", flown)
+    nodes["saved"] = ("WorldStereoSaveScene", {"scene": ("two_add", 0), "filename_prefix": "flown"})
+    comfyui.run(graph(comfyui, **nodes))
+    found, _ = read_scene(comfyui.base / "output" / "flown_00001_")
+    assert [path.name for path in found.paths] == ["one", "two"]
+    last, cameras = found.cameras.w2c[found.paths[0].views[-1]], found.paths[1].cameras
+    assert len(cameras) == KEYFRAMES and abs(cameras.w2c[0] - last).max() < 1e-6
+    step = (cameras.w2c[-1] @ rigid_inverse(last))[:3, 3]
+    torch.testing.assert_close(step, torch.tensor([1.0, 0, 0]), atol=1e-4, rtol=0)
+
+
 def explore(**inputs):
     links = dict(
         scene=("start", 0),
@@ -196,28 +216,24 @@ def steps(events):
 
 
 def test_explored_paths_are_not_computed_again(comfyui):
-    events = []
-    comfyui.run(graph(comfyui, **start(), **explore(stop_after=1)), event=events.append)
-    work = ("picture", "look", "conditioning", "sample", "decode", "depth", "add", "video", "save")
+    """And the scene is saved after every path."""
+    events, kept = [], {"scene_prefix": "walks/kept"}
+    comfyui.run(graph(comfyui, **start(), **explore(stop_after=1, **kept)), event=events.append)
+    work = ("picture", "look", "conditioning", "sample", "decode", "depth", "add", "video", "save", "keep")
     assert {f"left.{step}" for step in work} <= steps(events)
     assert all(step.startswith("left.") for step in steps(events))
     events.clear()
-    outputs = comfyui.run(graph(comfyui, **start(), **explore()), event=events.append)
+    outputs = comfyui.run(graph(comfyui, **start(), **explore(**kept)), event=events.append)
     assert steps(events) == {f"right.{step}" for step in ("start", "cameras", *work)}
     assert outputs["cloud"]["3d"]
     videos = sorted(path.name for path in (comfyui.base / "output" / "video").glob("scene_*"))
     assert [name.split("_")[1] for name in videos] == ["left", "right"]
     events.clear()
-    comfyui.run(graph(comfyui, **start(), **explore()), event=events.append)
+    comfyui.run(graph(comfyui, **start(), **explore(**kept)), event=events.append)
     assert executed(events) == set()
-
-
-def test_the_scene_is_saved_after_every_path(comfyui):
-    comfyui.run(graph(comfyui, **start(), **explore(scene_prefix="walks/kept")))
-    kept = sorted((comfyui.base / "output" / "walks").iterdir())
-    assert [folder.name for folder in kept] == ["kept_00001_", "kept_00002_"]
-    paths = sorted([path.name for path in read_scene(folder)[0].paths] for folder in kept)
-    assert paths == [["left"], ["left", "right"]]
+    folders = sorted((comfyui.base / "output" / "walks").iterdir())
+    assert [folder.name for folder in folders] == ["kept_00001_", "kept_00002_"]
+    assert [[path.name for path in read_scene(folder)[0].paths] for folder in folders] == [["left"], ["left", "right"]]
 
 
 def test_an_interrupted_exploration_goes_on_where_it_was(comfyui):

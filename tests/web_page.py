@@ -10,7 +10,8 @@ CHROMIUM_FLAGS = (
     "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync",
     "--no-first-run",
 )  # fmt: skip
-WEBGL_FLAGS = ("--use-angle=swiftshader", "--enable-unsafe-swiftshader")  # WebGL on the CPU
+# WebGL on the CPU; the rest of the page is put together without it, which takes half the time.
+WEBGL_FLAGS = ("--use-angle=swiftshader", "--enable-unsafe-swiftshader", "--disable-gpu-compositing")
 # What ComfyUI's page itself reports as an error on a fresh server, without any custom node: it asks for the user's own
 # files, of which there are none, for its graph too early, and for the sizes of the models of its own first workflow; and
 # it tries to play a sampler's preview, a picture, on a node that shows a video.
