@@ -435,6 +435,7 @@ def test_a_workflow_opens_as_its_file_has_it(comfyui, page, name):
     """
     page.errors.clear()
     page.evaluate("app.extensionManager.setting.set('Comfy.VueNodes.Enabled', false)")
+    page.evaluate("app.extensionManager.command.execute('Comfy.RefreshNodeDefinitions')")  # there may be new files
     workflow = json.loads((EXAMPLES / f"{name}.json").read_text("utf-8"))
     faulty, prompt = open_workflow(page, workflow)
     if (folder := os.environ.get("SCREENSHOTS")) and EXAMPLES / f"{name}.json" == job.WORKFLOW:
