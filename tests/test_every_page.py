@@ -145,7 +145,8 @@ def run(page):
     """Presses Run and waits for the end."""
     page.evaluate("window.ended.length = 0")
     page.evaluate("app.extensionManager.command.execute('Comfy.QueuePrompt')")
-    page.wait_for_function("window.ended.length || Object.keys(app.lastNodeErrors ?? {}).length", timeout=300_000)
+    ended = "window.ended.length || Object.keys(app.lastNodeErrors ?? {}).length"
+    page.wait_for_function(ended, timeout=300_000, polling=200)  # asked at every frame, the page would draw each
     refused = page.evaluate("app.lastNodeErrors")
     assert not refused, refused
     ((kind, detail),) = page.evaluate("window.ended")

@@ -25,6 +25,7 @@ HEIGHT, WIDTH = 240, 416  # fewer rows would make the stand-in's depth rise in s
 PICTURE = np.random.default_rng(0).integers(0, 256, (120, 208, 3), dtype=np.uint8).repeat(2, 0).repeat(2, 1)
 SCENE_COLOURS, PATH_COLOURS = 1000, 200  # the viewer shows more with a scene, and fewer with the drawn path alone
 PATIENCE = 180_000  # ms; other work may have the machine
+POLLING = 100  # ms; asked at every frame, the page would draw each
 
 
 def prepare(base):
@@ -68,7 +69,7 @@ def path_text(page):
 
 
 def wait_for_path(page, text):
-    page.wait_for_function(f"text => {PATH} === text", arg=text, timeout=PATIENCE)
+    page.wait_for_function(f"text => {PATH} === text", arg=text, timeout=PATIENCE, polling=POLLING)
 
 
 def wait_for_status(page, pattern):
@@ -76,13 +77,14 @@ def wait_for_status(page, pattern):
         "pattern => new RegExp(pattern).test(document.querySelector('.ws-status').textContent)",
         arg=pattern,
         timeout=PATIENCE,
+        polling=POLLING,
     )
 
 
 def show_scene(page):
     """Presses Show scene and waits until holes are counted."""
     button(page, "Show scene").click()
-    page.wait_for_function("() => document.querySelector('.ws-status').textContent.includes('holes')", timeout=PATIENCE)
+    wait_for_status(page, "holes")
 
 
 def colours(page):
