@@ -41,8 +41,14 @@ def test_a_case_of_the_bounds():
     assert 0 <= measured["own"] <= measured["gap"] <= measured["seconds"] and abs(measured["beside"]) < 1
 
 
-def test_bounds_of_no_case():
-    run = subprocess.run(
-        [sys.executable, str(EXPLORE.with_name("bounds.py")), "nothing"], capture_output=True, text=True
-    )
-    assert run.returncode and "no case 'nothing', only render_points, " in run.stderr
+SCRIPT = """
+import runpy, sys
+script, *sys.argv[1:] = sys.argv[1:]
+runpy.run_path(script, run_name="__main__")
+"""
+
+
+def test_bounds_of_no_case(forker):
+    forker.start(SCRIPT, EXPLORE.with_name("bounds.py"), "nothing")
+    status, printed = forker.wait()
+    assert status and "no case 'nothing', only render_points, " in printed
