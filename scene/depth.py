@@ -158,8 +158,9 @@ def unproject(
     """The points at the centres of the P pixels that `keep` [H, W] marks, coloured by picture [H, W, 3] in 0..1, at
     depth [P] in front of the camera (w2c [4, 4], K [3, 3] in pixels of the picture)."""
     y, x = keep.nonzero(as_tuple=True)
-    to_camera, to_world, shift = torch.linalg.inv(K.double()), w2c[:3, :3].double().T, w2c[:3, 3:].double()
-    points, colors = torch.empty(len(x), 3), torch.empty(len(x), 3)
+    matrices = torch.linalg.inv(K.double()), w2c[:3, :3].double().T, w2c[:3, 3:].double()
+    to_camera, to_world, shift = (matrix.to(depth.device) for matrix in matrices)
+    points, colors = torch.empty(2, len(x), 3, device=depth.device)
     for part in pieces(len(x), PIECE):  # in float64 all points would take a gigabyte
         pixels = torch.stack([x[part] + 0.5, y[part] + 0.5, torch.ones_like(x[part])])
         camera = (to_camera @ pixels.double()) * depth[part].double()

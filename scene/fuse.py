@@ -5,6 +5,7 @@ cloud already has in that camera (the global geometric memory of HY-World and Wo
 """
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -26,6 +27,7 @@ SAME_SURFACE = 0.02  # relative distance of two depths up to which they are one 
 SPECKLE = 0.1  # relative distance of a depth from the median of the 3x3 around it
 FIT_SCALE = 0.05  # relative error; a pair with this error or more counts as an outlier of a guess
 FIT_SAMPLES, FIT_GUESSES, FIT_ROUNDS = 20_000, 512, 20
+FIT_TRIAL = 2000  # about how many pairs the guesses are tried on
 SHIFT_GAIN = 0.7  # a shift is used where it reduces the residual below this share of the residual without one
 DISPARITY_GAIN = 0.25  # the input is taken for a disparity if that reduces the residual below this share
 NEIGHBOURS, DEVIATIONS = 20, 2.0
@@ -104,7 +106,8 @@ def fuse(
 
     A frame adds nothing if it overlaps the cloud too little, if its fitted depth is off by more than RESIDUAL_LIMIT, or
     if its disparity fits far better than its depth; the report and a warning in the log name it. progress(1) is called
-    after every frame. Raises ValueError for counts that differ and for an empty cloud.
+    after every frame. device: a CUDA GPU; anything else means the CPU, because other GPUs lack float64. Raises
+    ValueError for counts that differ and for an empty cloud.
     """
     if not len(frames) == len(depths) == len(cameras):
         raise ValueError(
@@ -114,33 +117,34 @@ def fuse(
     if len(cloud) == 0:
         raise ValueError("The cloud is empty: there is nothing to fit new depth to.")
     names = names or [f"frame {number}" for number in range(len(frames))]
-    points, colors, old = cloud.points.cpu(), cloud.colors.cpu(), len(cloud)
+    device = torch.device(device) if torch.device(device).type == "cuda" else torch.device("cpu")
+    points, colors, old = cloud.points.to(device), cloud.colors.to(device), len(cloud)
     fits, seen = [], []
     for name, frame, depth, w2c, K in zip(names, frames, depths, cameras.w2c, cameras.K):
         throw_exception_if_processing_interrupted()
         height, width = frame.shape[:2]
         K = K * K.new_tensor([width / cameras.width, height / cameras.height, 1.0])[:, None]
-        fit, depth, new = _fit_frame(name, points.to(device), depth.to(device), w2c, K, height, width, shift)
+        fit, depth, new = _fit_frame(name, points, depth.to(device), w2c, K, height, width, shift)
         if fit.refused:
             logging.warning("WorldStereo: %s adds nothing to the cloud. It was refused: %s", name, fit.refused)
         else:
-            picture = frame[..., :3].cpu().float() / (255 if frame.dtype == torch.uint8 else 1)
+            picture = frame[..., :3].to(device).float() / (255 if frame.dtype == torch.uint8 else 1)
             added = unproject(picture, depth[new], new, w2c, K)
             points, colors = torch.cat([points, added.points]), torch.cat([colors, added.colors])
-            seen.append((depth, w2c, K, fit.same))
+            seen.append((depth.cpu(), w2c, K, fit.same))
         if len(points) > 2 * limit:  # bounds the memory
             keep, _ = thin_by_voxels(points, limit)
             points, colors, old = points[keep], colors[keep], int((keep < old).sum())
         fits.append(fit)
         progress(1)
-    known = torch.ones(old, dtype=torch.bool)
+    known = torch.ones(old, dtype=torch.bool, device=device)
     keep = torch.cat([known, ~seen_through(points[old:], seen)])
     seen.clear()  # the depths of many large frames take gigabytes
     passed, points, colors = int((~keep).sum()), points[keep], colors[keep]
-    keep = torch.cat([known, ~outliers(points, old)])
+    keep = torch.cat([known, ~outliers(points.cpu(), old).to(device)])
     far_off, points, colors = int((~keep).sum()), points[keep], colors[keep]
     keep, voxel = thin_by_voxels(points, limit)
-    fused = PointCloud(points[keep], colors[keep])
+    fused = PointCloud(points[keep].cpu(), colors[keep].cpu())
     if all(fit.refused for fit in fits):
         logging.warning(
             "WorldStereo: none of the %d frames fits the scene's point cloud, which stays as it is.", len(fits)
@@ -154,13 +158,13 @@ def seen_through(
     """Which of points [P, 3] at least as many frames see through as see (things that moved, and errors), a mask [P].
     seen: each frame's depth [H, W], its w2c [4, 4] and K [3, 3], and the relative distance within which depths are one
     surface (`FrameFit.same`)."""
-    votes = torch.zeros(len(points), dtype=torch.int32)
+    votes = torch.zeros(len(points), dtype=torch.int32, device=points.device)
     for depth, w2c, K, same in seen:
         throw_exception_if_processing_interrupted()
         height, width = depth.shape
         u, v, z = project(points, w2c, K)
         inside = ((z > 0) & (u >= 0) & (u < width) & (v >= 0) & (v < height)).nonzero().squeeze(1)
-        ratio = depth[v[inside].long(), u[inside].long()] / z[inside]
+        ratio = depth.to(points.device)[v[inside].long(), u[inside].long()] / z[inside]
         ratio[ratio.isinf()] = 0  # no depth: no vote
         votes[inside] += (ratio > 1 + same).int() - ((ratio - 1).abs() <= same).int()
     return votes >= 0
@@ -199,9 +203,9 @@ def fit_depth(depth: torch.Tensor, target: torch.Tensor, shift: bool = True) -> 
     is the median of that error over all pairs. A shift is used only if it clearly reduces the residual: where the
     overlap has a single depth, any shift would fit. Deterministic.
     """
-    every = torch.linspace(0, len(depth) - 1, min(len(depth), FIT_SAMPLES)).long()
-    depth, target = depth[every.to(depth.device)].double().cpu(), target[every.to(target.device)].double().cpu()
-    drawn = torch.randint(len(depth), (2, FIT_GUESSES), generator=torch.Generator().manual_seed(0))
+    every = torch.linspace(0, len(depth) - 1, min(len(depth), FIT_SAMPLES)).long().to(depth.device)
+    depth, target = depth[every].double(), target[every].double()
+    drawn = torch.randint(len(depth), (2, FIT_GUESSES), generator=torch.Generator().manual_seed(0)).to(depth.device)
     (d0, d1), (z0, z1) = depth[drawn], target[drawn]
     scales = z0 / d0
     guesses = torch.stack([scales, torch.zeros_like(scales)], 1)
@@ -229,11 +233,12 @@ def _disparity_words(depth: torch.Tensor, target: torch.Tensor, residual: float)
 def _refined(depth, target, guesses, shift):
     """Scale and shift of the guess that most pairs agree with, refined, and its residual. guesses: [G, 2]."""
     columns = torch.stack([depth / target, 1 / target], 1)
-    costs = torch.cat([((columns @ part.T - 1).abs() / FIT_SCALE).clamp(max=1).mean(0) for part in guesses.split(32)])
-    answer = guesses[costs.argmin()]
+    trial = columns[:: math.ceil(len(columns) / FIT_TRIAL)]
+    costs = ((trial @ guesses.T - 1).abs() / FIT_SCALE).clamp(max=1).mean(0)
+    answer = guesses[costs.argmin()].cpu()  # the few numbers of the solution stay on the CPU
     used = 2 if shift else 1
     for _ in range(FIT_ROUNDS):
-        error = columns @ answer - 1
+        error = columns @ answer.to(columns.device) - 1
         spread = (
             (4.685 * 1.4826 * error[error.abs() < FIT_SCALE].abs().median())
             .clamp(1e-4, FIT_SCALE)
@@ -241,17 +246,18 @@ def _refined(depth, target, guesses, shift):
         )
         weight = (1 - (error / spread).square()).clamp(min=0)  # the root of Tukey's weight
         rows = columns[:, :used] * weight[:, None]
-        normal = rows.T @ rows
+        system = (rows.T @ torch.cat([rows, weight[:, None]], 1)).cpu()
         refined = answer.clone()
-        refined[:used] = torch.linalg.lstsq(normal, rows.T @ weight).solution
+        refined[:used] = torch.linalg.lstsq(system[:, :used], system[:, used:]).solution[:, 0]
         if not refined.isfinite().all() or torch.allclose(refined, answer, rtol=1e-9, atol=0):
             break
         answer = refined
-    return answer[0].item(), answer[1].item(), (columns @ answer - 1).abs().median().item()
+    error = columns @ answer.to(columns.device) - 1
+    return answer[0].item(), answer[1].item(), error.abs().median().item()
 
 
 def _fit_frame(name, points, depth, w2c, K, height, width, shift):
-    """The frame's fit and, on the CPU, its fitted depth [H, W] and a mask [H, W] of the pixels that give new points."""
+    """The frame's fit, its fitted depth [H, W] and a mask [H, W] of the pixels that give new points."""
     depth = F.interpolate(depth[None, None].float(), (height, width), mode="nearest-exact")[0, 0]
     depth, good = despeckled(depth)
     throw_exception_if_processing_interrupted()
@@ -289,7 +295,7 @@ def _fit_frame(name, points, depth, w2c, K, height, width, shift):
     fit = FrameFit(name, overlap, scale, offset, residual)
     new = good & ~on_edge(1 / depth) & (depth < close * (1 - fit.same))
     fit = replace(fit, added=int(new.sum()))
-    return fit, depth.where(good, torch.inf).cpu(), new.cpu()
+    return fit, depth.where(good, torch.inf), new
 
 
 def _valid(depth):
@@ -330,11 +336,11 @@ def thin_by_voxels(points: torch.Tensor, limit: int) -> tuple[torch.Tensor, floa
     points coincide). If there are no more than `limit`, all are kept, and the size is 0.
     """
     if len(points) <= limit:
-        return torch.arange(len(points)), 0.0
+        return torch.arange(len(points), device=points.device), 0.0
     low, high = stoppable(partial(torch.aminmax, dim=0), points)
     extent = (high - low).max().item()
     small, large = extent / (1 << VOXEL_BITS), extent
-    size, keep = large, torch.zeros(1, dtype=torch.long)
+    size, keep = large, torch.zeros(1, dtype=torch.long, device=points.device)
     for _ in range(VOXEL_ROUNDS):
         middle = (small * large) ** 0.5
         kept = _first_of_voxels(points, low, middle, limit)
@@ -350,7 +356,7 @@ def thin_by_voxels(points: torch.Tensor, limit: int) -> tuple[torch.Tensor, floa
 def _first_of_voxels(points, low, size, limit):
     """The numbers, rising, of the first point in each voxel; None where more than `limit` voxels hold points."""
     # Of the voxels found so far, rising, and the number of each one's first point.
-    keys = numbers = torch.zeros(0, dtype=torch.long)
+    keys = numbers = torch.zeros(0, dtype=torch.long, device=points.device)
     for part in pieces(len(points), VOXEL_PIECE):
         x, y, z = ((points[part] - low) / size).long().unbind(1)
         key, order = (((x << VOXEL_BITS + 1) | y) << VOXEL_BITS + 1 | z).sort(stable=True)
@@ -362,8 +368,8 @@ def _first_of_voxels(points, low, size, limit):
         key, place = key[first], place[first]
         if len(keys) + len(key) > limit:
             return None
-        new = torch.zeros(len(keys) + len(key), dtype=torch.bool)
-        new[place + torch.arange(len(key))] = True  # each goes before the one found at its place
+        new = torch.zeros(len(keys) + len(key), dtype=torch.bool, device=points.device)
+        new[place + torch.arange(len(key), device=points.device)] = True  # each goes before the one found at its place
         merged = keys.new_empty(2, len(new))
         merged[:, new] = torch.stack([key, order[first] + part.start])
         merged[:, ~new] = torch.stack([keys, numbers])
