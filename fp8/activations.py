@@ -115,6 +115,18 @@ def gated_add_(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor) -> None:
     _implementation(x.device).gated_add_(x, y, gate)
 
 
+def add_keys_(
+    out: torch.Tensor, lse: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int
+) -> None:
+    """Adds more keys to a finished attention, in place: out becomes the attention over the keys it had and over k.
+
+    out, q: [B, L, C], C = heads · d; q is scaled by 1/√d. lse: float32 [B, heads, L], contiguous, the logarithm of the
+    sum over the keys so far of exp(scaled q · key). k, v: [B, K, C]; the triton backend is for K up to 128.
+    Source: Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018.
+    """
+    _implementation(out.device).add_keys_(out, lse, q, k, v, heads)
+
+
 class Eager:
     """Plain torch operations. The other backends have the same methods, which the functions above document."""
 
@@ -150,6 +162,14 @@ class Eager:
     @classmethod
     def gated_add_(cls, x, y, gate):
         x.addcmul_(y, gate)
+
+    @classmethod
+    def add_keys_(cls, out, lse, q, k, v, heads):
+        q, k, v, done = (x.unflatten(-1, (heads, -1)).transpose(1, 2).float() for x in (q, k, v, out))
+        scores = q @ k.mT * q.shape[-1] ** -0.5
+        total = torch.logaddexp(lse, scores.logsumexp(-1))[..., None]
+        done = done * (lse[..., None] - total).exp() + (scores - total).exp() @ v
+        out.copy_(done.transpose(1, 2).flatten(2))
 
 
 class Kitchen(Eager):
@@ -239,6 +259,10 @@ class Triton(Eager):
     @classmethod
     def gated_add_(cls, x, y, gate):
         kernels.gated_add_(x, y.contiguous(), _dense(gate))
+
+    @classmethod
+    def add_keys_(cls, out, lse, q, k, v, heads):
+        kernels.add_keys_(out, lse, _dense(q), _dense(k), _dense(v), heads)
 
 
 @functools.cache

@@ -15,6 +15,7 @@ from .recipe import FP8_MAX
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # the kernels run in Python, on the CPU
 
 ROWS = 4  # tokens per program of `_gated_add`, which loads their gate once
+QUERIES = 128  # per program of `_add_keys`
 INVERSE_FP8_MAX = tl.constexpr(1 / FP8_MAX)
 SMALLEST_NORMAL = tl.constexpr(torch.finfo(torch.float32).tiny)
 
@@ -131,6 +132,47 @@ def _rms_rope(
     tl.store(x_ptr + column, tl.reshape(tl.join(first, second), (HEADS, 2 * PAIRS)), mask=mask)
 
 
+@triton.jit
+def _add_keys(
+    out_ptr,
+    lse_ptr,
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    queries,
+    keys,
+    head_dim,
+    out_batch,
+    out_token,
+    q_batch,
+    q_token,
+    k_batch,
+    k_token,
+    v_batch,
+    v_token,
+    factor,
+    QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    head, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    query = (tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)).to(tl.int64)
+    key, channel = tl.arange(0, KEYS), tl.arange(0, CHANNELS)
+    column, here = head * head_dim + channel[None, :], channel[None, :] < head_dim
+    of_queries, of_keys = here & (query[:, None] < queries), here & (key[:, None] < keys)
+    q = tl.load(q_ptr + batch * q_batch + query[:, None] * q_token + column, mask=of_queries, other=0.0)
+    k = tl.load(k_ptr + batch * k_batch + key[:, None] * k_token + column, mask=of_keys, other=0.0)
+    v = tl.load(v_ptr + batch * v_batch + key[:, None] * v_token + column, mask=of_keys, other=0.0)
+    scores = tl.where(key[None, :] < keys, tl.dot(q, tl.trans(k), input_precision="ieee") * factor, float("-inf"))
+    lse = tl.load(lse_ptr + (batch * tl.num_programs(1) + head) * queries + query, mask=query < queries, other=0.0)
+    largest = tl.maximum(tl.max(scores, 1), lse)
+    weights, before = tl.exp(scores - largest[:, None]), tl.exp(lse - largest)
+    out_ptr += batch * out_batch + query[:, None] * out_token + column
+    out = tl.load(out_ptr, mask=of_queries, other=0.0).to(tl.float32) * before[:, None]
+    out += tl.dot(weights.to(v.dtype), v, input_precision="ieee")
+    tl.store(out_ptr, out / (before + tl.sum(weights, 1))[:, None], mask=of_queries)
+
+
 def _block(width: int) -> dict[str, int]:
     """The block that holds a row, and the number of warps: 64 values per thread, which was fastest on an H200."""
     block = triton.next_power_of_2(width)
@@ -203,4 +245,33 @@ def gated_add_(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor) -> None:
     batch, tokens, width = x.shape
     _gated_add[(triton.cdiv(tokens, ROWS), batch)](
         x, y, gate, tokens, width, *x.stride()[:2], gate.stride(0), ROWS=ROWS, **_block(width)
+    )
+
+
+@torch.library.custom_op("worldstereo_fp8::add_keys_", mutates_args=("out",))
+def add_keys_(
+    out: torch.Tensor, lse: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int
+) -> None:
+    """Adds the keys k with values v [B, K, C] to the attention `out` [B, L, C] of q [B, L, C], in place. lse: float32
+    [B, heads, L], contiguous."""
+    batch, queries, width = q.shape
+    keys, head_dim = k.shape[1], width // heads
+    _add_keys[(triton.cdiv(queries, QUERIES), heads, batch)](
+        out,
+        lse,
+        q,
+        k,
+        v,
+        queries,
+        keys,
+        head_dim,
+        *out.stride()[:2],
+        *q.stride()[:2],
+        *k.stride()[:2],
+        *v.stride()[:2],
+        head_dim**-0.5,
+        QUERIES=QUERIES,
+        KEYS=max(triton.next_power_of_2(keys), 16),
+        CHANNELS=max(triton.next_power_of_2(head_dim), 16),
+        num_warps=8,
     )

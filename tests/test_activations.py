@@ -17,6 +17,7 @@ from worldstereo_fp8.fp8 import activations
 from worldstereo_fp8.fp8.activations import (
     BACKENDS,
     QuantisedTokens,
+    add_keys_,
     backend,
     gated_add_,
     gelu_quantise,
@@ -250,6 +251,29 @@ def test_rows():
     part = q.rows(2, 5)
     assert part.shape == (3, 64)
     assert torch.equal(part.dequantise(), q.dequantise().flatten(0, 1)[2:5])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("queries, keys, heads, head_dim", [(5, 3, 2, 6), (130, 40, 3, 16)])
+def test_keys_added_to_a_finished_attention(queries, keys, heads, head_dim, dtype):
+    """Also for a query that only the new keys suit, for one that they do not suit at all, and in part of a tensor."""
+    if INTERPRETED and dtype == torch.bfloat16:
+        pytest.skip("Triton's interpreter multiplies bfloat16's bits as integers")
+    batch, before = 2, 20
+    q, k, v = (
+        torch.randn(batch, length, heads * head_dim, generator=torch.Generator().manual_seed(length)).to(DEVICE, dtype)
+        for length in (queries, before + keys, before + keys)
+    )
+    k[:, before] = 30 * q[:, 0]
+    k[:, 0] = 30 * q[:, 1]
+    exact = [t.double().unflatten(-1, (heads, head_dim)).transpose(1, 2) for t in (q, k, v)]
+    scores = exact[0] @ exact[1].mT / head_dim**0.5
+    expected = (scores.softmax(-1) @ exact[2]).transpose(1, 2).flatten(2)
+    first = scores[..., :before]
+    out = (first.softmax(-1) @ exact[2][:, :, :before]).transpose(1, 2).flatten(2).to(dtype)
+    add_keys_(out, first.logsumexp(-1).float(), q, k[:, before:], v[:, before:], heads)
+    assert out.dtype == dtype
+    assert (out - expected).abs().max() <= {torch.float32: 1e-5, torch.bfloat16: 0.03, torch.float16: 4e-3}[dtype]
 
 
 @pytest.mark.skipif(INTERPRETED, reason="torch.compile does not trace the interpreter")

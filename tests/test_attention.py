@@ -118,3 +118,38 @@ def test_fewer_queries_than_keys_by_hand(ours):
         part = slice(16 * head, 16 * (head + 1))
         weights = (q[..., part] @ k[..., part].mT / 4).softmax(-1)
         assert torch.allclose(out[..., part], weights @ v[..., part], atol=1e-5)
+
+
+@pytest.mark.parametrize("keys, split", [(40, False), (43, True), (15, False)])
+def test_long_attention_is_split_where_cudnn_gains(ours, monkeypatch, keys, split):
+    """With another function that returns the logarithm of the sum in cuDNN's place, and small numbers."""
+    calls = []
+
+    def with_lse(q, k, v, bias, lse):
+        calls.append(k.shape[2])
+        assert lse
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
+
+    for name, value in (("cudnn_attention", with_lse), ("TILE", 8), ("SPLIT_KEYS", 16)):
+        monkeypatch.setattr(attention, name, value)
+    monkeypatch.setattr(attention, "_cudnn_takes", lambda *by_head: True)
+    monkeypatch.setattr(attention, "backend", lambda device: ("triton", ""))
+    q, k, v = torch.randn(2, 5, 64), torch.randn(2, keys, 64), torch.randn(2, keys, 64)
+    out = prefer_cudnn(core.attention_pytorch.__wrapped__, q, k, v, 4)
+    assert calls == [40] * split and len(ours) == (not split)
+    assert torch.allclose(out, core.attention_pytorch.__wrapped__(q, k, v, 4), atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cudnns_attention_and_the_rest_are_the_whole(monkeypatch):
+    q, k, v = (torch.randn(1, 9001, 256, dtype=torch.bfloat16, device="cuda") for _ in range(3))
+    if not attention.cudnn_is_faster(q.device):
+        pytest.skip("needs a GPU on which cuDNN is preferred")
+    used, add_keys_ = [], attention.add_keys_
+    monkeypatch.setattr(attention, "add_keys_", lambda *args: (used.append(args[3].shape), add_keys_(*args)))
+    out = prefer_cudnn(core.attention_pytorch.__wrapped__, q, k, v, 2)
+    by_head = [t.double().unflatten(-1, (2, 128)).transpose(1, 2) for t in (q, k, v)]
+    expected = ((by_head[0] @ by_head[1].mT / 128**0.5).softmax(-1) @ by_head[2]).transpose(1, 2).flatten(2)
+    assert used == [(1, 9001 % attention.TILE, 256)]
+    assert (out - expected).norm() / expected.norm() < 5e-3
