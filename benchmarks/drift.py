@@ -18,6 +18,7 @@ from step import (  # makes ComfyUI and the pack importable
     MARK,
     file_of,
     in_a_process_of_its_own,
+    inputs,
     load,
     make_checkpoint,
     sample,
@@ -51,7 +52,7 @@ def run_row(row: list, args):
     patcher = load(file_of(args.folder, weights), compute)
     if attention:
         patcher.model_options["transformer_options"]["optimized_attention_override"] = int8_attention
-    out = sample(patcher, args.references, args.frames, args.size).float().cpu().contiguous()
+    out = sample(patcher, *inputs(args.references, args.frames, args.size)).float().cpu().contiguous()
     reference = args.folder / "drift_reference.safetensors"
     if weights == "bf16":
         save_file({"latent": out}, reference)

@@ -12,7 +12,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from step import file_of, load, make_checkpoint, sample, unload  # makes ComfyUI and the pack importable
+from step import file_of, inputs, load, make_checkpoint, sample, unload  # makes ComfyUI and the pack importable
 
 # isort: split
 import comfy.multigpu
@@ -23,6 +23,7 @@ CFG = 5.0
 
 def steps_of(patcher, args) -> tuple[torch.Tensor, float]:
     """The latent, and the median seconds of a step after the first, of a second run."""
+    given = inputs(args.references, args.frames, args.size)
     for _ in range(2):
         stamps = []
 
@@ -31,7 +32,7 @@ def steps_of(patcher, args) -> tuple[torch.Tensor, float]:
                 torch.cuda.synchronize(device)
             stamps.append(time.perf_counter())
 
-        out = sample(patcher, args.references, args.frames, args.size, CFG, callback)
+        out = sample(patcher, *given, CFG, callback)
     return out, statistics.median(b - a for a, b in zip(stamps, stamps[1:]))
 
 

@@ -2,7 +2,7 @@
 
     python dev.py bench step
     python dev.py bench step [--weights fp8 int8 bf16] [--compute auto bf16 core] [--references 0 8] [--frames 21]
-                             [--vram 15.0 0] [--size 832x480] [--compile no inductor] [--runs 2] [--profile]
+                             [--vram 15.0 0] [--ram 16 0] [--size 832x480] [--compile no inductor] [--runs 2] [--profile]
 
 Each row is a process of its own. Without arguments: 832×480, 21 keyframes, 8 references with FP8 weights in 5.5, 7.5,
 11.0, 15.0, 22.5 GiB and all of the card; then with the whole card INT8 weights, ComfyUI's own FP8 Linear, and a clip of
@@ -11,6 +11,7 @@ Each row is a process of its own. Without arguments: 832×480, 21 keyframes, 8 r
 The weights are random, of the published shapes; the files are made on the GPU the first time, in --folder.
 --vram: how many GiB of VRAM the row's process can have beside its CUDA context (0: all); another process takes the rest.
 A row that had more is an error.
+--ram: how many GiB of RAM it can have, the file's cache included (0: all), starting with an empty cache; see `card`.
 --compute: as the loader node has it; core: ComfyUI's own Linear for every layer that it takes.
 --compile: with core's TorchCompileModel and this backend.
 --profile: and the kernels that took the most time in a step of another run.
@@ -45,7 +46,7 @@ import comfy.model_management
 import comfy.sample
 import comfy.sd
 import torch
-from card import GIB, Card
+from card import GIB, Card, limited_ram, own_ram
 from comfy.ldm.wan.vae import WanVAE
 from comfy_api.torch_helpers import set_torch_compile_wrapper
 from safetensors.torch import save_file
@@ -72,6 +73,7 @@ DEFAULT = {
     "size": "832x480",
     "compile": "no",
     "vram": 0.0,
+    "ram": 0.0,
 }
 ROWS = (
     *({"vram": gib} for gib in (5.5, 7.5, 11.0, 15.0, 22.5, 0.0)),
@@ -259,12 +261,15 @@ def load(path: Path, compute: str):
         return load_worldstereo(path, compute="auto" if compute == CORE else compute)
 
 
-def sample(patcher, references: int, frames: int, size: str, cfg: float = 1.0, callback=None) -> torch.Tensor:
-    """Four steps from the same noise: the latent."""
+def inputs(references: int, frames: int, size: str) -> tuple[list, torch.Tensor]:
+    """Conditioning and noise, always the same."""
     width, height = map(int, size.split("x"))
-    cond = conditioning(references, frames, width, height)
-    latent = torch.zeros(1, 16, frames, height // 8, width // 8)
-    noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(2))
+    noise = torch.randn(1, 16, frames, height // 8, width // 8, generator=torch.Generator().manual_seed(2))
+    return conditioning(references, frames, width, height), noise
+
+
+def sample(patcher, cond: list, noise: torch.Tensor, cfg: float = 1.0, callback=None) -> torch.Tensor:
+    """Four steps: the latent."""
     with torch.inference_mode():
         return comfy.sample.sample(
             patcher,
@@ -275,7 +280,7 @@ def sample(patcher, references: int, frames: int, size: str, cfg: float = 1.0, c
             "simple",
             cond,
             cond,
-            latent,
+            torch.zeros_like(noise),
             seed=0,
             callback=callback,
             disable_pbar=True,
@@ -285,7 +290,7 @@ def sample(patcher, references: int, frames: int, size: str, cfg: float = 1.0, c
 def measure(patcher, row: dict, runs: int) -> dict:
     """Four steps, `runs` times; the figures are the last run's, the first also compiles kernels and loads weights."""
     torch.cuda.reset_peak_memory_stats()
-    totals = []
+    totals, given = [], inputs(row["references"], row["frames"], row["size"])
     for _ in range(runs):
         stamps, copied = [time.perf_counter()], [moved]
 
@@ -294,7 +299,7 @@ def measure(patcher, row: dict, runs: int) -> dict:
             stamps.append(time.perf_counter())
             copied.append(moved)
 
-        out = sample(patcher, row["references"], row["frames"], row["size"], callback=callback)
+        out = sample(patcher, *given, callback=callback)
         totals.append(time.perf_counter() - stamps[0])
     if not out.isfinite().all():
         sys.exit("The result is not finite.")
@@ -309,6 +314,7 @@ def measure(patcher, row: dict, runs: int) -> dict:
         "four steps s": f"{totals[-1]:.2f}",
         "four / 4 single": f"{totals[-1] / (4 * step):.3f}",
         "peak GB": f"{peak / 1e9:.2f}",
+        "own RAM GB": f"{own_ram() * GIB / 1e9:.2f}",
         "weights on the GPU GB": f"{patcher.loaded_size() / 1e9:.2f}",
         "copied in step 1 GB": f"{(copied[1] - copied[0]) / 1e9:.2f}",
         "copied in steps 2-4 GB": f"{(copied[-1] - copied[1]) / 1e9:.2f}",
@@ -330,21 +336,24 @@ def run_row(row: dict, args):
         figures = measure(patcher, row, args.runs)
         print(MARK + json.dumps(figures), flush=True)
         if args.profile:
-            profile(lambda callback: sample(patcher, row["references"], row["frames"], row["size"], callback=callback))
+            given = inputs(row["references"], row["frames"], row["size"])
+            profile(lambda callback: sample(patcher, *given, callback=callback))
 
 
 def file_of(folder: Path, weights: str) -> Path:
     return folder / f"worldstereo_{weights}.safetensors"
 
 
-def in_a_process_of_its_own(script: str, *arguments: str) -> tuple[dict | None, str]:
-    """The figures that a benchmark's row prints, None if it failed, and the rest of its output."""
-    process = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name(script)), *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+def in_a_process_of_its_own(script: str, *arguments: str, ram: float = 0) -> tuple[dict | None, str]:
+    """The figures that a benchmark's row prints, None if it failed, and the rest of its output. ram: as --ram."""
+    with limited_ram(ram) as limit:
+        process = subprocess.run(
+            [sys.executable, str(Path(__file__).with_name(script)), *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            preexec_fn=limit,
+        )
     lines = process.stdout.splitlines()
     found = [json.loads(line.removeprefix(MARK)) for line in lines if line.startswith(MARK)]
     rest = "\n".join(line for line in lines if not line.startswith(MARK))
@@ -360,6 +369,7 @@ def main() -> int:
     parser.add_argument("--size", nargs="+")
     parser.add_argument("--compile", nargs="+", metavar="BACKEND")
     parser.add_argument("--vram", type=float, nargs="+")
+    parser.add_argument("--ram", type=float, nargs="+")
     parser.add_argument("--runs", type=int, default=2)
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
@@ -390,12 +400,13 @@ def main() -> int:
         make_checkpoint(file_of(args.folder, row["weights"]), row["weights"])
         torch.cuda.empty_cache()  # this process's share of the card
         arguments = ["--row", json.dumps(row), "--runs", str(args.runs), "--folder", str(args.folder)]
-        figures, rest = in_a_process_of_its_own("step.py", *arguments, *(["--profile"] if args.profile else []))
+        profiled = ["--profile"] if args.profile else []
+        figures, rest = in_a_process_of_its_own("step.py", *arguments, *profiled, ram=row["ram"])
         if figures is None:
             failed = True
             print(f"\nNo figures for {row}:\n{rest[-3000:]}\n", flush=True)
             continue
-        cells = row | {"vram": row["vram"] or "all"} | figures
+        cells = row | {"vram": row["vram"] or "all", "ram": row["ram"] or "all"} | figures
         if not headed:
             headed = True
             print("| " + " | ".join(cells) + " |\n" + "|---" * len(cells) + "|")

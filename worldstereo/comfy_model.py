@@ -121,7 +121,7 @@ class WorldStereo(WAN21):
         moved = of_value[name]() if name in of_value else None
         if moved is None or moved.device != device:
             if name in CONDITION_LATENTS:
-                value = self.process_latent_in(value)
+                value = self.process_latent_in(value.to(device))
             if name == "reference_latent":
                 value = torch.cat([value, torch.ones_like(value[:, :4]), value], dim=1)
             moved = convert_tensor(value, self.get_dtype_inference(), device)
