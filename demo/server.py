@@ -149,9 +149,9 @@ def refusal(answer: dict, prompt: dict) -> str:
 
 def default_value(type_: str | list, options: dict):
     """What the page puts into a widget that a saved workflow has no value for."""
-    choices = type_ if isinstance(type_, list) else options.get("options", [None])
-    first = choices[0]["key"] if type_ == DYNAMIC_COMBO else choices[0]
-    return options.get("default", first)
+    choices = type_ if isinstance(type_, list) else options.get("options", [])
+    first = next(iter(choices), None)
+    return options.get("default", first["key"] if type_ == DYNAMIC_COMBO else first)
 
 
 def widget_values(declared: dict, values: Iterator, prefix: str = "") -> dict:

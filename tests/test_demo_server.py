@@ -75,3 +75,11 @@ def test_a_bypassed_node_passes_its_type_on():
 )
 def test_whose_error_it_is(text, url, own):
     assert is_pages_own(text, url, "127.0.0.1:8188") == own
+
+
+def test_a_list_without_choices_keeps_the_saved_value():
+    """As the list of a loader is where its folder is empty."""
+    info = {"CLIPLoader": {"input": {"required": {"clip_name": [[]], "type": [["wan"]]}}}}
+    nodes = [{"id": 1, "type": "CLIPLoader", "widgets_values": ["umt5.safetensors"]}]
+    prompt = to_api({"nodes": nodes, "links": []}, info)
+    assert prompt["1"]["inputs"] == {"clip_name": "umt5.safetensors", "type": "wan"}
