@@ -60,7 +60,8 @@ def limited_ram(gib: float) -> Iterator[Callable[[], None] | None]:
 
 
 def own_ram() -> float:
-    """GiB of RAM that are this process's own: not a file's cache. Linux only; 0 elsewhere."""
+    """GiB of RAM that are this process's own: not a file's cache, except for a file in a tmpfs. Linux only; 0
+    elsewhere."""
     status = Path("/proc/self/status")
     lines = dict(line.split(":", 1) for line in status.read_text().splitlines()) if status.exists() else {}
     return sum(int(lines[name].split()[0]) / 2**20 for name in ("RssAnon", "RssShmem") if name in lines)

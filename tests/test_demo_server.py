@@ -79,7 +79,8 @@ def test_whose_error_it_is(text, url, own):
 
 def test_a_list_without_choices_keeps_the_saved_value():
     """As the list of a loader is where its folder is empty."""
-    info = {"CLIPLoader": {"input": {"required": {"clip_name": [[]], "type": [["wan"]]}}}}
-    nodes = [{"id": 1, "type": "CLIPLoader", "widgets_values": ["umt5.safetensors"]}]
+    declared = {"required": {"clip_name": [[]], "type": [["wan"]]}}
+    info = {"CLIPLoader": {"input": declared, "input_order": {"required": ["clip_name", "type"]}}}
+    nodes = [{"id": 1, "type": "CLIPLoader", "title": "Text", "widgets_values": ["umt5.safetensors"]}]
     prompt = to_api({"nodes": nodes, "links": []}, info)
     assert prompt["1"]["inputs"] == {"clip_name": "umt5.safetensors", "type": "wan"}
