@@ -33,7 +33,7 @@ from .fuse import thin_by_voxels
 from .pictures import MAX_PICTURE, as_bytes, write_png
 from .pointcloud import PLY_POINTS, PointCloud, read_ply, world_mirror, write_ply
 from .scene import MAX_PIXELS, MAX_POINTS, MAX_VIEWS, Scene, TakenPath
-from .stop import stoppable
+from .stop import pieces, stoppable
 
 VERSION = 1
 COLMAP_POINTS = 200_000  # in points3D.txt; a larger cloud is thinned there, cloud.ply has all points
@@ -41,6 +41,7 @@ MAX_PATHS, MAX_CAMERAS = 1000, 100_000
 HEADER_LIMIT = 4 << 20  # bytes of scene.safetensors' header
 TEXT_LIMIT, MAX_LINE = 1 << 30, 1 << 20  # bytes of a points3D.txt and of a line of it, the point's track included
 READ_AT_ONCE, FLOATS_AT_ONCE = 1 << 18, 1 << 22  # bytes read and numbers written between two checks for an interrupt
+LINES_AT_ONCE = 10_000
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 # Pillow goes by the content: PostScript, in a file of any name, it would hand to Ghostscript.
 FORMATS = ("PNG", "JPEG", "WEBP")
@@ -198,14 +199,13 @@ def _write_colmap(folder: Path, files, scene: Scene) -> None:
         "# IMAGE_ID QW QX QY QZ TX TY TZ CAMERA_ID NAME, then a line of 2-D points (none)\n" + "".join(poses), "utf-8"
     )
     keep, _ = thin_by_voxels(scene.cloud.points, COLMAP_POINTS)
-    points = scene.cloud.points[keep].tolist()
-    colors = as_bytes(scene.cloud.colors[keep]).tolist()
     with open(folder / "points3D.txt", "w", encoding="utf-8") as file:
         file.write("# POINT3D_ID X Y Z R G B ERROR TRACK (none)\n")
-        for number, ((x, y, z), (r, g, b)) in enumerate(zip(points, colors), 1):
-            if number % 10_000 == 0:
-                throw_exception_if_processing_interrupted()
-            file.write(f"{number} {x:.7g} {y:.7g} {z:.7g} {r} {g} {b} 0\n")
+        for part in pieces(len(keep), LINES_AT_ONCE):
+            points = scene.cloud.points[keep[part]].tolist()
+            colors = as_bytes(scene.cloud.colors[keep[part]]).tolist()
+            for number, ((x, y, z), (r, g, b)) in enumerate(zip(points, colors), part.start + 1):
+                file.write(f"{number} {x:.7g} {y:.7g} {z:.7g} {r} {g} {b} 0\n")
 
 
 def _read_own(folder: Path, progress) -> Scene:
