@@ -13,11 +13,9 @@ CHROMIUM_FLAGS = (
 # WebGL on the CPU; the rest of the page is put together without it, which takes half the time.
 WEBGL_FLAGS = ("--use-angle=swiftshader", "--enable-unsafe-swiftshader", "--disable-gpu-compositing")
 # What ComfyUI's page itself reports as an error on a fresh server, without any custom node: it asks for the user's own
-# files, of which there are none, for its graph too early, and for the sizes of the models of its own first workflow; and
-# it tries to play a sampler's preview, a picture, on a node that shows a video.
+# files, of which there are none, for its graph too early, and for the sizes of the models of its own first workflow.
 PAGES_OWN_ERRORS = (
     "/user.css", "/userdata", "ComfyApp graph accessed before initialization", "/missingModelDownload-",
-    "Loading media from  'blob:",
 )  # fmt: skip
 
 

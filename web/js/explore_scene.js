@@ -1,18 +1,50 @@
 // The live preview of WorldStereo Explore Scene. Its samplers run inside it and their previews appear on the node itself,
-// beside the clips of finished paths. While a node has both, the page tries to play the preview as a video, and it keeps
-// a preview until the node starts anew. So the clip makes room for the next preview, and the preview for the clip.
+// beside the drawings and clips of its paths. While a node has both, the page tries to play the preview as a video, and it
+// keeps a preview until the node starts anew. So the clip makes room for the next preview, and the preview for the clip.
 
 import { app } from "../../../scripts/app.js";
 import { api } from "../../../scripts/api.js";
 
 const PATIENCE = 20; // tenths of a second in which the page drops a preview
+// The classic graph's widgets for a node's pictures and video. It never takes one away for the other by itself.
+const PICTURE = "$$canvas-image-preview";
+const VIDEO = "video-preview";
 
 let progress = null; // the run's state
 
-const isExplorer = (id) => app.graph.getNodeById(id)?.comfyClass === "WorldStereoExploreScene";
+// The node that a run names so, and the key of what it shows: `5`, or `2:5` for node 5 of the subgraph that node 2 is.
+function explorer(executionId) {
+  const path = String(executionId).split(":");
+  const id = path.pop();
+  let graph = app.rootGraph ?? app.graph;
+  for (const outer of path) graph = graph?.getNodeById(outer)?.subgraph;
+  const node = graph?.getNodeById(id);
+  if (node?.comfyClass !== "WorldStereoExploreScene") return null;
+  return { node, key: path.length ? `${graph.id}:${id}` : id };
+}
 
-function show(detail, images) {
-  api.dispatchCustomEvent("executed", { ...detail, output: { ...detail.output, images } });
+function dropWidget(node, name) {
+  const place = node.widgets.findIndex((widget) => widget.name === name);
+  if (place >= 0) node.widgets.splice(place, 1)[0].onRemove?.();
+}
+
+function makeRoomFor(node, video) {
+  if (video) {
+    node.imgs = undefined;
+    dropWidget(node, PICTURE);
+  } else {
+    node.previewMediaType = "image";
+    node.videoContainer = undefined;
+    dropWidget(node, VIDEO);
+  }
+}
+
+function show(detail, output) {
+  api.dispatchCustomEvent("executed", { ...detail, output: { ...detail.output, ...output } });
+}
+
+function showNothing(detail) {
+  show(detail, { images: [], animated: [] });
 }
 
 // Announces the node as started, whereupon the page drops its preview.
@@ -23,9 +55,9 @@ function dropPreview(id) {
   api.dispatchCustomEvent("progress_state", { prompt_id, nodes: { ...others, [id]: { ...state, state: "running" } } });
 }
 
-function afterPreview(id, act, patience = PATIENCE) {
-  if (!app.nodePreviewImages[id]) act();
-  else if (patience) setTimeout(() => afterPreview(id, act, patience - 1), 100); // else the next path has begun
+function afterPreview(key, act, patience = PATIENCE) {
+  if (!app.nodePreviewImages[key]) act();
+  else if (patience) setTimeout(() => afterPreview(key, act, patience - 1), 100); // else the next path has begun
 }
 
 app.registerExtension({
@@ -36,15 +68,23 @@ app.registerExtension({
       progress = detail;
     });
     api.addEventListener("b_preview_with_metadata", ({ detail: { displayNodeId: id } }) => {
-      const output = app.nodeOutputs[id];
-      if (output?.images?.length && isExplorer(id)) show({ node: id, display_node: id, output }, []);
+      const shown = explorer(id), output = shown && app.nodeOutputs[shown.key];
+      if (!output?.images?.length) return;
+      makeRoomFor(shown.node, false);
+      showNothing({ node: id, display_node: id, output });
     });
     api.addEventListener("executed", ({ detail }) => {
       const { display_node: id, output } = detail;
-      if (!output?.images?.length || !isExplorer(id) || !app.nodePreviewImages[id] || !progress?.nodes[id]) return;
-      show(detail, []);
+      const shown = output?.images?.length && explorer(id);
+      if (!shown) return;
+      const { node, key } = shown, video = Boolean(output.animated?.[0]);
+      if (!app.nodePreviewImages[key] || !progress?.nodes[id]) {
+        makeRoomFor(node, video);
+        return;
+      }
+      showNothing(detail);
       dropPreview(id);
-      afterPreview(id, () => show(detail, output.images));
+      afterPreview(key, () => show(detail, output));
     });
   },
 });
