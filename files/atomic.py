@@ -73,7 +73,11 @@ def new_folder(path: str | os.PathLike) -> Iterator[Path]:
             yield temporary
             _open_to_others(temporary, 0o777)
             refuse_taken(path, False)
-            os.rename(temporary, path)  # the system refuses if a non-empty folder has appeared in the meantime
+            try:
+                os.rename(temporary, path)
+            except OSError:
+                refuse_taken(path, False)  # a folder that has appeared in the meantime
+                raise
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise

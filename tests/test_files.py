@@ -247,6 +247,24 @@ class TestLargeFiles:
         }  # fmt: skip
 
 
+def test_of_two_folders_written_at_once_the_second_is_told(tmp_path, monkeypatch):
+    """The other one appears after the name was looked at for the last time."""
+    rename = os.rename
+
+    def late(source, target):
+        target.mkdir()
+        (target / "theirs").touch()
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", late)
+    with (
+        pytest.raises(FileExistsError, match="f is a folder that exists already"),
+        new_folder(tmp_path / "f") as folder,
+    ):
+        (folder / "ours").touch()
+    assert [file.relative_to(tmp_path).as_posix() for file in tmp_path.rglob("*")] == ["f", "f/theirs"]
+
+
 def test_what_came_meanwhile_is_not_replaced(tmp_path):
     path = tmp_path / "a.bin"
     with pytest.raises(FileExistsError, match=r"a\.bin"), new_file(path) as file:
