@@ -287,6 +287,57 @@ def test_a_workflow_opens_runs_and_shows_what_it_made(comfyui, page, name, mode)
     assert page.errors == []
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_explore_scene_in_a_subgraph_shows_drawing_preview_and_clip_in_turn(comfyui, page, mode):
+    """Told the messages of two paths, without a run."""
+    page.errors.clear()
+    for name in ("image.png", "render.mp4"):
+        shutil.copyfile(comfyui.base / "input" / name, comfyui.base / "temp" / name)
+    page.evaluate("on => app.extensionManager.setting.set('Comfy.VueNodes.Enabled', on)", MODES[mode])
+    page.evaluate("""async () => {
+        app.graph.clear();
+        const explorer = LiteGraph.createNode("WorldStereoExploreScene");
+        app.graph.add(explorer);
+        await app.loadGraphData({...app.graph.serialize(), id: crypto.randomUUID()});
+        const outer = app.graph.convertToSubgraph(new Set(app.graph.nodes)).node;
+        app.canvas.openSubgraph(outer.subgraph, outer);
+        app.canvas.deselectAll();
+        [window.inner] = outer.subgraph.nodes;
+        Object.assign(app.canvas.ds, {scale: 0.6, offset: [150 - inner.pos[0], 150 - inner.pos[1]]});
+        const id = `${outer.id}:${inner.id}`, prompt_id = crypto.randomUUID();
+        const state = {value: 0, max: 1, state: "running", node_id: id, prompt_id, display_node_id: id};
+        const said = (type, detail) => app.api.dispatchCustomEvent(type, detail);
+        said("execution_start", {prompt_id, timestamp: Date.now()});
+        said("progress_state", {prompt_id, nodes: {[id]: state}});
+        window.shows = (filename, animated) => {
+            const output = {images: [{filename, subfolder: "", type: "temp"}], ...(animated && {animated: [true]})};
+            said("executed", {prompt_id, node: `${id}.0.save`, display_node: id, output});
+        };
+        window.previews = async () => {
+            const blob = await (await app.api.fetchApi("/view?type=input&filename=image.png")).blob();
+            said("b_preview_with_metadata",
+                {blob, nodeId: `${id}.0.sample`, displayNodeId: id, parentNodeId: id, realNodeId: id, jobId: prompt_id});
+        };
+        window.shown = () => {
+            app.canvas.setDirty(true, true); // the classic graph asks for pictures while it is drawn
+            const media = LiteGraph.vueNodesMode
+                ? [...document.querySelectorAll(`[data-node-id="${inner.id}"] :is(img, video)`)]
+                : [...inner.imgs ?? [], ...inner.videoContainer?.children ?? []];
+            return [...new Set(media.map(({tagName, src}) => `${tagName} ${src.split(":")[0]}`))].join();
+        };
+    }""")
+    for _ in range(2):
+        for act, wanted in (
+            ("shows('image.png', false)", "IMG http"),
+            ("previews()", "IMG blob"),
+            ("shows('render.mp4', true)", "VIDEO http"),
+        ):
+            page.evaluate(act)
+            page.wait_for_function("wanted => window.shown() === wanted", arg=wanted)
+    page.evaluate("app.canvas.setGraph(app.rootGraph)")
+    assert page.errors == []
+
+
 def modes_of(page):
     """The bypassed nodes."""
     return set(page.evaluate("app.graph.nodes.filter(node => node.mode === 4).map(node => Number(node.id))"))
