@@ -31,8 +31,8 @@ class Case:
     """run: takes the input; what it raises must be clear: a ValueError or OSError of one printable line that holds
     one of `named`. wrong: says of what `run` returned why it should not have been accepted, or None.
 
-    watched: the folder, the case's own if None, whose files `run` must leave as they are, but for those in folders
-    `ignored`; new ones may only be in `places`, and be whole unless it is `killed`."""
+    watched: the folder, the case's own if None, whose files `run` must leave as they are, but for files and folders of the
+    names `ignored`; new ones may only be in `places`, and be whole unless it is `killed`."""
 
     run: Callable[[], object]
     named: tuple[str, ...]
@@ -73,7 +73,7 @@ def _files(folder: Path, ignored: tuple[str, ...]) -> dict[str, tuple[int, ...]]
     found = {}
     for place, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if name not in ignored]
-        for name in names + folders:
+        for name in [name for name in names if name not in ignored] + folders:
             path = Path(place, name)
             about = path.lstat()
             if not path.is_dir() or path.is_symlink():

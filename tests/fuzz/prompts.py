@@ -156,4 +156,4 @@ def case(random: Random, folder: Path) -> Case:
             raise ValueError("prompt refused, and the next one ran")
 
     places = ("input", "models", "output", "temp")  # core writes uploads
-    return Case(run, ("prompt",), watched=running.base, places=places, ignored=("user",))
+    return Case(run, ("prompt",), watched=running.base, places=places, ignored=("user", "comfyui.log"))
