@@ -171,7 +171,10 @@ def _lock(file) -> bool:
 
 def _is_at(file, path: Path) -> bool:
     """Whether an open file is the one that has this path."""
-    return path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _remove_old(folder: Path):
@@ -192,8 +195,11 @@ def _remove_abandoned(path: Path):
         # It may be gone by now, not a regular file, or on Windows open in another process.
         with contextlib.suppress(OSError, ValueError):
             with open_regular(temporary) as file:
-                abandoned = _lock(file)
-            if abandoned:
+                # Before the lock another run may have removed the file and begun its own, which must stay.
+                abandoned = _lock(file) and _is_at(file, temporary)
+                if abandoned and fcntl is not None:
+                    temporary.unlink()
+            if abandoned and fcntl is None:  # Windows removes no open file
                 temporary.unlink()
 
 

@@ -325,3 +325,37 @@ def test_what_killed_runs_left_is_removed_after_a_day(tmp_path):
         pass
     link = ".link.abcdefgh.writing"
     assert {path.name for path in tmp_path.iterdir()} == {"a.bin", left["young"], link, *others}
+
+
+@pytest.mark.skipif(atomic.fcntl is None, reason="Windows locks open files by itself")
+def test_another_runs_file_is_not_taken_for_the_abandoned_one(tmp_path, monkeypatch):
+    """Between the opening of an abandoned file and its lock, a third run removes it, and may begin its own."""
+    target, growing = tmp_path / "x.bin", tmp_path / f"x.bin{atomic.GROWING}"
+    lock = atomic._lock
+
+    def others(begin):
+        def first(file):
+            growing.unlink()
+            if begin:
+                growing.write_text("another run's")
+            monkeypatch.setattr(atomic, "_lock", lock)
+            return lock(file)
+
+        return first
+
+    growing.write_text("abandoned")
+    monkeypatch.setattr(atomic, "_lock", others(begin=True))
+    atomic._remove_abandoned(target)
+    assert growing.read_text() == "another run's"
+    monkeypatch.setattr(atomic, "_lock", others(begin=False))
+    with new_large_file(target, 1) as file:
+        file.write(b"x")
+    assert [path.name for path in tmp_path.iterdir()] == ["x.bin"] and target.read_bytes() == b"x"
+
+
+def test_a_file_that_goes_while_it_is_looked_for(tmp_path, monkeypatch):
+    (tmp_path / "x").write_text("")
+    with open(tmp_path / "x") as file:
+        assert atomic._is_at(file, tmp_path / "x")
+        monkeypatch.setattr(atomic.Path, "exists", lambda path: True)  # as it was a moment ago
+        assert not atomic._is_at(file, tmp_path / "y")
