@@ -3,6 +3,7 @@ Nodes 2.0."""
 
 import itertools
 import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -434,6 +435,27 @@ def test_the_template_browser_lists_the_workflows_with_pictures(page):
     }).map(node => node.title)""")
     assert {"Try it first", "Model files", "Load WorldStereo FP8", "Picture", "WorldStereo Picture"} <= set(seen)
     screenshot(page, "opened")
+    assert page.errors == []
+
+
+@pytest.mark.parametrize("view", ["x", [0, 0, 0, 100], [0, 0, 1e300, 500], [None, 0, 500, 500], [-200, 0, 500, 400]])
+def test_a_strangers_opening_view(page, view):
+    """Only four numbers of sensible size decide what is seen; either way they are not kept."""
+    page.errors.clear()
+    left, scale, kept = page.evaluate(
+        """async view => {
+            app.graph.clear();
+            app.graph.add(LiteGraph.createNode("WorldStereoSampleScene"));
+            const graph = app.graph.serialize(), {scale, offset} = app.canvas.ds;
+            const extra = {...graph.extra, ds: {scale, offset: [1, 2]}, worldstereo_opening_view: view};
+            await app.loadGraphData({...graph, id: crypto.randomUUID(), extra});
+            const {ds} = app.canvas;
+            return [-ds.offset[0] * ds.scale, ds.scale, "worldstereo_opening_view" in app.graph.extra];
+        }""",
+        view,
+    )
+    assert 0 < scale <= 1 and math.isfinite(left) and not kept
+    assert (view == [-200, 0, 500, 400]) == (left + 70 == pytest.approx(-200 * scale))
     assert page.errors == []
 
 

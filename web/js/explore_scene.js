@@ -12,7 +12,8 @@ const VIDEO = "video-preview";
 
 let progress = null; // the run's state
 
-// The node that a run names so, and the key of what it shows: `5`, or `2:5` for node 5 of the subgraph that node 2 is.
+// The Explore Scene node with this execution id (`5`, or `2:5` for node 5 in the subgraph of node 2), and the key under
+// which the page keeps what the node shows; null for any other node.
 function explorer(executionId) {
   const path = String(executionId).split(":");
   const id = path.pop();
