@@ -143,7 +143,7 @@ def start_panorama(folder):
     return scene_nodes.WorldStereoStartScene, dict(image=depth["image"], depth=depth, width=WIDTH, height=HEIGHT)
 
 
-def look(views, width, height, frames, step):
+def path_through(views, width, height, frames, step):
     vision = SimpleNamespace(encode_image=lambda seen: SimpleNamespace(image_embeds=seen.mean((1, 2))))
     given = dict(scene=scene(views, width, height, MAX_SCENE_POINTS), image=pictures(1, height, width), references=20)
     return scene_nodes.WorldStereoScenePath, given | dict(
@@ -153,12 +153,12 @@ def look(views, width, height, frames, step):
 
 @case("Scene Path, 1000 views of 832x480, 161 cameras")
 def path_views(folder):
-    return look(1000, 832, 480, 161, 0.02)
+    return path_through(1000, 832, 480, 161, 0.02)
 
 
 @case("Scene Path, 47 views of 4096x2048, 21 cameras")
 def path_large(folder):
-    return look(47, WIDTH, HEIGHT, 21, 0.1)
+    return path_through(47, WIDTH, HEIGHT, 21, 0.1)
 
 
 def add(frames, width, height):
@@ -340,7 +340,7 @@ def with_defaults(node, given):
     return values
 
 
-def held(value, found):
+def bytes_of(value, found):
     """Adds to `found` the bytes of every tensor and file in memory that a value holds, by address."""
     if isinstance(value, torch.Tensor):
         found[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
@@ -348,9 +348,9 @@ def held(value, found):
         found[id(value)] = value.getbuffer().nbytes
     elif isinstance(value, dict | list | tuple):
         for part in value.values() if isinstance(value, dict) else value:
-            held(part, found)
+            bytes_of(part, found)
     elif hasattr(value, "__dict__") and not isinstance(value, type) and not callable(value):
-        held(vars(value), found)
+        bytes_of(vars(value), found)
     return found
 
 
@@ -395,8 +395,8 @@ def measure(name) -> dict:
         looks.append((*clock(), "start"))
         output = node.execute(**values)
         looks.append((*clock(), "end"))
-        result = held(output.args, {})
-        result = sum(size for place, size in result.items() if place not in held(values, {}))
+        made, inputs = bytes_of(output.args, {}), bytes_of(values, {})
+        result = sum(size for place, size in made.items() if place not in inputs)
         gaps = [
             (*(b - a for a, b in zip(at[:3], later)), f"{at[3]} to {later[3]}") for at, later in zip(looks, looks[1:])
         ]

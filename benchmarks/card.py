@@ -39,7 +39,7 @@ class Card:
 
 
 @contextlib.contextmanager
-def limited_ram(gib: float) -> Iterator[Callable[[], None] | None]:
+def limited_ram(gib: float) -> Iterator[Callable[[], object] | None]:
     """Yields a `preexec_fn` for subprocesses, which may together use `gib` GiB of RAM, the cache of the files they read
     included (0: no limit, None). The cache is emptied first. Needs Linux, its control groups v2, and root."""
     if not gib:
@@ -47,14 +47,14 @@ def limited_ram(gib: float) -> Iterator[Callable[[], None] | None]:
         return
     group = Path("/sys/fs/cgroup/worldstereo_bench")
     try:
-        group.mkdir()
+        group.mkdir(exist_ok=True)
         (group / "memory.max").write_text(str(round(gib * GIB)))
         os.sync()
         Path("/proc/sys/vm/drop_caches").write_text("3")
     except OSError as error:
         sys.exit(f"The RAM cannot be limited here; that needs Linux's control groups v2 and root: {error}")
     try:
-        yield lambda: (group / "cgroup.procs").write_text(str(os.getpid())) and None
+        yield lambda: (group / "cgroup.procs").write_text(str(os.getpid()))
     finally:
         group.rmdir()
 

@@ -119,8 +119,8 @@ def take_path(scene, walk, patcher, vae, text, seed, keyframes, device):
     refused = [frame.name for frame in report.frames if frame.refused]
     if refused:
         sys.exit(f"Exact depth was refused: {', '.join(refused)}.")
-    missing = clock.seconds.pop(EXACT_DEPTH)  # it takes MoGe's place
-    return scene, clock.seconds, missing, len(prepared.views)
+    exact = clock.seconds.pop(EXACT_DEPTH)  # stands in for MoGe, whose time is not in the figures
+    return scene, clock.seconds, exact, len(prepared.views)
 
 
 def main() -> int:
@@ -173,13 +173,13 @@ def main() -> int:
         )
         rows = []
         for number, walk in enumerate(read_walks(LISTS[LIST])[: args.paths]):
-            scene, seconds, missing, references = take_path(scene, walk, patcher, vae, text, number, keyframes, device)
+            scene, seconds, exact, references = take_path(scene, walk, patcher, vae, text, number, keyframes, device)
             whole, sampling = sum(seconds.values()), seconds[SAMPLING]
             rows.append((whole, sampling))
             parts = ", ".join(f"{part} {s:.2f}" for part, s in seconds.items() if part != SAMPLING)
             print(
                 f"| {walk.name} | {references} | {len(scene.cloud):,} | {whole:.2f} | {sampling:.2f} | "
-                f"{1 - sampling / whole:.1%} | {parts} | {missing:.2f} |",
+                f"{1 - sampling / whole:.1%} | {parts} | {exact:.2f} |",
                 flush=True,
             )
         peak = f"Peak VRAM {peak_bytes(patcher) / GIB:.2f} GiB. " if CUDA else ""

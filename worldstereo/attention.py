@@ -12,8 +12,9 @@ from ..fp8.activations import add_keys_, backend
 
 MIN_CAPABILITY = (9, 0)
 PRIORITY = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-cudnn_attention = torch.ops.aten._scaled_dot_product_cudnn_attention  # the only one that also returns the LSE
-TILE = 128  # keys; cuDNN's kernel takes 6 % longer where their number is not a multiple (H200, 45 240 keys)
+# The public function does not return the logarithm of the sum of exponentials (LSE), which `add_keys_` needs.
+cudnn_attention = torch.ops.aten._scaled_dot_product_cudnn_attention
+TILE = 128  # keys; cuDNN's kernel takes 7 % longer where their number is not a multiple (H200, 45 240 keys)
 SPLIT_KEYS = 8192  # from this many keys on, that is more than `add_keys_` takes for the rest
 
 # Which kernels PyTorch may use is a setting of the whole process, and MultiGPU runs one thread per GPU.
