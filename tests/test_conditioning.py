@@ -152,7 +152,11 @@ def test_progress_counts_each_picture_that_is_encoded(vae, monkeypatch):
     condition(CONFIG, vae, **inputs())
     encode_keyframes(vae, torch.rand(3, 32, 48, 3))
     decode_keyframes(vae, torch.zeros(1, 16, 2, 4, 6))
-    totals = [2 + 5 + 1, 3, 2]  # the picture and grey, the render, the reference; pictures; latents
+    condition(CONFIG, vae, **inputs(), references=References(torch.rand(2, 8, 8, 3), path(2), (0, 2)))
+    full = WorldStereoConfig(scale_map=SIZES, nframe=5, latent_cond_mode="full_vae")
+    condition(full, vae, **inputs())
+    # The render, whose first frame is the picture, and grey; pictures; latents; with references; and with a grey video.
+    totals = [5 + 1, 3, 2, 5 + 2 + 1, 5 + 16]
     assert [(bar.total, bar.done) for bar in bars] == [(total, total) for total in totals]
 
 
@@ -273,14 +277,16 @@ def test_pictures_in_half_precision():
 
 
 def test_keyframes_are_coded_alone(vae):
-    pictures = torch.rand(3, 32, 48, 3)
+    pictures = torch.rand(6, 32, 48, 3)  # in batches of 4
     latent = encode_keyframes(vae, pictures)
-    assert latent.shape == (1, 16, 3, 4, 6)
-    assert torch.equal(latent[:, :, 2:], vae.encode(pictures[2:]))
+    alone = torch.cat([vae.encode(picture[None]) for picture in pictures], dim=2)
+    assert latent.shape == alone.shape == (1, 16, 6, 4, 6)
+    assert torch.allclose(latent, alone, atol=1e-6) and alone.std() > 0.01
     frames = decode_keyframes(vae, latent.repeat(2, 1, 1, 1, 1))
-    assert frames.shape == (6, 32, 48, 3)
-    assert torch.equal(frames[1], frames[4])
-    assert torch.equal(frames[2], vae.decode(latent[:, :, 2:])[0, 0]) and frames[2].std() > 0
+    assert frames.shape == (12, 32, 48, 3)
+    alone = torch.cat([vae.decode(latent[:, :, number : number + 1])[0] for number in range(6)])
+    assert torch.allclose(frames, alone.repeat(2, 1, 1, 1), atol=1e-5) and alone.std() > 0.01
+    assert not vae.not_video  # the VAE itself is as it was
     with pytest.raises(ValueError, match="The latent is"):
         decode_keyframes(vae, torch.rand(1, 16, 4, 6))
 

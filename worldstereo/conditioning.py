@@ -1,6 +1,7 @@
 """From picture, render and cameras to the model's conditions, as in WorldStereo's pipeline: sizes, thinning, condition
 latent, camera embedding, references."""
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from .config import LATENT_CHANNELS, SPATIAL_DOWNSCALE, WorldStereoConfig
 
 GREY = 0.5  # 0 in the VAE's −1..1
 TEMPORAL_DOWNSCALE = 4  # of the Wan VAE on a video
+BATCH = 4  # pictures in a call of the VAE: ComfyUI prepares the model anew at each, and can be interrupted between them
 MASK_THRESHOLD = 0.5
 NO_MASK = 0.05  # the share of a mask that may be neither black nor white; in compressed video far less is
 FIRST_HOLES = 0.01  # the share of frame 0 that may be holes
@@ -83,13 +85,15 @@ def encode_keyframes(vae: Any, pictures: torch.Tensor, progress: ProgressBar | N
     """Pictures [N,H,W,3] in 0..1, each encoded on its own by the Wan VAE, as a latent [1,16,N,h,w]. Raises ValueError
     for another VAE."""
     check_vae(vae)
+    of_pictures = copy.copy(vae)
+    of_pictures.not_video = True  # a batch is that many pictures, not the frames of one video
     progress = progress or ProgressBar(len(pictures))
     latents = []
-    for picture in pictures.split(1):
+    for batch in pictures.split(BATCH):
         throw_exception_if_processing_interrupted()
-        latents.append(vae.encode(picture))
-        progress.update(1)
-    return torch.cat(latents, dim=2)
+        latents.append(of_pictures.encode(batch))
+        progress.update(len(batch))
+    return torch.cat(latents).transpose(0, 2)
 
 
 def decode_keyframes(vae: Any, latent: torch.Tensor) -> torch.Tensor:
@@ -106,24 +110,14 @@ def decode_keyframes(vae: Any, latent: torch.Tensor) -> torch.Tensor:
     frames = latent.movedim(2, 1).flatten(0, 1).unsqueeze(2)
     progress = ProgressBar(len(frames))
     pictures = None
-    for number, frame in enumerate(frames.split(1)):
+    for start, batch in zip(range(0, len(frames), BATCH), frames.split(BATCH)):
         throw_exception_if_processing_interrupted()
-        picture = vae.decode(frame).flatten(0, 1)
+        decoded = vae.decode(batch).flatten(0, 1)
         if pictures is None:
-            pictures = picture.new_empty(len(frames), *picture.shape[1:])
-        pictures[number] = picture
-        progress.update(1)
+            pictures = decoded.new_empty(len(frames), *decoded.shape[1:])
+        pictures[start : start + len(batch)] = decoded
+        progress.update(len(batch))
     return pictures
-
-
-def _condition_latent(config: WorldStereoConfig, vae, image: torch.Tensor, frames: int) -> torch.Tensor:
-    """The latent that the backbone sees beside the noise, [1,16,F,h,w]: the picture, then grey."""
-    grey = torch.full_like(image, GREY)
-    if config.latent_cond_mode == "full_vae":
-        return vae.encode(torch.cat([image, grey.expand(TEMPORAL_DOWNSCALE * (frames - 1), -1, -1, -1)]))
-    if frames == 1:
-        return vae.encode(image)
-    return torch.cat([vae.encode(image), vae.encode(grey).expand(-1, -1, frames - 1, -1, -1)], dim=2)
 
 
 def _frames(config: WorldStereoConfig, count: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -248,14 +242,12 @@ def condition(
         "camera_embedding": plucker(normalise(cameras.w2c[seen]), cameras.K[seen], height, width)[None, :, repeated],
     }
     frames = len(keyframes)
-    reference_images = None
+    pictures = [render]
     if config.has_memory:
         targets = cameras[keyframes].w2c
-        indices: tuple[int, ...] = (0,)
-        if references is None:
-            reference_images, reference_w2c = image, targets[:1]
-        else:
-            reference_images = resize_pictures(references.images, height, width, antialias=False)
+        reference_w2c, indices = targets[:1], (0,)
+        if references is not None:
+            pictures.append(resize_pictures(references.images, height, width, antialias=False))
             reference_w2c, indices = references.cameras.w2c, references.indices
         poses = normalise(torch.cat([targets, reference_w2c]), targets=frames)
         camera_qt = quaternions_and_translations(poses)[None]
@@ -265,14 +257,22 @@ def condition(
             "ref_index": torch.tensor([indices]),
         }
 
-    full = config.latent_cond_mode == "full_vae"
-    first = TEMPORAL_DOWNSCALE * (frames - 1) + 1 if full else min(frames, 2)  # pictures of the condition latent
-    progress = ProgressBar(first + frames + (0 if reference_images is None else len(reference_images)))
-    values["concat_latent_image"] = _condition_latent(config, vae, image, frames)
-    progress.update(first)
-    values["render_latent"] = encode_keyframes(vae, render, progress)
-    if reference_images is not None:
-        values["reference_latent"] = encode_keyframes(vae, reference_images, progress)
+    grey = torch.full_like(image, GREY)
+    after_first = TEMPORAL_DOWNSCALE * (frames - 1) if config.latent_cond_mode == "full_vae" else 0
+    if not after_first:
+        pictures.append(grey)
+    progress = ProgressBar(sum(map(len, pictures)) + after_first)
+    latents = encode_keyframes(vae, torch.cat(pictures), progress)
+    values["render_latent"] = latents[:, :, :frames]
+    if config.has_memory:
+        of_references = slice(0, 1) if references is None else slice(frames, frames + len(indices))
+        values["reference_latent"] = latents[:, :, of_references]
+    if after_first:
+        values["concat_latent_image"] = vae.encode(torch.cat([image, grey.expand(after_first, -1, -1, -1)]))
+        progress.update(after_first)
+    else:
+        after = latents[:, :, -1:].expand(-1, -1, frames - 1, -1, -1)
+        values["concat_latent_image"] = torch.cat([latents[:, :, :1], after], dim=2)
 
     shape = (1, 1, frames, height // SPATIAL_DOWNSCALE, width // SPATIAL_DOWNSCALE)
     values["concat_mask"] = torch.ones(shape)  # core's masks are 0 where the latent is known
