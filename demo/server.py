@@ -55,7 +55,6 @@ class Server:
         command = [
             sys.executable, str(self.comfyui / "main.py"), "--port", self.address.split(":")[1],
             "--base-directory", str(self.base), "--extra-model-paths-config", str(paths),
-            "--cache-ram", "0.5",  # GB of RAM to keep free: by default results are dropped while another program takes much
             "--database-url", "sqlite:///:memory:", "--disable-auto-launch", "--disable-api-nodes",
             "--disable-all-custom-nodes", "--whitelist-custom-nodes", *pack, *stand_ins,
         ]  # fmt: skip

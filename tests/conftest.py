@@ -21,6 +21,10 @@ sys.path.insert(0, str(TESTS))  # the tests' own helpers
 from forker import Forker
 from web_page import page_of
 
+ANY_PROMPT = {
+    "1": {"class_type": "PrimitiveInt", "inputs": {"value": 0}},
+    "2": {"class_type": "PreviewAny", "inputs": {"source": ["1", 0]}},
+}
 SETTINGS = {"Comfy.TutorialCompleted": True, "Comfy.Minimap.Visible": False}
 
 
@@ -40,6 +44,7 @@ def comfyui(shared_server, request):
     folders and its cache empty.
     """
     requests.post(f"http://{shared_server.address}/free", json={"free_memory": True}, timeout=60).raise_for_status()
+    shared_server.run(ANY_PROMPT)  # ComfyUI may empty its cache only after the next run
     base = shared_server.base
     for path in (base / "models").rglob("*"):
         if path.is_file():  # ComfyUI wants the folders that it has seen to stay
