@@ -8,6 +8,7 @@ import pytest
 import torch
 from comfy.ldm.modules.attention import optimized_attention
 from comfy.ldm.wan.model import MLPProj, WanModel
+from comfy.model_management import get_torch_device
 from test_comfyui import CASE, conditioning, load, sample
 from toy import GOLDEN, cooked, golden_inputs, golden_weights, relative_error, run, save, source
 from worldstereo_fp8 import loaders
@@ -59,7 +60,7 @@ def replacement(part: str, model: WanModel):
     """A forward for that part of the blocks of ComfyUI's Wan or ours."""
     if part == "cross_attn":
         with torch.no_grad():
-            return guided_cross_attention(model.text_embedding(NEGATIVE), scale=4.0)
+            return guided_cross_attention(model.text_embedding(NEGATIVE.to(get_torch_device())), scale=4.0)
     return {"self_attn": scaled_self_attention, "ffn": feed_forward_in_chunks}[part]
 
 
@@ -97,7 +98,7 @@ def core_model(patcher) -> WanModel:
     core.img_emb = MLPProj(config.image_dim, config.dim, operation_settings=settings)
     weights = ours.state_dict()
     core.load_state_dict({name: weights[name].float() for name in core.state_dict()})
-    return core
+    return core.to(patcher.load_device)
 
 
 class TestReplacedForward:
@@ -109,7 +110,8 @@ class TestReplacedForward:
             name: torch.cat([inputs[name], inputs[name].flip(1)])
             for name in ("hidden_states", "encoder_hidden_states", "encoder_hidden_states_image")
         } | {"timestep": torch.tensor([900.0, 900.0])}
-        patcher = loaders.load_worldstereo(GOLDEN / "camera.weights.safetensors", dtype=torch.float32)
+        file = GOLDEN / "camera.weights.safetensors"
+        patcher = loaders.load_worldstereo(file, dtype=torch.float32, disable_dynamic=True)  # all weights for core's
         plain = run(patcher, inputs)
         core = core_model(patcher)
         if part:
@@ -117,13 +119,12 @@ class TestReplacedForward:
             for block in core.blocks:
                 module = getattr(block, part)
                 module.forward = types.MethodType(function, module)
+        hidden_states, timestep, text, image = (
+            inputs[name].to(patcher.load_device)
+            for name in ("hidden_states", "timestep", "encoder_hidden_states", "encoder_hidden_states_image")
+        )
         with torch.no_grad():
-            expected = core(
-                inputs["hidden_states"],
-                inputs["timestep"],
-                inputs["encoder_hidden_states"],
-                clip_fea=inputs["encoder_hidden_states_image"],
-            )
+            expected = core(hidden_states, timestep, text, clip_fea=image).cpu()
         out = run(patched(patcher, part), inputs) if part else plain
         assert relative_error(out, expected) < 1e-5
         assert (relative_error(out, plain) > 1e-2) == bool(part)

@@ -245,7 +245,8 @@ def condition(
     pictures = [render]
     if config.has_memory:
         targets = cameras[keyframes].w2c
-        reference_w2c, indices = targets[:1], (0,)
+        indices: tuple[int, ...] = (0,)
+        reference_w2c = targets[:1]
         if references is not None:
             pictures.append(resize_pictures(references.images, height, width, antialias=False))
             reference_w2c, indices = references.cameras.w2c, references.indices
