@@ -120,8 +120,9 @@ class WorldStereo(WAN21):
         of_value = self._moved.setdefault(value, {})
         moved = of_value[name]() if name in of_value else None
         if moved is None or moved.device != device:
+            value = value.to(device)  # before it is converted: PyTorch's copy would do that on the CPU
             if name in CONDITION_LATENTS:
-                value = self.process_latent_in(value.to(device))
+                value = self.process_latent_in(value)
             if name == "reference_latent":
                 value = torch.cat([value, torch.ones_like(value[:, :4]), value], dim=1)
             moved = convert_tensor(value, self.get_dtype_inference(), device)
