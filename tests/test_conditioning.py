@@ -281,11 +281,12 @@ def test_keyframes_are_coded_alone(vae):
     latent = encode_keyframes(vae, pictures)
     alone = torch.cat([vae.encode(picture[None]) for picture in pictures], dim=2)
     assert latent.shape == alone.shape == (1, 16, 6, 4, 6)
-    assert torch.allclose(latent, alone, atol=1e-6) and alone.std() > 0.01
+    rounding = 1e-5 if vae.vae_dtype == torch.float32 else 1e-2
+    assert torch.allclose(latent, alone, atol=rounding) and alone.std() > 0.05
     frames = decode_keyframes(vae, latent.repeat(2, 1, 1, 1, 1))
     assert frames.shape == (12, 32, 48, 3)
     alone = torch.cat([vae.decode(latent[:, :, number : number + 1])[0] for number in range(6)])
-    assert torch.allclose(frames, alone.repeat(2, 1, 1, 1), atol=1e-5) and alone.std() > 0.01
+    assert torch.allclose(frames, alone.repeat(2, 1, 1, 1), atol=rounding) and alone.std() > 0.05
     assert not vae.not_video  # the VAE itself is as it was
     with pytest.raises(ValueError, match="The latent is"):
         decode_keyframes(vae, torch.rand(1, 16, 4, 6))

@@ -96,8 +96,8 @@ def core_model(patcher) -> WanModel:
     )
     settings = {"operations": operations, "device": None, "dtype": torch.float32}
     core.img_emb = MLPProj(config.image_dim, config.dim, operation_settings=settings)
-    weights = ours.state_dict()
-    core.load_state_dict({name: weights[name].float() for name in core.state_dict()})
+    weights = {n: weight.float() for n, weight in ours.state_dict().items() if not n.startswith("controlnet.")}
+    core.load_state_dict(weights)  # with dynamic VRAM its layers have no weights, and no names, before
     return core.to(patcher.load_device)
 
 

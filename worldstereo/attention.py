@@ -1,24 +1,19 @@
 """cuDNN's attention on GPUs where it is the fastest: on an H200 it takes 61 ms per layer at 41 760 tokens,
 FlashAttention 2 101 ms (benchmarks/RESULTS.md)."""
 
-import threading
 from collections.abc import Callable
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..core import attention_pytorch
 from ..fp8.activations import add_keys_, backend
 
 MIN_CAPABILITY = (9, 0)
-PRIORITY = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-# The public function does not return the logarithm of the sum of exponentials (LSE), which `add_keys_` needs.
+# PyTorch's public function chooses a kernel by settings of the whole process, which threads (MultiGPU's) would change for
+# each other, and does not return the logarithm of the sum of exponentials (LSE), which `add_keys_` needs.
 cudnn_attention = torch.ops.aten._scaled_dot_product_cudnn_attention
 TILE = 128  # keys; cuDNN's kernel takes 7 % longer where their number is not a multiple (H200, 45 240 keys)
 SPLIT_KEYS = 8192  # from this many keys on, that is more than `add_keys_` takes for the rest
-
-# Which kernels PyTorch may use is a setting of the whole process, and MultiGPU runs one thread per GPU.
-_flags = threading.Lock()
 
 
 def cudnn_is_faster(device: torch.device) -> bool:
@@ -48,18 +43,19 @@ def prefer_cudnn(
     return _attend(q, k, v, heads)
 
 
-@torch.library.custom_op("worldstereo_fp8::attend", mutates_args=())  # torch.compile cannot trace a lock
+@torch.library.custom_op("worldstereo_fp8::attend", mutates_args=())  # torch.compile cannot trace it
 def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int) -> torch.Tensor:
     by_head = [t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v)]
     keys, rest = k.shape[1], k.shape[1] % TILE
-    if rest and keys >= SPLIT_KEYS and _cudnn_takes(*by_head) and backend(q.device)[0] == "triton":
+    if not _cudnn_takes(*by_head):
+        return torch.nn.functional.scaled_dot_product_attention(*by_head).transpose(1, 2).flatten(2)
+    if rest and keys >= SPLIT_KEYS and backend(q.device)[0] == "triton":
         by_head[1:] = [t[:, :, :-rest] for t in by_head[1:]]
         out, lse = cudnn_attention(*by_head, None, True)[:2]
         out = out.transpose(1, 2).flatten(2)
         add_keys_(out, lse.view(len(q), heads, -1), q, k[:, -rest:], v[:, -rest:], heads)
         return out
-    with _flags, sdpa_kernel(PRIORITY, set_priority=True):
-        return torch.nn.functional.scaled_dot_product_attention(*by_head).transpose(1, 2).flatten(2)
+    return cudnn_attention(*by_head, None, False)[0].transpose(1, 2).flatten(2)
 
 
 def _cudnn_takes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
