@@ -1,15 +1,15 @@
-"""A smaller machine: another process takes the rest of the VRAM, and a control group limits the RAM."""
+"""A smaller machine: other processes take the rest of its VRAM and RAM."""
 
 import contextlib
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 GIB = 2**30
 
-BALLAST = """
+TAKE_VRAM = """
 import sys, torch
 for line in sys.stdin:
     ballast = None
@@ -18,19 +18,34 @@ for line in sys.stdin:
     ballast = torch.empty(max(free - int(line), 0), dtype=torch.uint8, device="cuda")
     print(torch.cuda.mem_get_info()[0], flush=True)
 """
+TAKE_RAM = """
+import contextlib, sys, psutil, torch
+with contextlib.suppress(PermissionError), open("/proc/self/oom_score_adj", "w") as file:
+    file.write("-1000")  # where memory runs out, what is measured ends, and not this process
+for line in sys.stdin:
+    ballast = None
+    ballast = torch.empty(max(psutil.virtual_memory().available - int(line), 0), dtype=torch.uint8).fill_(1)
+    print(psutil.virtual_memory().available, flush=True)
+"""
 
 
-class Card:
-    """While the `with` block lasts, `leave_free` decides how much of the card other processes can have."""
+class Ballast:
+    """While the `with` block lasts, `leave_free` decides how much memory other processes can have: of the GPU with
+    TAKE_VRAM, RAM with TAKE_RAM."""
+
+    def __init__(self, take: str = TAKE_VRAM):
+        self.take = take
 
     def __enter__(self):
         self.process = subprocess.Popen(
-            [sys.executable, "-c", BALLAST], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, "-c", self.take], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
         return self
 
     def __exit__(self, *_):
         self.process.communicate()  # the end of its input ends it
+        if self.process.returncode:
+            sys.exit("The process that took the rest of the memory was ended: what was measured is void.")
 
     def leave_free(self, gib: float) -> float:
         """Takes all but `gib` GiB of what is free now (0: takes nothing). Returns what is free then, in GiB."""
@@ -39,24 +54,22 @@ class Card:
 
 
 @contextlib.contextmanager
-def limited_ram(gib: float) -> Iterator[Callable[[], object] | None]:
-    """Yields a `preexec_fn` for subprocesses, which may together use `gib` GiB of RAM, the cache of the files they read
-    included (0: no limit, None). The cache is emptied first. Needs Linux, its control groups v2, and root."""
+def limited_ram(gib: float) -> Iterator[None]:
+    """While it lasts, `gib` GiB of RAM are available to other processes, the cache of the files they read included (0:
+    no limit). The cache is emptied first. Needs Linux, root, and no swap space."""
     if not gib:
-        yield None
+        yield
         return
-    group = Path("/sys/fs/cgroup/worldstereo_bench")
     try:
-        group.mkdir(exist_ok=True)
-        (group / "memory.max").write_text(str(round(gib * GIB)))
+        if len(Path("/proc/swaps").read_text().splitlines()) > 1:
+            sys.exit("The RAM cannot be limited while there is swap space: turn it off with `swapoff -a`.")
         os.sync()
         Path("/proc/sys/vm/drop_caches").write_text("3")
     except OSError as error:
-        sys.exit(f"The RAM cannot be limited here; that needs Linux's control groups v2 and root: {error}")
-    try:
-        yield lambda: (group / "cgroup.procs").write_text(str(os.getpid()))
-    finally:
-        group.rmdir()
+        sys.exit(f"The RAM cannot be limited here; that needs Linux and root: {error}")
+    with Ballast(TAKE_RAM) as ballast:
+        ballast.leave_free(gib)
+        yield
 
 
 def own_ram() -> float:

@@ -29,7 +29,7 @@ import comfy.samplers
 import comfy.sd
 import comfy.utils
 import torch
-from card import GIB, Card
+from card import GIB, Ballast
 from worldstereo_fp8.demo import toy
 from worldstereo_fp8.loaders import load_worldstereo
 from worldstereo_fp8.scene import sample
@@ -150,7 +150,7 @@ def main() -> int:
         if CUDA:
             torch.cuda.empty_cache()
             torch.cuda.mem_get_info()  # makes the CUDA context, which is not counted
-            stack.enter_context(Card()).leave_free(args.vram)
+            stack.enter_context(Ballast()).leave_free(args.vram)
             torch.cuda.set_per_process_memory_fraction(min((args.vram or total) / total, 1.0))
         began = time.perf_counter()
         patcher = load_worldstereo(model_file)

@@ -11,7 +11,8 @@ Each row is a process of its own. Without arguments: 832×480, 21 keyframes, 8 r
 The weights are random, of the published shapes; the files are made on the GPU the first time, in --folder.
 --vram: how many GiB of VRAM the row's process can have beside its CUDA context (0: all); another process takes the rest.
 A row that had more is an error.
---ram: how many GiB of RAM it can have, the file's cache included (0: all), starting with an empty cache; see `card`.
+--ram: how many GiB of RAM it can have, the file's cache included (0: all), starting with an empty cache; another process
+takes the rest. --folder must be on a disk then.
 --compute: as the loader node has it; core: ComfyUI's own Linear for every layer that it takes.
 --compile: with core's TorchCompileModel and this backend.
 --profile: and the kernels that took the most time in a step of another run.
@@ -45,8 +46,9 @@ import comfy.memory_management
 import comfy.model_management
 import comfy.sample
 import comfy.sd
+import psutil
 import torch
-from card import GIB, Card, limited_ram, own_ram
+from card import GIB, Ballast, limited_ram, own_ram
 from comfy.ldm.wan.vae import WanVAE
 from comfy_api.torch_helpers import set_torch_compile_wrapper
 from safetensors.torch import save_file
@@ -326,9 +328,11 @@ def run_row(row: dict, args):
     count_moves()
     torch.cuda.mem_get_info()  # makes the CUDA context, which is not counted
     total = torch.cuda.get_device_properties(0).total_memory / GIB
-    with Card() as card:
+    with Ballast() as card:
         card.leave_free(row["vram"])
         torch.cuda.set_per_process_memory_fraction(min((row["vram"] or total) / total, 1.0))
+        if row["ram"]:  # ComfyUI pins at most a share of what the whole machine has
+            comfy.model_management.MAX_PINNED_MEMORY *= row["ram"] * GIB / psutil.virtual_memory().total
         patcher = load(file_of(args.folder, row["weights"]), row["compute"])
         if row["compile"] != "no":
             patcher = patcher.clone(disable_dynamic=True)  # as core's TorchCompileModel does
@@ -346,13 +350,12 @@ def file_of(folder: Path, weights: str) -> Path:
 
 def in_a_process_of_its_own(script: str, *arguments: str, ram: float = 0) -> tuple[dict | None, str]:
     """The figures that a benchmark's row prints, None if it failed, and the rest of its output. ram: as --ram."""
-    with limited_ram(ram) as limit:
+    with limited_ram(ram):
         process = subprocess.run(
             [sys.executable, str(Path(__file__).with_name(script)), *arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            preexec_fn=limit,
         )
     lines = process.stdout.splitlines()
     found = [json.loads(line.removeprefix(MARK)) for line in lines if line.startswith(MARK)]

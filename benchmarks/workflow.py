@@ -29,7 +29,7 @@ from step import make_checkpoint, make_vae  # makes ComfyUI and the pack importa
 
 # isort: split
 import torch
-from card import Card
+from card import Ballast
 from worldstereo_fp8.demo import job, scene, server
 
 MODEL = "worldstereo_fp8.safetensors"
@@ -89,7 +89,7 @@ def main():
     prepare(base, args.folder)
     torch.cuda.empty_cache()
     files = dict(image="image.png", camera="camera.json", render="render.mp4", mask="render_mask.mp4")
-    with Card() as card:
+    with Ballast() as card:
         for vram in args.vram:
             free = card.leave_free(vram)
             with LeastFree() as least, server.Server(Path(os.environ["COMFYUI_PATH"]), base) as comfyui:

@@ -27,10 +27,13 @@ def resize_pictures(pictures: torch.Tensor, height: int, width: int, antialias: 
     resized = torch.empty(len(pictures), height, width, 3, device=pictures.device)
     for picture, part in zip(pictures, resized):  # one by one: a batch of large ones would fill the memory
         throw_exception_if_processing_interrupted()
-        # ComfyUI's --fp16-intermediates gives FP16 pictures, which the CPU cannot resize.
-        channels = picture[..., :3].movedim(-1, 0)[None].float()
-        bicubic = partial(F.interpolate, size=(height, width), mode="bicubic", antialias=antialias)
-        part[:] = stoppable(bicubic, channels)[0].movedim(0, -1)
+        if picture.shape[:2] == (height, width):
+            part[:] = picture[..., :3]
+        else:
+            # ComfyUI's --fp16-intermediates gives FP16 pictures, which the CPU cannot resize.
+            channels = picture[..., :3].movedim(-1, 0)[None].float()
+            bicubic = partial(F.interpolate, size=(height, width), mode="bicubic", antialias=antialias)
+            part[:] = stoppable(bicubic, channels)[0].movedim(0, -1)
         part.clamp_(0, 1)
     return resized
 

@@ -23,12 +23,13 @@ RADIUS = 0.008  # of a splat, in units in which the shorter side of the picture 
 SMALLEST_PIXELS = 1.0  # the least radius of a splat in pixels: below it, points one pixel apart show gaps and moiré
 POINTS_PER_PIXEL = 20
 BACKGROUND = (0.5, 0.5, 0.5)  # the colour of holes: the original composites colours in -1..1 over 0
-TILE_PIXELS = 1 << 16  # pixels composited at a time
+TILE_PIXELS = 1 << 16  # pixels composited at a time on a CPU
 CHUNK_POINTS = 1 << 20  # points projected at a time
 MOST_PIXELS = 1 << 23  # of one frame: 4K, 3840x2160
 RENDER_LIMIT = 4 << 30  # bytes of all frames of a render
 FRAME_PIXEL = 16  # bytes: three colours and the hole, in float32
 CHUNK_CELLS = 1 << 22  # pairs of a point and a pixel it may cover, at a time; with the tile, this bounds the memory
+GPU_FACTOR = 8  # as many times both on a GPU, where many small tiles take longer
 
 
 def render_start(
@@ -119,14 +120,14 @@ def render(
             "and points_per_pixel at least 1."
         )
     radius = radius * min(height, width) / 2
+    factor = 1 if points.device.type == "cpu" else GPU_FACTOR
     pictures = torch.empty(len(cameras), height, width, 3)
     holes = torch.empty(len(cameras), height, width)
     for frame, (w2c, K) in enumerate(zip(cameras.w2c, cameras.K)):
         u, v, index = _visible(points, w2c, K, height, width, radius)
-        rows = max(1, TILE_PIXELS // width)
-        for band in pieces(height, rows):
+        for band in pieces(height, max(1, TILE_PIXELS * factor // width)):
             picture, seen = _splat(
-                u, v, colors, index, band.start, band.stop, width, radius, points_per_pixel, background
+                u, v, colors, index, band.start, band.stop, width, radius, points_per_pixel, background, factor
             )
             pictures[frame, band] = picture.view(-1, width, 3)
             holes[frame, band] = (~seen).view(-1, width)
@@ -177,7 +178,7 @@ def _visible(points, w2c, K, height, width, radius):
     parts.clear()
     u, v, z, index = (torch.cat(lists.pop(0)) for _ in range(4))
     sort = partial(torch.argsort, stable=True)
-    near_to_far = stoppable(sort, z) if z.device.type == "cpu" else sort(z)
+    near_to_far = stoppable(sort, z)
     del z
     columns = [u, v, index]
     del u, v, index
@@ -188,7 +189,7 @@ def _visible(points, w2c, K, height, width, radius):
     return tuple(columns)
 
 
-def _splat(u, v, colors, index, top, bottom, width, radius, points_per_pixel, background):
+def _splat(u, v, colors, index, top, bottom, width, radius, points_per_pixel, background, factor):
     """Rows top..bottom of one frame, flattened: colours [P, 3] and whether a point covers the pixel [P].
 
     Points are sorted near to far, so each chunk lies behind those already composited. A chunk's splats are expanded to
@@ -200,7 +201,7 @@ def _splat(u, v, colors, index, top, bottom, width, radius, points_per_pixel, ba
     taken = torch.zeros(pixels, dtype=torch.long, device=colors.device)
     span = math.ceil(2 * radius)  # how many pixel centres a splat can cover along an axis
     reaching = ((v > top - radius) & (v < bottom + radius)).nonzero().squeeze(1)
-    for chunk in reaching.split(max(1, CHUNK_CELLS // span**2)):
+    for chunk in reaching.split(max(1, CHUNK_CELLS * factor // span**2)):
         throw_exception_if_processing_interrupted()
         room = points_per_pixel - taken
         if not room.any():

@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
+from worldstereo_fp8.scene import pictures as pictures_module
 from worldstereo_fp8.scene.fit import fit_pictures, lay_on
 from worldstereo_fp8.scene.pictures import resize_pictures, stretches, within
 
@@ -65,6 +67,15 @@ def test_pictures_are_resized_as_pillow_does():
     pillow = Image.fromarray((picture[0] * 255).byte().numpy()).resize((48, 32), Image.Resampling.BICUBIC)
     difference = resize_pictures(picture, 32, 48)[0] * 255 - torch.from_numpy(np.array(pillow))
     assert difference.abs().max() < 1.5
+
+
+@pytest.mark.parametrize("antialias", [True, False])
+def test_pictures_that_have_the_size_are_not_resampled(antialias, monkeypatch):
+    pictures = torch.rand(2, 9, 12, 4) * 1.2 - 0.1
+    channels = pictures[..., :3].movedim(-1, 1)
+    resampled = F.interpolate(channels, (9, 12), mode="bicubic", antialias=antialias).movedim(1, -1)
+    monkeypatch.setattr(pictures_module, "F", None)
+    assert torch.equal(resize_pictures(pictures, 9, 12, antialias), resampled.clamp(0, 1))
 
 
 def test_transparent_parts_are_laid_on_the_colour():
