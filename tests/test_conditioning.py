@@ -7,7 +7,7 @@ import torch
 from comfy.ldm.wan.vae import WanVAE
 from comfy.taesd.taehv import TAEHV
 from comfy_extras.nodes_custom_sampler import BasicScheduler
-from toy import GOLDEN, golden_weights, save
+from toy import GOLDEN, golden_weights, relative_error, save
 from worldstereo_fp8.loaders import load_worldstereo
 from worldstereo_fp8.scene.cameras import Cameras, normalise, plucker
 from worldstereo_fp8.scene.pictures import resize_pictures
@@ -281,12 +281,12 @@ def test_keyframes_are_coded_alone(vae):
     latent = encode_keyframes(vae, pictures)
     alone = torch.cat([vae.encode(picture[None]) for picture in pictures], dim=2)
     assert latent.shape == alone.shape == (1, 16, 6, 4, 6)
-    rounding = 1e-5 if vae.vae_dtype == torch.float32 else 1e-2
-    assert torch.allclose(latent, alone, atol=rounding) and alone.std() > 0.05
+    rounding = 0.02 if torch.cuda.is_available() else 1e-5  # in BF16 there
+    assert relative_error(latent, alone) < rounding and relative_error(alone.roll(1, 2), alone) > 0.5
     frames = decode_keyframes(vae, latent.repeat(2, 1, 1, 1, 1))
     assert frames.shape == (12, 32, 48, 3)
     alone = torch.cat([vae.decode(latent[:, :, number : number + 1])[0] for number in range(6)])
-    assert torch.allclose(frames, alone.repeat(2, 1, 1, 1), atol=rounding) and alone.std() > 0.05
+    assert relative_error(frames, alone.repeat(2, 1, 1, 1)) < rounding and relative_error(alone.roll(1, 0), alone) > 0.1
     assert not vae.not_video  # the VAE itself is as it was
     with pytest.raises(ValueError, match="The latent is"):
         decode_keyframes(vae, torch.rand(1, 16, 4, 6))
