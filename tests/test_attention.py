@@ -19,7 +19,8 @@ def ours(monkeypatch):
     def kernel(q, k, v, bias, lse):
         keys.append(k.shape[2])
         assert bias is None
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
+        out, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
+        return out, sums if lse else None, None  # cuDNN's returns more
 
     monkeypatch.setattr(attention, "cudnn_attention", kernel)
     monkeypatch.setattr(attention, "_cudnn_takes", lambda *by_head: True)
@@ -83,6 +84,18 @@ def test_calls_of_another_kind_are_cores(ours, options):
     assert not ours
 
 
+def test_a_positional_mask_counts(ours):
+    core.attention_pytorch(*qkv(), 4, torch.zeros(9, 9), transformer_options=OVERRIDE)
+    assert not ours
+
+
+@pytest.mark.parametrize("capability, faster", [((8, 9), False), ((9, 0), True), ((12, 0), True)])
+def test_cudnn_is_preferred_on_hopper_and_newer(capability, faster, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert attention.cudnn_is_faster(torch.device("cuda")) == faster
+    assert not attention.cudnn_is_faster(torch.device("cpu"))
+
+
 def test_two_threads_do_not_disturb_each_other():
     """Which kernels PyTorch may take is the process's: no thread changes that for the other."""
     flags = lambda: (
@@ -128,12 +141,14 @@ def test_fewer_queries_than_keys_by_hand(ours):
         assert torch.allclose(out[..., part], weights @ v[..., part], atol=1e-5)
 
 
-@pytest.mark.parametrize("keys, split", [(40, False), (43, True), (15, False)])
-def test_long_attention_is_split_where_cudnn_gains(ours, monkeypatch, keys, split):
+@pytest.mark.parametrize(
+    "keys, kernels, split", [(40, "triton", False), (43, "triton", True), (15, "triton", False), (43, "kitchen", False)]
+)
+def test_long_attention_is_split_where_cudnn_gains(ours, monkeypatch, keys, kernels, split):
     """With small numbers."""
     for name, value in (("TILE", 8), ("SPLIT_KEYS", 16)):
         monkeypatch.setattr(attention, name, value)
-    monkeypatch.setattr(attention, "backend", lambda device: ("triton", ""))
+    monkeypatch.setattr(attention, "backend", lambda device: (kernels, ""))
     q, k, v = torch.randn(2, 5, 64), torch.randn(2, keys, 64), torch.randn(2, keys, 64)
     out = prefer_cudnn(core.attention_pytorch.__wrapped__, q, k, v, 4)
     assert ours == [40 if split else keys]
