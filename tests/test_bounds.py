@@ -36,7 +36,7 @@ from worldstereo_fp8.scene.scene import Scene
 from worldstereo_fp8.scene.splat import gaussians_of_scene
 from worldstereo_fp8.scene.start import scene_of_panorama
 from worldstereo_fp8.scene.stop import stoppable
-from worldstereo_fp8.worldstereo.conditioning import decode_keyframes, encode_keyframes
+from worldstereo_fp8.worldstereo.conditioning import BATCH, decode_keyframes, encode_keyframes
 
 LIMIT = 2 << 30  # bytes beside a result
 IMAGE = torch.rand(1, 24, 32, 3)
@@ -341,8 +341,8 @@ LONG_WORK = {  # and in how many pieces at least
     "sheet": (5, lambda folder: contact_sheet(torch.rand(5, 16, 16, 3))),
     "check": (5, lambda folder: limits.check(declared(show.WorldStereoPreviewClip, "images"), torch.rand(5, 8, 8, 3))),
     "rays": (5, lambda folder: plucker(FRAMES_5.w2c, FRAMES_5.K, 24, 32)),
-    "encode": (5, lambda folder: encode_keyframes(vae(), torch.rand(5, 16, 16, 3))),
-    "decode": (5, lambda folder: decode_keyframes(vae(), torch.rand(1, 16, 5, 2, 2))),
+    "encode": (5, lambda folder: encode_keyframes(vae(), torch.rand(5 * BATCH, 16, 16, 3))),
+    "decode": (5, lambda folder: decode_keyframes(vae(), torch.rand(1, 16, 5 * BATCH, 2, 2))),
 }
 
 
