@@ -72,6 +72,7 @@ def test_what_the_conditioning_holds(vae):
     given = inputs()
     values, latent = condition(CONFIG, vae, **given)
     assert latent.shape == (1, 16, 5, 4, 6) and not latent.any()
+    assert values["render_latent"].shape == (1, 16, 5, 4, 6) and values["reference_latent"].shape == (1, 16, 1, 4, 6)
     assert values["render_mask"].shape == (1, 1, 5, 32, 48)
     assert values["camera_embedding"].shape == (1, 6, 5, 32, 48)
     assert values["camera_qt"].shape == (1, 5, 7) and values["camera_qt_ref"].shape == (1, 1, 7)
@@ -174,7 +175,10 @@ def test_more_frames_than_keyframes_are_thinned(vae):
 
 def test_a_mask_kernel_over_time_sees_every_frame(vae):
     config = WorldStereoConfig(scale_map=SIZES, nframe=5, mask_downsample=4, camera_mlp_dim=0)
-    values, latent = condition(config, vae, **inputs(17))
+    given = inputs(17)
+    values, latent = condition(config, vae, **given)
+    cameras = given["cameras"].scaled_to(48, 32)
+    assert torch.equal(values["camera_embedding"][0], plucker(normalise(cameras.w2c), cameras.K, 32, 48))
     assert latent.shape[2] == values["render_latent"].shape[2] == 5
     assert values["render_mask"].shape[2] == values["camera_embedding"].shape[2] == 17
     assert "ref_index" not in values and "reference_latent" not in values
@@ -188,10 +192,12 @@ def test_a_mask_kernel_over_time_sees_every_frame(vae):
 
 
 def test_references(vae):
-    references = References.of(torch.rand(2, 20, 20, 3), path(9)[[3, 7]], "1, 4")
+    references = References.of(torch.rand(4, 80, 80, 3), path(9)[[3, 7, 0, 1]], "1, 4, 2, 3")  # as many as there may be
     values, _ = condition(CONFIG, vae, **inputs(), references=references)
-    assert values["ref_index"].tolist() == [[0, 3]]  # WorldStereo's: the matched keyframe less 1
-    assert values["reference_latent"].shape == (1, 16, 2, 4, 6) and values["camera_qt_ref"].shape == (1, 2, 7)
+    assert values["ref_index"].tolist() == [[0, 3, 1, 2]]  # WorldStereo's: the matched keyframe less 1
+    assert values["reference_latent"].shape == (1, 16, 4, 4, 6) and values["camera_qt_ref"].shape == (1, 4, 7)
+    expected = encode_keyframes(vae, resize_pictures(references.images, 32, 48, antialias=False))
+    assert relative_error(values["reference_latent"], expected) < 0.02
     assert References.of(None, None, "  ") is None
     assert References.of(None, None, "", references) is references  # what a scene has chosen
     with pytest.raises(ValueError, match="references and reference_index are both given"):
