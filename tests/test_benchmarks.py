@@ -2,6 +2,7 @@
 the bounds measures."""
 
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -41,14 +42,8 @@ def test_a_case_of_the_bounds():
     assert 0 <= measured["own"] <= measured["gap"] <= measured["seconds"] and abs(measured["beside"]) < 1
 
 
-SCRIPT = """
-import runpy, sys
-script, *sys.argv[1:] = sys.argv[1:]
-runpy.run_path(script, run_name="__main__")
-"""
-
-
-def test_bounds_of_no_case(forker):
-    forker.start(SCRIPT, EXPLORE.with_name("bounds.py"), "nothing")
-    status, printed = forker.wait()
-    assert status and "no case 'nothing', only render_points, " in printed
+def test_bounds_of_no_case(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["bounds.py", "nothing"])
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    with pytest.raises(SystemExit, match="no case 'nothing', only render_points, "):
+        runpy.run_path(str(EXPLORE.with_name("bounds.py")), run_name="__main__")

@@ -5,6 +5,7 @@ import importlib
 import inspect
 from pathlib import Path
 
+import comfy.sd
 import pytest
 import torch
 from test_comfyui import conditioning, sample
@@ -263,6 +264,13 @@ def test_without_each_name_in_turn_the_other_nodes_load(forker):
         themes = [theme for theme in THEMES if name not in needed[theme]]
         assert count == sum(len(nodes_of(theme)) for theme in themes), f"{name} should leave the nodes of {themes}"
     assert counts["GraphBuilder"] > whole / 2 and counts["turbo"] > 0
+
+
+def test_the_attributes_of_a_vae():
+    """Of those that are read, and not_video, which is set for a batch of pictures."""
+    made, encode = inspect.getsource(comfy.sd.VAE.__init__), inspect.getsource(comfy.sd.VAE.encode)
+    assert all(f"self.{name} = " in made for name in ("first_stage_model", "latent_channels", "not_video"))
+    assert "if not self.not_video:" in encode
 
 
 def needs(module: str, seen: set | None = None) -> set[str]:
