@@ -15,6 +15,7 @@ from worldstereo_fp8 import loaders, remap
 from worldstereo_fp8.fp8.recipe import quantise_weight, scale_name
 from worldstereo_fp8.loaders import load_worldstereo
 from worldstereo_fp8.loaders.checkpoint import describe
+from worldstereo_fp8.worldstereo.attention import prefer_cudnn
 from worldstereo_fp8.worldstereo.config import WorldStereoConfig, config_content, read_config
 from worldstereo_fp8.worldstereo.shapes import native_shapes
 
@@ -394,6 +395,7 @@ def test_one_log_line_says_what_was_chosen_and_why(tmp_path, caplog):
     lines = [record.message for record in caplog.records if record.message.startswith("m.safetensors")]
     assert len(lines) == 1
     assert "worldstereo-memory-dmd" in lines[0] and "upcast" in lines[0] and "cpu has no FP8 matmul" in lines[0]
+    assert "VRAM" not in caplog.text  # a CPU has none
 
 
 @pytest.mark.parametrize("free, streamed", [(4e9, False), (4e9 - 1, True), (3e9, True)])
@@ -410,3 +412,37 @@ def test_the_memory_line_tells_of_streaming_only_where_less_is_free_than_needed(
     assert ("will be streamed" in line) == streamed
     if free == 3e9:
         assert "About 1.0 GB" in line
+
+
+def test_the_memory_line_names_references_only_where_the_model_takes_them(monkeypatch):
+    monkeypatch.setattr(loaders, "resident_bytes", lambda model: 3e9)
+    monkeypatch.setattr(loaders, "get_free_memory", lambda device: 4e9)
+    model = types.SimpleNamespace(memory_required=lambda latent, references: 2e9 if references else 1e9)
+    config = WorldStereoConfig(model_type="worldstereo-camera", camera_mlp_dim=0)
+    assert loaders._memory(model, config, "cuda").startswith("At 832×480 a step takes about 4.0 GB")
+    assert loaders._memory(model, WorldStereoConfig(), "cuda").startswith(
+        "At 832×480 with 8 references a step takes about 5.0"
+    )
+
+
+@pytest.mark.parametrize("faster", [True, False])
+def test_cudnns_attention_is_set_where_it_is_faster(faster, monkeypatch):
+    monkeypatch.setattr(loaders, "cudnn_is_faster", lambda device: faster)
+    options = load_worldstereo(GOLDEN / f"{CASE}.weights.safetensors").model_options["transformer_options"]
+    assert options.get("optimized_attention_override") is (prefer_cudnn if faster else None)
+
+
+def test_the_log_says_how_many_layers_multiply_and_with_what(monkeypatch):
+    """As on a GPU."""
+    monkeypatch.setattr(loaders, "get_torch_device_name", lambda device: "card")
+    monkeypatch.setattr(loaders, "product_kernel", lambda device, dtype: ("triton", ""))
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    layers = [types.SimpleNamespace(upcast_reason=lambda device, reason=reason: reason) for reason in (None, "17 wide")]
+    for reason, because in (("Triton is missing", " because Triton is missing"), ("", "")):
+        monkeypatch.setattr(loaders, "backend", lambda device: ("kitchen", reason))
+        assert loaders._multiplied("FP8", layers, cuda) == (
+            f"FP8 matmul on 1 of 2 FP8 layers (card), activations quantised by kitchen{because}, upcast on 1 (17 wide)"
+        )
+    int8 = "INT8 matmul on 1 of 1 INT8 layers (card)"
+    assert loaders._multiplied("INT8", layers[:1], cuda) == f"{int8}, products by triton"
+    assert loaders._multiplied("INT8", layers[:1], cpu) == int8
