@@ -395,6 +395,7 @@ def test_one_log_line_says_what_was_chosen_and_why(tmp_path, caplog):
     lines = [record.message for record in caplog.records if record.message.startswith("m.safetensors")]
     assert len(lines) == 1
     assert "worldstereo-memory-dmd" in lines[0] and "upcast" in lines[0] and "cpu has no FP8 matmul" in lines[0]
+    assert "activations float32" in lines[0]  # core's choice for a CPU
     assert "VRAM" not in caplog.text  # a CPU has none
 
 
@@ -423,6 +424,12 @@ def test_the_memory_line_names_references_only_where_the_model_takes_them(monkey
     assert loaders._memory(model, WorldStereoConfig(), "cuda").startswith(
         "At 832×480 with 8 references a step takes about 5.0"
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_activations_have_the_dtype_asked_for(dtype, tmp_path):
+    path = save(cooked(CASE), tmp_path / "m.safetensors", golden_weights(CASE)[1])
+    assert load_worldstereo(path, dtype=dtype).model.get_dtype_inference() == dtype
 
 
 @pytest.mark.parametrize("faster", [True, False])
