@@ -11,7 +11,7 @@ from fuzz import CLASSES
 from fuzz.planted import FAULTS
 from fuzz.runner import Worker, run
 
-COUNT = 120
+COUNT = 80
 SECONDS = 60  # a case, on a machine that may be loaded; the full run allows 10
 
 
