@@ -38,8 +38,8 @@ def with_lora(patcher, strength=1.0):
     return comfy.sd.load_lora_for_models(patcher, None, lora("native", LAYERS)[0], strength, strength)[0]
 
 
-def hooked(seed: int, strength: float):
-    hooks = comfy.hooks.create_hook_lora(lora("native", LAYERS)[0], strength, strength)
+def hooked(seed: int, strength: float, layers=LAYERS):
+    hooks = comfy.hooks.create_hook_lora(lora("native", layers)[0], strength, strength)
     return comfy.hooks.set_hooks_for_conditioning(conditioning(seed), hooks)
 
 
@@ -76,6 +76,15 @@ class TestHookLoras:
         expected = alone[1] + 3 * (alone[0] - alone[1])
         assert relative_error(patcher.model.process_latent_in(one_step), expected) < 0.1
         assert_same_weights(patcher, before)
+
+    def test_weights_that_only_the_other_prompts_hooks_change(self, file):
+        """Kept weights are put back without them, as are weights made anew."""
+        results = []
+        for mode in comfy.hooks.EnumHookMode:
+            patcher = load(file, disable_dynamic=True)
+            patcher.set_hook_mode(mode)
+            results.append(sample(patcher, hooked(0, 1.0, LAYERS[:2]), hooked(1, -1.0, LAYERS[1:]), cfg=3.0, steps=2))
+        assert relative_error(*results) < 1e-5
 
 
 def test_merges(file):
