@@ -104,7 +104,7 @@ def scene(views, width, height, points, paths=1, deep=True):
 @case("Render, 33 million points, 2 frames of 4096x2048")
 def render_points(folder):
     given = dict(image=pictures(1, HEIGHT, WIDTH), depth=cloud(MAX_POINTS), cameras=cameras(2, WIDTH, HEIGHT))
-    return camera.WorldStereoRender, given | dict(width=WIDTH, height=HEIGHT, points_per_pixel=200)
+    return camera.WorldStereoRender, given | dict(width=WIDTH, height=HEIGHT)
 
 
 @case("Render, 31 frames of 4096x2048")

@@ -8,6 +8,7 @@ STEEPEST = 60.0  # degrees; beyond that a floor cannot be distinguished from a w
 UPRIGHT = math.sin(math.radians(15))  # |x| of a level surface's normal, where the camera is not rolled
 WINDOW = 4.0  # degrees around the commonest pitch
 ENOUGH = 0.03  # the share of the picture that must agree
+PIXELS = 1 << 20  # of a larger picture, every n-th pixel of every n-th row is looked at
 
 
 def guess_pitch(normal: torch.Tensor) -> float | None:
@@ -17,7 +18,8 @@ def guess_pitch(normal: torch.Tensor) -> float | None:
     A level surface votes for the pitch that makes its normal vertical; the commonest pitch wins. The camera is assumed
     not to be rolled.
     """
-    x, y, z = normal.reshape(-1, 3).float().cpu().unbind(1)
+    step = math.ceil(math.sqrt(normal[..., 0].numel() / PIXELS)) or 1
+    x, y, z = normal[::step, ::step].reshape(-1, 3).float().cpu().unbind(1)
     up = -y.sign()  # a floor's normal looks up, a ceiling's down
     pitch = torch.rad2deg(torch.atan2(up * z, -up * y))
     votes = pitch[(x.abs() < UPRIGHT) & (y != 0) & (pitch.abs() <= STEEPEST)]

@@ -32,7 +32,7 @@ PLY_TYPES = {
     **{name: f"<{kind}" for name, kind in (("int16", "i2"), ("uint16", "u2"), ("int32", "i4"), ("uint32", "u4"))},
 }
 SPLAT_NEIGHBOURS, SPLAT_LIMIT = 3, 8.0
-NEIGHBOUR_PIECE = 1 << 16  # points whose neighbours are looked for at a time
+NEIGHBOUR_PIECE = 1 << 14  # points whose neighbours are looked for at a time
 SPREAD = 1e-10  # of the cloud's extent: by how much points are moved apart for that
 
 
