@@ -205,12 +205,12 @@ def test_tiny_views_with_holes(height, width):
 
 def test_pixels_may_land_exactly_on_another_views_border():
     """Half a pixel to the right and below: in a column and a row that the view does not have."""
-    K = torch.tensor([[[8.0, 0, 8], [0, 8, 8], [0, 0, 1]]]).expand(2, 3, 3)
+    K = torch.tensor([[[8.0, 0, 8.5], [0, 8, 8.5], [0, 0, 1]]]).expand(2, 3, 3)
     w2c = torch.eye(4).repeat(2, 1, 1)
     w2c[1, :2, 3] = 0.125
-    depths, pictures = (torch.full((16, 16), 2.0),) * 2, (torch.zeros(16, 16, 3, dtype=torch.uint8),) * 2
+    depths, pictures = (torch.full((17, 17), 2.0),) * 2, (torch.zeros(17, 17, 3, dtype=torch.uint8),) * 2
     u, v, _ = project(points_from_depth(pictures[0] / 255, depths[0], w2c[0], K[0]).points, w2c[1], K[1])
-    assert u.max() == v.max() == 16
+    assert u.max() == v.max() == 17
     cloud = PointCloud(torch.zeros(0, 3), torch.zeros(0, 3))
-    made = gaussians_of_scene(Scene(pictures, Cameras(w2c, K, 16, 16), ("a", "b"), depths, cloud), 1000)
-    assert len(made) == 16**2  # the second view shows nothing new
+    made = gaussians_of_scene(Scene(pictures, Cameras(w2c, K, 17, 17), ("a", "b"), depths, cloud), 1000)
+    assert len(made) == 17**2  # the second view shows nothing new
