@@ -160,13 +160,14 @@ def seen_through(
     surface (`FrameFit.same`)."""
     votes = torch.zeros(len(points), dtype=torch.int32, device=points.device)
     for depth, w2c, K, same in seen:
-        throw_exception_if_processing_interrupted()
         height, width = depth.shape
-        u, v, z = project(points, w2c, K)
-        inside = ((z > 0) & (u >= 0) & (u < width) & (v >= 0) & (v < height)).nonzero().squeeze(1)
-        ratio = depth.to(points.device)[v[inside].long(), u[inside].long()] / z[inside]
-        ratio[ratio.isinf()] = 0  # no depth: no vote
-        votes[inside] += (ratio > 1 + same).int() - ((ratio - 1).abs() <= same).int()
+        depth = depth.to(points.device)
+        for part in pieces(len(points), PIECE):
+            u, v, z = project(points[part], w2c, K)
+            inside = ((z > 0) & (u >= 0) & (u < width) & (v >= 0) & (v < height)).nonzero().squeeze(1)
+            ratio = depth[v[inside].long(), u[inside].long()] / z[inside]
+            ratio[ratio.isinf()] = 0  # no depth: no vote
+            votes[part][inside] += (ratio > 1 + same).int() - ((ratio - 1).abs() <= same).int()
     return votes >= 0
 
 
