@@ -266,14 +266,16 @@ def _fit_frame(name, points, depth, w2c, K, height, width, shift):
     close = stoppable(_nearest_around, seen, 1)  # a pixel is a hole if none of the eight around it has a point either
     reach = max(1, round(RADIUS * min(height, width) / 2))  # a splat's radius
     surface = stoppable(_nearest_around, seen, reach)
+    throw_exception_if_processing_interrupted()
     overlap = ((surface < torch.inf) & good).sum().item() / max(1, good.sum().item())
-    shown = number[
-        (seen <= surface * (1 + FIT_SCALE)) & (number >= 0)
-    ]  # without points seen through gaps in nearer ones
-    u, v, z = project(points[shown], w2c, K)
+    # Without points that are seen through gaps in nearer ones.
+    shown = points[number[(seen <= surface * (1 + FIT_SCALE)) & (number >= 0)]]
+    throw_exception_if_processing_interrupted()
+    u, v, z = project(shown, w2c, K)
     throw_exception_if_processing_interrupted()
     there = torch.where(good & ~on_edge(1 / depth), 1 / depth, torch.nan)
     grid = torch.stack([2 * u / width - 1, 2 * v / height - 1], 1)[None, None]
+    throw_exception_if_processing_interrupted()
     sampled = F.grid_sample(there[None, None], grid, padding_mode="border", align_corners=False).flatten()
     valid = sampled > 0
     if overlap < OVERLAP_LIMIT or valid.sum() < SAMPLES_LIMIT:
