@@ -8,7 +8,7 @@ STEEPEST = 60.0  # degrees; beyond that a floor cannot be distinguished from a w
 UPRIGHT = math.sin(math.radians(15))  # |x| of a level surface's normal, where the camera is not rolled
 WINDOW = 4.0  # degrees around the commonest pitch
 ENOUGH = 0.03  # the share of the picture that must agree
-PIXELS = 1 << 20  # of a larger picture, every n-th pixel of every n-th row is looked at
+PIXELS = 1 << 20  # of a larger picture, only every n-th row and column is used
 
 
 def guess_pitch(normal: torch.Tensor) -> float | None:
@@ -18,7 +18,8 @@ def guess_pitch(normal: torch.Tensor) -> float | None:
     A level surface votes for the pitch that makes its normal vertical; the commonest pitch wins. The camera is assumed
     not to be rolled.
     """
-    step = math.ceil(math.sqrt(normal[..., 0].numel() / PIXELS)) or 1
+    height, width = normal.shape[:2]
+    step = max(1, math.ceil(math.sqrt(height * width / PIXELS)))
     x, y, z = normal[::step, ::step].reshape(-1, 3).float().cpu().unbind(1)
     up = -y.sign()  # a floor's normal looks up, a ceiling's down
     pitch = torch.rad2deg(torch.atan2(up * z, -up * y))

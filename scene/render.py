@@ -23,13 +23,13 @@ RADIUS = 0.008  # of a splat, in units in which the shorter side of the picture 
 SMALLEST_PIXELS = 1.0  # the least radius of a splat in pixels: below it, points one pixel apart show gaps and moiré
 POINTS_PER_PIXEL = 20
 BACKGROUND = (0.5, 0.5, 0.5)  # the colour of holes: the original composites colours in -1..1 over 0
-TILE_PIXELS = 1 << 16  # pixels composited at a time on a CPU
+TILE_PIXELS = 1 << 16  # pixels composited at a time
 CHUNK_POINTS = 1 << 20  # points projected at a time
 MOST_PIXELS = 1 << 23  # of one frame: 4K, 3840x2160
 RENDER_LIMIT = 4 << 30  # bytes of all frames of a render
 FRAME_PIXEL = 16  # bytes: three colours and the hole, in float32
 CHUNK_CELLS = 1 << 22  # pairs of a point and a pixel it may cover, at a time; with the tile, this bounds the memory
-GPU_FACTOR = 8  # as many times both on a GPU, where many small tiles take longer
+GPU_FACTOR = 8  # tile and chunk are this many times larger on a GPU, which is slow at many small steps
 
 
 def render_start(

@@ -22,10 +22,10 @@ def pieces(count: int, size: int) -> Iterator[slice]:
 
 
 def stoppable(work: Callable[..., Result], *arguments) -> Result:
-    """work(*arguments), run in its own thread, except for tensors on a GPU, where it takes no time. Raises what `work`
-    raises, and ComfyUI's interrupt within SECONDS of the stop button. After an interrupt the thread runs on and its
-    result is dropped, so `work` must not have side effects."""
-    if any(isinstance(argument, torch.Tensor) and argument.is_cuda for argument in arguments):
+    """work(*arguments), run in its own thread; directly if a tensor is on a GPU, where the call returns at once. Raises
+    what `work` raises, and ComfyUI's interrupt within SECONDS of the stop button. After an interrupt the thread runs on
+    and its result is dropped, so `work` must not have side effects."""
+    if any(isinstance(argument, torch.Tensor) and argument.device.type != "cpu" for argument in arguments):
         return work(*arguments)
     done: Future = Future()
     inference = torch.is_inference_mode_enabled()  # the mode is per thread

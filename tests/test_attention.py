@@ -1,4 +1,4 @@
-"""Which attention runs: PyTorch's, asked to prefer cuDNN, or the one its user chose."""
+"""Which attention runs: cuDNN's, PyTorch's, or the one that the user chose."""
 
 import threading
 

@@ -43,7 +43,7 @@ def prefer_cudnn(
     return _attend(q, k, v, heads)
 
 
-@torch.library.custom_op("worldstereo_fp8::attend", mutates_args=())  # torch.compile cannot trace it
+@torch.library.custom_op("worldstereo_fp8::attend", mutates_args=())  # torch.compile cannot trace SDPAParams
 def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int) -> torch.Tensor:
     by_head = [t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v)]
     keys, rest = k.shape[1], k.shape[1] % TILE

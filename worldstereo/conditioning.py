@@ -12,11 +12,12 @@ from ..core import TAEHV, HunyuanVideo, ProgressBar, WanVAE, throw_exception_if_
 from ..files.text import shown
 from ..scene.cameras import Cameras, check_lengths, normalise, plucker, quaternions_and_translations, thin
 from ..scene.pictures import resize_pictures, stretches
+from ..scene.stop import pieces
 from .config import LATENT_CHANNELS, SPATIAL_DOWNSCALE, WorldStereoConfig
 
 GREY = 0.5  # 0 in the VAE's −1..1
 TEMPORAL_DOWNSCALE = 4  # of the Wan VAE on a video
-BATCH = 4  # pictures in a call of the VAE: ComfyUI prepares the model anew at each, and can be interrupted between them
+BATCH = 4  # pictures per VAE call: at every call ComfyUI prepares the model again, and a call cannot be interrupted
 MASK_THRESHOLD = 0.5
 NO_MASK = 0.05  # the share of a mask that may be neither black nor white; in compressed video far less is
 FIRST_HOLES = 0.01  # the share of frame 0 that may be holes
@@ -89,10 +90,9 @@ def encode_keyframes(vae: Any, pictures: torch.Tensor, progress: ProgressBar | N
     of_pictures.not_video = True  # a batch is that many pictures, not the frames of one video
     progress = progress or ProgressBar(len(pictures))
     latents = []
-    for batch in pictures.split(BATCH):
-        throw_exception_if_processing_interrupted()
-        latents.append(of_pictures.encode(batch))
-        progress.update(len(batch))
+    for batch in pieces(len(pictures), BATCH):
+        latents.append(of_pictures.encode(pictures[batch]))
+        progress.update(len(latents[-1]))
     return torch.cat(latents).transpose(0, 2)
 
 
@@ -110,13 +110,12 @@ def decode_keyframes(vae: Any, latent: torch.Tensor) -> torch.Tensor:
     frames = latent.movedim(2, 1).flatten(0, 1).unsqueeze(2)
     progress = ProgressBar(len(frames))
     pictures = None
-    for start, batch in zip(range(0, len(frames), BATCH), frames.split(BATCH)):
-        throw_exception_if_processing_interrupted()
-        decoded = vae.decode(batch).flatten(0, 1)
+    for batch in pieces(len(frames), BATCH):
+        decoded = vae.decode(frames[batch]).flatten(0, 1)
         if pictures is None:
             pictures = decoded.new_empty(len(frames), *decoded.shape[1:])
-        pictures[start : start + len(batch)] = decoded
-        progress.update(len(batch))
+        pictures[batch] = decoded
+        progress.update(len(decoded))
     return pictures
 
 
@@ -229,9 +228,10 @@ def condition(
     keyframes, dense = _frames(config, len(render))
     height, width = keyframe_size(config, *image.shape[1:3])
     image = resize_pictures(image, height, width)
+    pictures = [image]
     # Frame by frame: 21 frames in 4K are 2 GB, and a copy of those that are kept would be as large.
-    small = (resize_pictures(render[frame, None], height, width, antialias=False) for frame in keyframes[1:].tolist())
-    render = torch.cat([image, *small])
+    for frame in keyframes[1:].tolist():
+        pictures.append(resize_pictures(render[frame, None], height, width, antialias=False))
     mask = torch.cat([F.interpolate(mask[frame, None, None].float(), (height, width)) for frame in dense.tolist()])
     mask[dense == 0] = 0
     cameras = cameras.scaled_to(width, height)
@@ -242,7 +242,6 @@ def condition(
         "camera_embedding": plucker(normalise(cameras.w2c[seen]), cameras.K[seen], height, width)[None, :, repeated],
     }
     frames = len(keyframes)
-    pictures = [render]
     if config.has_memory:
         targets = cameras[keyframes].w2c
         indices: tuple[int, ...] = (0,)
