@@ -13,7 +13,9 @@ PACKAGE = "worldstereo_fp8"
 
 
 def import_pack() -> None:
-    """Make the pack importable. This needs neither ComfyUI nor PyTorch; most of the pack's modules need both."""
+    """Make the pack importable, once. This needs neither ComfyUI nor PyTorch; most of the pack's modules need both."""
+    if PACKAGE in sys.modules:
+        return  # a second package would be without the modules that the first has imported
     spec = importlib.util.spec_from_file_location(PACKAGE, ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
     sys.modules[PACKAGE] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules[PACKAGE])

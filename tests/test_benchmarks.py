@@ -43,7 +43,9 @@ def test_a_case_of_the_bounds():
 
 
 def test_bounds_of_no_case(monkeypatch):
+    package = sys.modules["worldstereo_fp8"]
     monkeypatch.setattr(sys, "argv", ["bounds.py", "nothing"])
     monkeypatch.setattr(sys, "path", sys.path.copy())
     with pytest.raises(SystemExit, match="no case 'nothing', only render_points, "):
         runpy.run_path(str(EXPLORE.with_name("bounds.py")), run_name="__main__")
+    assert sys.modules["worldstereo_fp8"] is package  # other tests of this process have its modules
