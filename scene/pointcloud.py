@@ -150,12 +150,12 @@ def splat_sizes(cloud: PointCloud) -> torch.Tensor:
 def neighbour_distances(points: torch.Tensor, count: int, start: int = 0) -> torch.Tensor:
     """The mean distance [P - start] of each of points[start:] to its `count` nearest neighbours among all points
     [P, 3], where count < P."""
-    places = points.to(torch.float64, copy=True).numpy()
-    places -= places.min(0)
+    low, high = (corner.double() for corner in stoppable(partial(torch.aminmax, dim=0), points))
     # Points in one place would share a leaf of the tree, where every query would be compared with each of them.
-    spread, random = SPREAD * (places.max() or 1.0), np.random.default_rng(0)
+    spread, random = SPREAD * ((high - low).max().item() or 1.0), np.random.default_rng(0)
+    places = np.empty(points.shape)
     for part in pieces(len(places), PIECE):
-        places[part] += random.uniform(0, spread, places[part].shape)
+        places[part] = (points[part] - low).numpy() + random.uniform(0, spread, places[part].shape)
     tree = stoppable(partial(cKDTree, balanced_tree=False, compact_nodes=False), places)
     mean = torch.empty(len(places) - start)
     for part in pieces(len(mean), NEIGHBOUR_PIECE):
