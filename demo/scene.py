@@ -10,10 +10,12 @@ import torch
 from PIL import Image
 
 from ..scene import sample
+from ..scene.render import BACKGROUND
 
 WIDTH, HEIGHT, FOCAL = 384, 256, 340.0  # pixels
 FRAMES = 41  # more than the model's 21, which are taken from them
 FPS = 16
+HOLE = [round(255 * channel) for channel in BACKGROUND]
 LOOK_AT = np.array([0.0, 0.2, 4.0])
 
 
@@ -70,7 +72,7 @@ def draw(folder: Path, frames: int = FRAMES) -> None:
     Image.fromarray(pictures[0]).save(folder / "image.png")
     write_video(
         folder / "render.mp4",
-        [np.where(mask[..., None], 0, picture).astype(np.uint8) for picture, mask in zip(pictures, masks)],
+        [np.where(mask[..., None], HOLE, picture).astype(np.uint8) for picture, mask in zip(pictures, masks)],
     )
     write_video(folder / "render_mask.mp4", [np.repeat(mask[..., None] * np.uint8(255), 3, axis=2) for mask in masks])
     intrinsic = [[FOCAL, 0, WIDTH / 2], [0, FOCAL, HEIGHT / 2], [0, 0, 1]]
