@@ -116,6 +116,20 @@ def new_path_name(scene: Scene) -> str:
     return next(name for number in range(1, len(taken) + 2) if (name := f"path_{number}") not in taken)
 
 
+class _Pictures(Sequence):
+    """The frames of a clip [N, H, W, C] in 0..1, resized, uint8 [height, width, 3]. Each is made when it is asked for:
+    all of a long clip would take gigabytes."""
+
+    def __init__(self, images, height, width):
+        self.images, self.size = images, (height, width)
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, frame):
+        return to_bytes(resize_pictures(self.images[frame][None], *self.size))[0]
+
+
 def remember_clip(
     scene: Scene,
     images: torch.Tensor,
@@ -142,7 +156,7 @@ def remember_clip(
     cameras = cameras.thinned(len(images)).scaled_to(scene.cameras.width, scene.cameras.height)
     frames = frames_to_remember(len(images), count)
     check_size(len(images), cameras.height, cameras.width)
-    pictures = [to_bytes(resize_pictures(image[None], cameras.height, cameras.width))[0] for image in images]
+    pictures = _Pictures(images, cameras.height, cameras.width)
     report, kept = None, None
     if depths is not None:
         if len(depths) != len(images):
@@ -153,7 +167,7 @@ def remember_clip(
         names = [f"{name}/{frame:04}" for frame in moving]
         cloud, report = fuse(
             scene.cloud,
-            [pictures[frame] for frame in moving],
+            _Pictures(images[1:], cameras.height, cameras.width),
             depths[1:],
             cameras[moving],
             names=names,
