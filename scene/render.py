@@ -28,8 +28,8 @@ CHUNK_POINTS = 1 << 20  # points projected at a time
 MOST_PIXELS = 1 << 23  # of one frame: 4K, 3840x2160
 RENDER_LIMIT = 4 << 30  # bytes of all frames of a render
 FRAME_PIXEL = 16  # bytes: three colours and the hole, in float32
-CHUNK_CELLS = 1 << 22  # pairs of a point and a pixel it may cover, at a time; with the tile, this bounds the memory
-GPU_FACTOR = 8  # tile and chunk are this many times larger on a GPU, which is slow at many small steps
+CHUNK_CELLS = 1 << 21  # pairs of a point and a pixel it may cover, at a time; with the tile, this bounds the memory
+GPU_TILE_PIXELS, GPU_CHUNK_CELLS = 1 << 19, 1 << 25  # instead of these on a GPU, which is slow at many small steps
 
 
 def render_start(
@@ -120,14 +120,15 @@ def render(
             "and points_per_pixel at least 1."
         )
     radius = radius * min(height, width) / 2
-    factor = 1 if points.device.type == "cpu" else GPU_FACTOR
+    on_cpu = points.device.type == "cpu"
+    tile, cells = (TILE_PIXELS, CHUNK_CELLS) if on_cpu else (GPU_TILE_PIXELS, GPU_CHUNK_CELLS)
     pictures = torch.empty(len(cameras), height, width, 3)
     holes = torch.empty(len(cameras), height, width)
     for frame, (w2c, K) in enumerate(zip(cameras.w2c, cameras.K)):
         u, v, index = _visible(points, w2c, K, height, width, radius)
-        for band in pieces(height, max(1, TILE_PIXELS * factor // width)):
+        for band in pieces(height, max(1, tile // width)):
             picture, seen = _splat(
-                u, v, colors, index, band.start, band.stop, width, radius, points_per_pixel, background, factor
+                u, v, colors, index, band.start, band.stop, width, radius, points_per_pixel, background, cells
             )
             pictures[frame, band] = picture.view(-1, width, 3)
             holes[frame, band] = (~seen).view(-1, width)
@@ -189,7 +190,7 @@ def _visible(points, w2c, K, height, width, radius):
     return tuple(columns)
 
 
-def _splat(u, v, colors, index, top, bottom, width, radius, points_per_pixel, background, factor):
+def _splat(u, v, colors, index, top, bottom, width, radius, points_per_pixel, background, cells):
     """Rows top..bottom of one frame, flattened: colours [P, 3] and whether a point covers the pixel [P].
 
     Points are sorted near to far, so each chunk lies behind those already composited. A chunk's splats are expanded to
@@ -201,7 +202,7 @@ def _splat(u, v, colors, index, top, bottom, width, radius, points_per_pixel, ba
     taken = torch.zeros(pixels, dtype=torch.long, device=colors.device)
     span = math.ceil(2 * radius)  # how many pixel centres a splat can cover along an axis
     reaching = ((v > top - radius) & (v < bottom + radius)).nonzero().squeeze(1)
-    for chunk in reaching.split(max(1, CHUNK_CELLS * factor // span**2)):
+    for chunk in reaching.split(max(1, cells // span**2)):
         throw_exception_if_processing_interrupted()
         room = points_per_pixel - taken
         if not room.any():
