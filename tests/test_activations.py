@@ -205,7 +205,7 @@ def test_rms_rope_is_that_of_comfyui():
     expected = comfy.ldm.flux.math.apply_rope1(F.rms_norm(x, (96,), weight, EPS).unflatten(-1, (4, 24)), freqs).flatten(
         2
     )
-    assert torch.allclose(rms_rope(x, weight, freqs, 4, EPS), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(rms_rope(x, weight, freqs, 4, EPS), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_views_give_what_their_copies_give():

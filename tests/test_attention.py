@@ -35,14 +35,15 @@ def test_pytorchs_attention_prefers_cudnn(ours):
     q, k, v = qkv()
     out = core.attention_pytorch(q, k, v, heads=4, transformer_options=OVERRIDE)
     assert ours == [9]
-    assert torch.allclose(out, core.attention_pytorch(q, k, v, heads=4), atol=1e-5)
+    torch.testing.assert_close(out, core.attention_pytorch(q, k, v, heads=4), atol=1e-5, rtol=1e-5)
 
 
 def test_what_cudnn_does_not_take_is_pytorchs(ours, monkeypatch):
     monkeypatch.setattr(attention, "_cudnn_takes", lambda *by_head: False)
     q, k, v = qkv()
     out = core.attention_pytorch(q, k, v, heads=4, transformer_options=OVERRIDE)
-    assert not ours and torch.allclose(out, core.attention_pytorch(q, k, v, heads=4), atol=1e-5)
+    assert not ours
+    torch.testing.assert_close(out, core.attention_pytorch(q, k, v, heads=4), atol=1e-5, rtol=1e-5)
 
 
 def chosen(name: str):
@@ -117,7 +118,7 @@ def test_two_threads_do_not_disturb_each_other():
             for turn in range(300):
                 out = core.attention_pytorch(*inputs[turn % 2], heads=4, transformer_options=OVERRIDE)
                 seen.append(flags())
-                assert torch.allclose(out, results[turn % 2], atol=2e-2)
+                torch.testing.assert_close(out, results[turn % 2], atol=2e-2, rtol=1e-5)
         except Exception as e:
             errors.append(e)
 
@@ -138,7 +139,7 @@ def test_fewer_queries_than_keys_by_hand(ours):
     for head in range(4):
         part = slice(16 * head, 16 * (head + 1))
         weights = (q[..., part] @ k[..., part].mT / 4).softmax(-1)
-        assert torch.allclose(out[..., part], weights @ v[..., part], atol=1e-5)
+        torch.testing.assert_close(out[..., part], weights @ v[..., part], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -152,7 +153,7 @@ def test_long_attention_is_split_where_cudnn_gains(ours, monkeypatch, keys, kern
     q, k, v = torch.randn(2, 5, 64), torch.randn(2, keys, 64), torch.randn(2, keys, 64)
     out = prefer_cudnn(core.attention_pytorch.__wrapped__, q, k, v, 4)
     assert ours == [40 if split else keys]
-    assert torch.allclose(out, core.attention_pytorch.__wrapped__(q, k, v, 4), atol=1e-5)
+    torch.testing.assert_close(out, core.attention_pytorch.__wrapped__(q, k, v, 4), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.gpu

@@ -86,10 +86,11 @@ def test_what_the_conditioning_holds(vae):
 
     image = resize_pictures(given["image"], 32, 48)
     alone = vae.encode(image)
-    assert torch.allclose(values["render_latent"][:, :, :1], alone, atol=1e-5)  # first frame: the picture
-    assert torch.allclose(values["reference_latent"], alone, atol=1e-5)
+    first = values["render_latent"][:, :, :1]
+    torch.testing.assert_close(first, alone, atol=1e-5, rtol=1e-5)  # the picture
+    torch.testing.assert_close(values["reference_latent"], alone, atol=1e-5, rtol=1e-5)
     second = vae.encode(resize_pictures(given["render"][1:2], 32, 48, antialias=False))
-    assert torch.allclose(values["render_latent"][:, :, 1:2], second, atol=1e-5)
+    torch.testing.assert_close(values["render_latent"][:, :, 1:2], second, atol=1e-5, rtol=1e-5)
 
 
 def test_what_may_be_no_intention_is_remarked():
@@ -135,7 +136,7 @@ def test_the_condition_latent(mode, vae):
     else:
         grey = vae.encode(torch.full((1, 32, 48, 3), 0.5))
         expected = torch.cat([vae.encode(image), grey, grey, grey, grey], dim=2)
-    assert torch.allclose(values["concat_latent_image"], expected, atol=1e-5)
+    torch.testing.assert_close(values["concat_latent_image"], expected, atol=1e-5, rtol=1e-5)
 
 
 def test_progress_counts_each_picture_that_is_encoded(vae, monkeypatch):
@@ -188,7 +189,9 @@ def test_a_mask_kernel_over_time_sees_every_frame(vae):
     plain, _ = condition(WorldStereoConfig(scale_map=SIZES, nframe=5), vae, **inputs(3))
     for name in ("render_mask", "camera_embedding"):
         for i in range(9):
-            assert torch.allclose(few[name][:, :, i], plain[name][:, :, i // 4], atol=1e-4), (name, i)
+            torch.testing.assert_close(
+                few[name][:, :, i], plain[name][:, :, i // 4], atol=1e-4, rtol=1e-5, msg=f"{name}, {i}"
+            )
 
 
 def test_references(vae):
@@ -302,7 +305,7 @@ SIGMAS = [1, 0.9375, 5 / 6, 0.625, 0]
 
 
 def test_dmd_sigmas():
-    assert torch.allclose(dmd_sigmas(WorldStereoConfig()), torch.tensor(SIGMAS), atol=1e-6, rtol=0)
+    torch.testing.assert_close(dmd_sigmas(WorldStereoConfig()), torch.tensor(SIGMAS), atol=1e-6, rtol=0)
     with pytest.raises(ValueError, match="worldstereo-camera, which was not distilled"):
         dmd_sigmas(WorldStereoConfig(model_type="worldstereo-camera"))
 
@@ -323,7 +326,7 @@ def test_unipc_has_the_originals_sigmas(case, tmp_path):
 def test_a_plain_ksampler_takes_the_same_sigmas():
     model = load_worldstereo(GOLDEN / "memory_dmd.weights.safetensors")
     sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", 4)
-    assert torch.allclose(sigmas, dmd_sigmas(WorldStereoConfig()), atol=1e-6, rtol=0)
+    torch.testing.assert_close(sigmas, dmd_sigmas(WorldStereoConfig()), atol=1e-6, rtol=0)
 
 
 def test_a_mask_of_exactly_one_half_is_a_hole(vae):

@@ -52,14 +52,15 @@ def test_a_weight_is_what_kitchen_makes_of_it(group):
     theirs, params = TensorWiseINT8Layout.quantize(
         weight, per_channel=True, convrot=group > 0, convrot_groupsize=group or 256
     )
-    assert scale.shape == params.scale.shape == (48, 1) and torch.allclose(scale, params.scale, rtol=1e-6, atol=0)
+    assert scale.shape == params.scale.shape == (48, 1)
+    torch.testing.assert_close(scale, params.scale, rtol=1e-6, atol=0)
     assert values.dtype == theirs.dtype == torch.int8 and (values.int() - theirs.int()).abs().max() <= 1
     assert (values != theirs).float().mean() < 1e-3
     back = int8.dequantise(values, scale, torch.float32, group)
     params = TensorWiseINT8Layout.Params(
         scale=scale, orig_dtype=torch.float32, orig_shape=(48, 512), convrot=group > 0, convrot_groupsize=group or 256
     )
-    assert torch.allclose(back, TensorWiseINT8Layout.dequantize(values, params), atol=1e-5)
+    torch.testing.assert_close(back, TensorWiseINT8Layout.dequantize(values, params), atol=1e-5, rtol=1e-5)
     assert 0.003 < (back - weight).norm() / weight.norm() < 0.015
 
 

@@ -56,7 +56,7 @@ def test_upcast_is_the_dequantised_weight(dtype, shape, group):
     out = linear(x)
     expected = torch.nn.functional.linear(x.float(), weight, bias.float())
     assert out.dtype == dtype and out.shape == expected.shape
-    assert torch.allclose(out.float(), expected, atol={torch.float32: 1e-4}.get(dtype, 0.15))
+    torch.testing.assert_close(out.float(), expected, atol={torch.float32: 1e-4}.get(dtype, 0.15), rtol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -72,7 +72,7 @@ def test_int8_is_the_product_of_both_factors(dtype, shape, group, bias):
     out = linear(x)
     expected = torch.nn.functional.linear(q.dequantise().float(), weight, b.float() if bias else None)
     assert out.dtype == dtype and out.shape == expected.shape
-    assert torch.allclose(out.float(), expected, atol={torch.float32: 1e-3}.get(dtype, 0.2))
+    torch.testing.assert_close(out.float(), expected, atol={torch.float32: 1e-3}.get(dtype, 0.2), rtol=1e-5)
     with linear.fetched(CPU, dtype) as product:
         assert torch.equal(product(q), out)
 
@@ -84,7 +84,7 @@ def test_it_is_kitchens_own_linear():
     theirs = comfy_kitchen.int8_linear(
         x, weight._qdata, weight._params.scale, bias, torch.float32, convrot=True, convrot_groupsize=16
     )
-    assert torch.allclose(linear(x), theirs, atol=1e-5)
+    torch.testing.assert_close(linear(x), theirs, atol=1e-5, rtol=1e-5)
 
 
 def test_tokens_of_another_format_are_restored():

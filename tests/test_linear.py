@@ -74,9 +74,8 @@ def test_odd_sizes_upcast(sizes, reason):
     linear, weight, scale, b = layer(*sizes, fp8=True)
     assert reason in linear.upcast_reason(CPU)
     x = torch.randn(3, sizes[0])
-    assert torch.allclose(
-        linear(x), torch.nn.functional.linear(x, weight.float() * scale.float(), b.float()), atol=1e-5
-    )
+    expected = torch.nn.functional.linear(x, weight.float() * scale.float(), b.float())
+    torch.testing.assert_close(linear(x), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_which_layers_take_the_fp8_product():
@@ -126,7 +125,7 @@ def test_what_stands_in_for_forward_is_called(fp8):
     linear.forward = lambda x: 1 + torch.nn.functional.linear(x, weight.float() * scale.float(), b.float())
     assert linear.arithmetic(CPU) is UPCAST
     with linear.fetched(CPU, torch.float32) as product:
-        assert torch.allclose(product(x), 1 + expected, atol=1e-5)
+        torch.testing.assert_close(product(x), 1 + expected, atol=1e-5, rtol=1e-5)
     linear.forward = original
     assert (linear.arithmetic(CPU) is FP8_MATMUL) == fp8
     hook = linear.register_forward_hook(lambda module, args, out: torch.zeros_like(out))
@@ -164,7 +163,7 @@ def test_one_scale_for_the_tensor():
     out = scaled_linear(x8, weight, weight_scale.float(), bias)
     expected = torch.nn.functional.linear(x8.dequantise(), weight.float() * weight_scale.float(), bias.float())
     assert out.dtype == torch.float32
-    assert torch.allclose(out, expected, rtol=2**-8, atol=1e-3)
+    torch.testing.assert_close(out, expected, rtol=2**-8, atol=1e-3)
 
 
 def has_fp8_units() -> bool:
@@ -195,7 +194,7 @@ def test_the_fp8_product_on_a_gpu(shape, dtype):
     assert out.dtype == dtype and out.shape == (*shape[:-1], 48)
     x8 = quantise_tokens(x.cuda())
     expected = (x8.values.float() * x8.scale).cpu() @ (weight.float() * scale.float()).t() + b.float()
-    assert torch.allclose(out.float().reshape(-1, 48), expected, rtol=1e-2, atol=5e-2)
+    torch.testing.assert_close(out.float().reshape(-1, 48), expected, rtol=1e-2, atol=5e-2)
     upcast = layer(fp8=False)[0].to("cuda")(x.cuda()).cpu().float()
     assert (out.float() - upcast).norm() / upcast.norm() < 0.05
 
