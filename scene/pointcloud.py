@@ -159,7 +159,8 @@ def neighbour_distances(points: torch.Tensor, count: int, start: int = 0) -> tor
     tree = stoppable(partial(cKDTree, balanced_tree=False, compact_nodes=False), places)
     mean = torch.empty(len(places) - start)
     for part in pieces(len(mean), NEIGHBOUR_PIECE):
-        distance, _ = tree.query(places[start:][part], k=count + 1, workers=-1)
+        # In a thread: on a busy machine the library's own threads wait for seconds.
+        distance, _ = stoppable(partial(tree.query, k=count + 1, workers=-1), places[start:][part])
         mean[part] = torch.from_numpy(distance[:, 1:].mean(1))
     return mean
 
