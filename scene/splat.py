@@ -176,22 +176,36 @@ def _judged(made, scene, depths, view, others, same, scale):
         throw_exception_if_processing_interrupted()
         number = torch.full(depth.shape, -1)
         number[good] = torch.arange(len(new))
-        u, v, z = project(made.points, w2c, K)
-        inside = (z > 0) & (u >= 0) & (u < depth.shape[1]) & (v >= 0) & (v < depth.shape[0])
-        there = number[v[inside].long(), u[inside].long()]
-        pair = (there >= 0) & ((depth[v[inside].long(), u[inside].long()] / z[inside] - 1).abs() <= same)
-        old, there = inside.nonzero().squeeze(1)[pair], there[pair]
+        old, there = _on_surface(made.points, number, depth, w2c, K, same)
         fine = made.sizes[old, 0] <= FINER * new.sizes[there, 0]
         throw_exception_if_processing_interrupted()
         shown = torch.zeros(depth.shape)
         shown[y[there[fine]], x[there[fine]]] = 1
         closed = -F.max_pool2d(-F.max_pool2d(shown[None], 3, 1, 1), 3, 1, 1)[0]  # gaps between Gaussians
         alive &= closed[good] == 0
+        throw_exception_if_processing_interrupted()
         keep = torch.ones(len(made), dtype=torch.bool)
         keep[old[~fine & alive[there]]] = False
+        throw_exception_if_processing_interrupted()
         made = made[keep]
     throw_exception_if_processing_interrupted()
     return made, new, alive
+
+
+def _on_surface(points, number, depth, w2c, K, same):
+    """Which of points [P, 3] lie on the surface that a view shows, rising, and the number [H, W] of the pixel that each
+    falls on; -1 is none."""
+    old, there = [number.new_zeros(0)], [number.new_zeros(0)]
+    height, width = depth.shape
+    for part in pieces(len(points), PIECE):
+        u, v, z = project(points[part], w2c, K)
+        inside = ((z > 0) & (u >= 0) & (u < width) & (v >= 0) & (v < height)).nonzero().squeeze(1)
+        row, column = v[inside].long(), u[inside].long()
+        found = number[row, column]
+        pair = (found >= 0) & ((depth[row, column] / z[inside] - 1).abs() <= same)
+        old.append(inside[pair] + part.start)
+        there.append(found[pair])
+    return torch.cat(old), torch.cat(there)
 
 
 def _smaller(picture, depth, K, scale):
