@@ -31,9 +31,12 @@ app.registerExtension({
       // prefix of their own.
       const prefix = new Date().toISOString().replace(/\D/g, ""); // to the millisecond
       try {
+        const chosen = [];
         for (const file of files) {
           const name = await upload(file, /\.txt$/i.test(file.name) ? `${prefix}_${file.name}` : file.name);
-          if (/cameras[^/]*\.txt$/i.test(file.name)) continue; // found by the images' name
+          if (!/cameras[^/]*\.txt$/i.test(file.name)) chosen.push(name); // cameras.txt is found by the images' name
+        }
+        for (const name of chosen) { // once all are there
           if (!camera.options.values.includes(name)) camera.options.values.push(name);
           camera.value = name;
           camera.callback?.(name);
