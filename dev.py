@@ -41,7 +41,7 @@ TORCH = ("torch==2.11.0", "torchvision==0.26.0", "torchaudio==2.11.0")
 TEST_REQUIREMENTS = ROOT / "tests" / "requirements.txt"
 LINT_REQUIREMENTS = ROOT / "tests" / "requirements-lint.txt"
 CORES = os.cpu_count() or 1
-TEST_PROCESSES = min(CORES + 1, 4)  # one of them often waits for a server or its page
+TEST_PROCESSES = min(CORES, 4)
 
 
 def step(text: str) -> None:
@@ -226,7 +226,7 @@ def main() -> int:
         # Toy models are many small steps: threads that spin between them starve each other where others work too.
         environment.setdefault("OMP_WAIT_POLICY", "passive")
     if command == "test":
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, CORES // TEST_PROCESSES)))
+        environment.setdefault("OMP_NUM_THREADS", str(CORES // TEST_PROCESSES))
     return subprocess.run(run, cwd=ROOT, env=environment).returncode
 
 
