@@ -209,14 +209,14 @@ def plucker(w2c: torch.Tensor, K: torch.Tensor, height: int, width: int) -> torc
     w2c, K = w2c.double(), K.double()
     y, x = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) - 0.5, indexing="ij")
     pixels = torch.stack([x, y, torch.ones_like(x)]).double().reshape(3, -1)
-    to_rays, origin = w2c[:, :3, :3].mT @ torch.linalg.inv(K), centres(w2c).unsqueeze(-1)
+    to_rays, origin = w2c[:, :3, :3].mT @ torch.linalg.inv(K), centres(w2c)[:, :, None].expand(-1, 3, 3)
+    to_lines = torch.cat([to_rays, torch.linalg.cross(origin, to_rays, dim=1)], dim=1)  # the moment is linear too
     rays = torch.empty(6, len(w2c), height, width)
     for camera in range(len(w2c)):  # one by one: the float64 intermediates of all would take many times the result
         throw_exception_if_processing_interrupted()
-        direction = to_rays[camera] @ pixels
-        direction /= direction.square().sum(0).sqrt()  # norm(dim=0) takes ten times as long
-        moment = torch.linalg.cross(origin[camera].expand_as(direction), direction, dim=0)
-        rays[:, camera] = torch.cat([direction, moment]).view(6, height, width)
+        lines = to_lines[camera] @ pixels
+        lines /= lines[:3].square().sum(0).sqrt()  # norm(dim=0) takes ten times as long
+        rays[:, camera] = lines.view(6, height, width)
     return rays
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -17,7 +18,7 @@ from ..core import throw_exception_if_processing_interrupted
 from .cameras import Cameras
 from .depth import EDGE_PIXELS, draw_in, on_edge, unproject
 from .pointcloud import PIECE, PointCloud, neighbour_distances
-from .render import RADIUS, project
+from .render import RADIUS, pixels_of, project
 from .stop import pieces, stoppable
 
 POINTS_LIMIT = 2_000_000
@@ -163,11 +164,10 @@ def seen_through(
         height, width = depth.shape
         depth = depth.to(points.device)
         for part in pieces(len(points), PIECE):
-            u, v, z = project(points[part], w2c, K)
-            inside = ((z > 0) & (u >= 0) & (u < width) & (v >= 0) & (v < height)).nonzero().squeeze(1)
-            ratio = depth[v[inside].long(), u[inside].long()] / z[inside]
+            index, row, column, z = pixels_of(points[part], w2c, K, height, width)
+            ratio = depth[row, column] / z
             ratio[ratio.isinf()] = 0  # no depth: no vote
-            votes[part][inside] += (ratio > 1 + same).int() - ((ratio - 1).abs() <= same).int()
+            votes[part][index] += (ratio > 1 + same).int() - ((ratio - 1).abs() <= same).int()
     return votes >= 0
 
 
@@ -179,11 +179,9 @@ def cloud_depth(
     none = torch.iinfo(torch.int64).max
     nearest = torch.full((height * width,), none, device=points.device)
     for part in pieces(len(points), PIECE):
-        u, v, z = project(points[part], w2c, K)
-        index = ((z > 0) & (u >= 0) & (u < width) & (v >= 0) & (v < height)).nonzero().squeeze(1)
-        pixel = v[index].long() * width + u[index].long()
-        key = (z[index].view(torch.int32).long() << 32) | (index + part.start)  # positive floats order like their bits
-        nearest.scatter_reduce_(0, pixel, key, "amin")
+        index, row, column, z = pixels_of(points[part], w2c, K, height, width)
+        key = (z.view(torch.int32).long() << 32) | (index + part.start)  # positive floats order like their bits
+        nearest.scatter_reduce_(0, row * width + column, key, "amin")
     number = torch.where(nearest == none, -1, nearest & 0xFFFFFFFF).view(height, width)
     depth = (nearest >> 32).int().view(torch.float32).masked_fill(nearest == none, torch.inf).view(height, width)
     return depth, number
@@ -232,29 +230,36 @@ def _disparity_words(depth: torch.Tensor, target: torch.Tensor, residual: float)
 
 
 def _refined(depth, target, guesses, shift):
-    """Scale and shift of the guess that most pairs agree with, refined, and its residual. guesses: [G, 2]."""
-    columns = torch.stack([depth / target, 1 / target], 1)
-    trial = columns[:: math.ceil(len(columns) / FIT_TRIAL)]
-    costs = ((trial @ guesses.T - 1).abs() / FIT_SCALE).clamp(max=1).mean(0)
-    answer = guesses[costs.argmin()].cpu()  # the few numbers of the solution stay on the CPU
+    """Scale and shift of the guess that most pairs agree with, refined, and its residual. guesses: [G, 2].
+
+    The refining is in NumPy: so few pairs take a GPU's launches, or PyTorch's waiting CPU threads, longer than one thread.
+    """
+    columns = torch.stack([depth / target, 1 / target])
+    trial = columns[:, :: math.ceil(len(depth) / FIT_TRIAL)]
+    costs = ((guesses @ trial - 1).abs() / FIT_SCALE).clamp(max=1).mean(1)
+    answer, columns = guesses[costs.argmin()].cpu().numpy(), columns.cpu().numpy()
     used = 2 if shift else 1
-    for _ in range(FIT_ROUNDS):
-        error = columns @ answer.to(columns.device) - 1
-        spread = (
-            (4.685 * 1.4826 * error[error.abs() < FIT_SCALE].abs().median())
-            .clamp(1e-4, FIT_SCALE)
-            .nan_to_num(FIT_SCALE)
-        )
-        weight = (1 - (error / spread).square()).clamp(min=0)  # the root of Tukey's weight
-        rows = columns[:, :used] * weight[:, None]
-        system = (rows.T @ torch.cat([rows, weight[:, None]], 1)).cpu()
-        refined = answer.clone()
-        refined[:used] = torch.linalg.lstsq(system[:, :used], system[:, used:]).solution[:, 0]
-        if not refined.isfinite().all() or torch.allclose(refined, answer, rtol=1e-9, atol=0):
-            break
-        answer = refined
-    error = columns @ answer.to(columns.device) - 1
-    return answer[0].item(), answer[1].item(), error.abs().median().item()
+    with np.errstate(invalid="ignore", over="ignore"):
+        for _ in range(FIT_ROUNDS):
+            error = _relative_error(answer, columns)
+            close = np.abs(error[np.abs(error) < FIT_SCALE])
+            spread = np.clip(4.685 * 1.4826 * np.median(close), 1e-4, FIT_SCALE) if len(close) else FIT_SCALE
+            weight = np.clip(1 - (error / spread) ** 2, 0, None)  # the root of Tukey's weight
+            rows = np.stack([*columns[:used], np.ones_like(error)]) * weight
+            system = rows[:used] @ rows.T
+            if not np.isfinite(system).all():
+                break
+            refined = answer.copy()
+            refined[:used] = np.linalg.lstsq(system[:, :used], system[:, used])[0]
+            if np.allclose(refined, answer, rtol=1e-9, atol=0):
+                break
+            answer = refined
+        residual = np.median(np.abs(_relative_error(answer, columns)))
+    return float(answer[0]), float(answer[1]), float(residual)
+
+
+def _relative_error(answer, columns):
+    return answer[0] * columns[0] + answer[1] * columns[1] - 1
 
 
 def _fit_frame(name, points, depth, w2c, K, height, width, shift):

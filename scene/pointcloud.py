@@ -33,6 +33,7 @@ PLY_TYPES = {
 }
 SPLAT_NEIGHBOURS, SPLAT_LIMIT = 3, 8.0
 NEIGHBOUR_PIECE = 1 << 14  # points whose neighbours are looked for at a time
+LEAF = 32  # points in a leaf of the tree: a fifth less time for building it than with SciPy's 16, no more for searching
 SPREAD = 1e-10  # of the cloud's extent: by how much points are moved apart for that
 
 
@@ -156,7 +157,7 @@ def neighbour_distances(points: torch.Tensor, count: int, start: int = 0) -> tor
     places = np.empty(points.shape)
     for part in pieces(len(places), PIECE):
         places[part] = (points[part] - low).numpy() + random.uniform(0, spread, places[part].shape)
-    tree = stoppable(partial(cKDTree, balanced_tree=False, compact_nodes=False), places)
+    tree = stoppable(partial(cKDTree, leafsize=LEAF, balanced_tree=False, compact_nodes=False), places)
     mean = torch.empty(len(places) - start)
     for part in pieces(len(mean), NEIGHBOUR_PIECE):
         # In a thread: on a busy machine the library's own threads wait for seconds.

@@ -163,6 +163,16 @@ def project(
     return u, v, z
 
 
+def pixels_of(
+    points: torch.Tensor, w2c: torch.Tensor, K: torch.Tensor, height: int, width: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Which of points [P, 3] lie in front of a camera (w2c [4, 4], K [3, 3] in pixels) and in its height x width
+    picture: their indices, rising, the row and column of the pixel that each falls on, and their depths z, all [V]."""
+    u, v, z = project(points, w2c, K)
+    index = ((z > 0) & (u >= 0) & (u < width) & (v >= 0) & (v < height)).nonzero().squeeze(1)
+    return index, v[index].long(), u[index].long(), z[index]
+
+
 def _visible(points, w2c, K, height, width, radius):
     """Pixel coordinates u, v of the points whose splats reach the picture, near to far, and their indices."""
     parts = []

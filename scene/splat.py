@@ -17,7 +17,7 @@ from .depth import draw_in, unproject
 from .fuse import SAME_SURFACE, despeckled, seen_through, thin_by_voxels
 from .memory import view_scores
 from .pointcloud import PIECE, PointCloud, splat_sizes
-from .render import project
+from .render import pixels_of
 from .scene import Scene
 from .stop import pieces, stoppable
 
@@ -142,9 +142,8 @@ def _tolerance(scene, depths, view, others):
     points = unproject(scene.pictures[view], depths[view][sparse], sparse, w2c[view], K[view]).points
     errors = []
     for other in _interruptible(others):
-        u, v, z = project(points, w2c[other], K[other])
-        inside = (z > 0) & (u >= 0) & (u < scene.cameras.width) & (v >= 0) & (v < scene.cameras.height)
-        errors.append((depths[other][v[inside].long(), u[inside].long()] / z[inside] - 1).abs())
+        _, row, column, z = pixels_of(points, w2c[other], K[other], scene.cameras.height, scene.cameras.width)
+        errors.append((depths[other][row, column] / z - 1).abs())
     errors = torch.cat([*errors, points.new_zeros(1)])
     return (3 * errors[errors.isfinite()].median()).clamp(SAME_SURFACE, SAME_LIMIT).item()
 
@@ -198,12 +197,10 @@ def _on_surface(points, number, depth, w2c, K, same):
     old, there = [number.new_zeros(0)], [number.new_zeros(0)]
     height, width = depth.shape
     for part in pieces(len(points), PIECE):
-        u, v, z = project(points[part], w2c, K)
-        inside = ((z > 0) & (u >= 0) & (u < width) & (v >= 0) & (v < height)).nonzero().squeeze(1)
-        row, column = v[inside].long(), u[inside].long()
+        index, row, column, z = pixels_of(points[part], w2c, K, height, width)
         found = number[row, column]
-        pair = (found >= 0) & ((depth[row, column] / z[inside] - 1).abs() <= same)
-        old.append(inside[pair] + part.start)
+        pair = (found >= 0) & ((depth[row, column] / z - 1).abs() <= same)
+        old.append(index[pair] + part.start)
         there.append(found[pair])
     return torch.cat(old), torch.cat(there)
 

@@ -301,6 +301,23 @@ def test_keyframes_are_coded_alone(vae):
         decode_keyframes(vae, torch.rand(1, 16, 4, 6))
 
 
+@pytest.mark.parametrize("device, calls", [("cpu", [4] * 9 + [1]), ("cuda", [16, 16, 5])])
+def test_a_gpu_codes_more_keyframes_in_a_call(vae, monkeypatch, device, calls):
+    coded = {"encode": [], "decode": []}
+    results = {"encode": torch.zeros(16, 1, 4, 6), "decode": torch.zeros(1, 32, 48, 3)}
+    for name, result in results.items():
+
+        def code(batch, name=name, result=result):
+            coded[name].append(len(batch))
+            return result.repeat(len(batch), 1, 1, 1, 1)
+
+        monkeypatch.setattr(vae, name, code)
+    monkeypatch.setattr(vae, "device", torch.device(device))
+    assert encode_keyframes(vae, torch.zeros(37, 32, 48, 3)).shape == (1, 16, 37, 4, 6)
+    assert decode_keyframes(vae, torch.zeros(1, 16, 37, 4, 6)).shape == (37, 32, 48, 3)
+    assert coded == {"encode": calls, "decode": calls}
+
+
 SIGMAS = [1, 0.9375, 5 / 6, 0.625, 0]
 
 

@@ -269,7 +269,7 @@ def test_without_each_name_in_turn_the_other_nodes_load(forker):
 def test_the_attributes_of_a_vae():
     """Of those that are read, and not_video, which is set for a batch of pictures."""
     made, encode = inspect.getsource(comfy.sd.VAE.__init__), inspect.getsource(comfy.sd.VAE.encode)
-    assert all(f"self.{name} = " in made for name in ("first_stage_model", "latent_channels", "not_video"))
+    assert all(f"self.{name} = " in made for name in ("device", "first_stage_model", "latent_channels", "not_video"))
     assert "if not self.not_video:" in encode
 
 

@@ -17,7 +17,8 @@ from .config import LATENT_CHANNELS, SPATIAL_DOWNSCALE, WorldStereoConfig
 
 GREY = 0.5  # 0 in the VAE's −1..1
 TEMPORAL_DOWNSCALE = 4  # of the Wan VAE on a video
-BATCH = 4  # pictures per VAE call: at every call ComfyUI prepares the model again, and a call cannot be interrupted
+# Pictures per VAE call: at every call ComfyUI prepares the model again, and a call cannot be interrupted.
+BATCH, GPU_BATCH = 4, 16
 MASK_THRESHOLD = 0.5
 NO_MASK = 0.05  # the share of a mask that may be neither black nor white; in compressed video far less is
 FIRST_HOLES = 0.01  # the share of frame 0 that may be holes
@@ -82,6 +83,10 @@ def check_vae(vae: Any) -> None:
         )
 
 
+def _batch(vae):
+    return BATCH if vae.device.type == "cpu" else GPU_BATCH
+
+
 def encode_keyframes(vae: Any, pictures: torch.Tensor, progress: ProgressBar | None = None) -> torch.Tensor:
     """Pictures [N,H,W,3] in 0..1, each encoded on its own by the Wan VAE, as a latent [1,16,N,h,w]. Raises ValueError
     for another VAE."""
@@ -90,7 +95,7 @@ def encode_keyframes(vae: Any, pictures: torch.Tensor, progress: ProgressBar | N
     of_pictures.not_video = True  # a batch is that many pictures, not the frames of one video
     progress = progress or ProgressBar(len(pictures))
     latents = []
-    for batch in pieces(len(pictures), BATCH):
+    for batch in pieces(len(pictures), _batch(vae)):
         latents.append(of_pictures.encode(pictures[batch]))
         progress.update(len(latents[-1]))
     return torch.cat(latents).transpose(0, 2)
@@ -110,7 +115,7 @@ def decode_keyframes(vae: Any, latent: torch.Tensor) -> torch.Tensor:
     frames = latent.movedim(2, 1).flatten(0, 1).unsqueeze(2)
     progress = ProgressBar(len(frames))
     pictures = None
-    for batch in pieces(len(frames), BATCH):
+    for batch in pieces(len(frames), _batch(vae)):
         decoded = vae.decode(frames[batch]).flatten(0, 1)
         if pictures is None:
             pictures = decoded.new_empty(len(frames), *decoded.shape[1:])
