@@ -27,7 +27,7 @@ OVERLAP_LIMIT, SAMPLES_LIMIT = 0.02, 100  # a fit needs at least this share of a
 SAME_SURFACE = 0.02  # relative distance of two depths up to which they are one surface; see `FrameFit.same`
 SPECKLE = 0.1  # relative distance of a depth from the median of the 3x3 around it
 FIT_SCALE = 0.05  # relative error; a pair with this error or more counts as an outlier of a guess
-FIT_SAMPLES, FIT_GUESSES, FIT_ROUNDS = 20_000, 512, 20
+FIT_SAMPLES, FIT_GUESSES, FIT_ROUNDS = 10_000, 512, 20
 FIT_TRIAL = 2000  # about how many pairs the guesses are tried on
 SHIFT_GAIN = 0.7  # a shift is used where it reduces the residual below this share of the residual without one
 DISPARITY_GAIN = 0.25  # the input is taken for a disparity if that reduces the residual below this share
@@ -204,19 +204,18 @@ def fit_depth(depth: torch.Tensor, target: torch.Tensor, shift: bool = True) -> 
     """
     every = torch.linspace(0, len(depth) - 1, min(len(depth), FIT_SAMPLES)).long().to(depth.device)
     depth, target = depth[every].double(), target[every].double()
+    pairs = torch.stack([depth / target, 1 / target])
     drawn = torch.randint(len(depth), (2, FIT_GUESSES), generator=torch.Generator().manual_seed(0)).to(depth.device)
     (d0, d1), (z0, z1) = depth[drawn], target[drawn]
     scales = z0 / d0
-    guesses = torch.stack([scales, torch.zeros_like(scales)], 1)
-    scale, _, residual = _refined(depth, target, guesses, False)
-    best = scale, 0.0, residual
+    best = _refined(pairs, torch.stack([scales, torch.zeros_like(scales)], 1), False)
     if shift:
         slopes = (z1 - z0) / (d1 - d0)
         guesses = torch.stack([slopes, z0 - slopes * d0], 1)
         guesses = guesses[guesses.isfinite().all(1) & (slopes > 0)]
         if len(guesses):
-            shifted = _refined(depth, target, guesses, True)
-            best = shifted if shifted[0] > 0 and shifted[2] < SHIFT_GAIN * residual else best
+            shifted = _refined(pairs, guesses, True)
+            best = shifted if shifted[0] > 0 and shifted[2] < SHIFT_GAIN * best[2] else best
     return best
 
 
@@ -229,23 +228,23 @@ def _disparity_words(depth: torch.Tensor, target: torch.Tensor, residual: float)
     return ""
 
 
-def _refined(depth, target, guesses, shift):
-    """Scale and shift of the guess that most pairs agree with, refined, and its residual. guesses: [G, 2].
+def _refined(pairs, guesses, shift):
+    """Scale and shift of the guess that most pairs agree with, refined, and its residual. pairs: depth / target and
+    1 / target, [2, P]; guesses: [G, 2].
 
     The refining is in NumPy: so few pairs take a GPU's launches, or PyTorch's waiting CPU threads, longer than one thread.
     """
-    columns = torch.stack([depth / target, 1 / target])
-    trial = columns[:, :: math.ceil(len(depth) / FIT_TRIAL)]
+    trial = pairs[:, :: math.ceil(pairs.shape[1] / FIT_TRIAL)]
     costs = ((guesses @ trial - 1).abs() / FIT_SCALE).clamp(max=1).mean(1)
-    answer, columns = guesses[costs.argmin()].cpu().numpy(), columns.cpu().numpy()
+    answer, pairs = guesses[costs.argmin()].cpu().numpy(), pairs.cpu().numpy()
     used = 2 if shift else 1
     with np.errstate(invalid="ignore", over="ignore"):
         for _ in range(FIT_ROUNDS):
-            error = _relative_error(answer, columns)
+            error = _relative_error(answer, pairs)
             close = np.abs(error[np.abs(error) < FIT_SCALE])
             spread = np.clip(4.685 * 1.4826 * np.median(close), 1e-4, FIT_SCALE) if len(close) else FIT_SCALE
             weight = np.clip(1 - (error / spread) ** 2, 0, None)  # the root of Tukey's weight
-            rows = np.stack([*columns[:used], np.ones_like(error)]) * weight
+            rows = np.stack([*pairs[:used], np.ones_like(error)]) * weight
             system = rows[:used] @ rows.T
             if not np.isfinite(system).all():
                 break
@@ -254,12 +253,12 @@ def _refined(depth, target, guesses, shift):
             if np.allclose(refined, answer, rtol=1e-9, atol=0):
                 break
             answer = refined
-        residual = np.median(np.abs(_relative_error(answer, columns)))
+        residual = np.median(np.abs(_relative_error(answer, pairs)))
     return float(answer[0]), float(answer[1]), float(residual)
 
 
-def _relative_error(answer, columns):
-    return answer[0] * columns[0] + answer[1] * columns[1] - 1
+def _relative_error(answer, pairs):
+    return answer[0] * pairs[0] + answer[1] * pairs[1] - 1
 
 
 def _fit_frame(name, points, depth, w2c, K, height, width, shift):

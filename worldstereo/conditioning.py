@@ -267,7 +267,8 @@ def condition(
     if not after_first:
         pictures.append(grey)
     progress = ProgressBar(sum(map(len, pictures)) + after_first)
-    latents = encode_keyframes(vae, torch.cat(pictures), progress)
+    # Moved first, because core prepares pictures for the VAE on the device where they are.
+    latents = encode_keyframes(vae, torch.cat([picture.to(vae.device) for picture in pictures]), progress)
     values["render_latent"] = latents[:, :, :frames]
     if config.has_memory:
         of_references = slice(0, 1) if references is None else slice(frames, frames + len(indices))
