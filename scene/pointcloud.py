@@ -32,8 +32,10 @@ PLY_TYPES = {
     **{name: f"<{kind}" for name, kind in (("int16", "i2"), ("uint16", "u2"), ("int32", "i4"), ("uint32", "u4"))},
 }
 SPLAT_NEIGHBOURS, SPLAT_LIMIT = 3, 8.0
-NEIGHBOUR_PIECE = 1 << 14  # points whose neighbours are looked for at a time
-LEAF = 32  # points in a leaf of the tree: a fifth less time for building it than with SciPy's 16, no more for searching
+NEIGHBOUR_PIECE = 1 << 16  # points whose neighbours are looked for at a time
+LEAF = (
+    64  # points in a leaf of the tree: built in a quarter less time than with SciPy's 16, and searched a little faster
+)
 SPREAD = 1e-10  # of the cloud's extent: by how much points are moved apart for that
 
 

@@ -237,15 +237,16 @@ def condition(
     # Frame by frame: 21 frames in 4K are 2 GB, and a copy of those that are kept would be as large.
     for frame in keyframes[1:].tolist():
         pictures.append(resize_pictures(render[frame, None], height, width, antialias=False))
-    mask = torch.cat([F.interpolate(mask[frame, None, None].float(), (height, width)) for frame in dense.tolist()])
+    resized = (F.interpolate(mask[frame, None, None].float(), (height, width)) for frame in dense.tolist())
+    mask = torch.cat([(frame >= MASK_THRESHOLD).float() for frame in resized])
     mask[dense == 0] = 0
     cameras = cameras.scaled_to(width, height)
     seen, repeated = dense.unique(return_inverse=True)
+    rays = plucker(normalise(cameras.w2c[seen]), cameras.K[seen], height, width)
+    if len(seen) < len(dense):  # otherwise this would copy hundreds of megabytes for nothing
+        rays = rays[:, repeated]
 
-    values = {
-        "render_mask": (mask >= MASK_THRESHOLD).float().movedim(1, 0)[None],
-        "camera_embedding": plucker(normalise(cameras.w2c[seen]), cameras.K[seen], height, width)[None, :, repeated],
-    }
+    values = {"render_mask": mask.movedim(1, 0)[None], "camera_embedding": rays[None]}
     frames = len(keyframes)
     if config.has_memory:
         targets = cameras[keyframes].w2c

@@ -77,6 +77,7 @@ def vae():
     return SimpleNamespace(
         first_stage_model=WanVAE.__new__(WanVAE),
         latent_channels=16,
+        device=torch.device("cpu"),
         encode=lambda pixels: torch.zeros(1, 16, 1, pixels.shape[1] // 8, pixels.shape[2] // 8),
         decode=lambda latent: torch.zeros(1, 1, 8 * latent.shape[3], 8 * latent.shape[4], 3),
     )
