@@ -56,7 +56,7 @@ def test_a_preset_shows_the_widgets_that_it_uses(comfyui, page, errors, nodes2):
                 }""",
                 [name, value],
             )
-        page.wait_for_timeout(500)
+        page.wait_for_timeout(200)
 
     wait_for({"degrees"})
     choose("preset", "truck right")

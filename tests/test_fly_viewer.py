@@ -89,7 +89,6 @@ def show_scene(page):
 
 def colours(page):
     """How many colours the viewer's picture shows."""
-    page.wait_for_timeout(300)
     return page.evaluate("""() => {
         const canvas = document.querySelector(".ws-stage canvas");
         const {data} = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
@@ -102,6 +101,7 @@ def wait_for_colours(page, least):
     deadline = time.monotonic() + PATIENCE / 1000
     while (shown := colours(page)) <= least:
         assert time.monotonic() < deadline, f"{shown} colours, expected more than {least}"
+        page.wait_for_timeout(100)
 
 
 def of_curve(page, expression, argument=None):
@@ -505,7 +505,7 @@ def test_the_viewer_draws_only_on_change(comfyui, page, errors):
         for (const name of Object.keys(count)) {
             gl[name] = function (...args) { count[name]++; return WebGL2RenderingContext.prototype[name].apply(gl, args); };
         }
-        await new Promise(done => setTimeout(done, 2000));
+        await new Promise(done => setTimeout(done, 1000));
         result.idle = {...count};
         for (let i = 0; i < 10; i++) {
             viewer.walk([0, 0, 0.01]);
