@@ -233,15 +233,16 @@ def _refined(pairs, guesses, shift):
     """Scale and shift of the guess that most pairs agree with, refined, and its residual. pairs: depth / target and
     1 / target, [2, P]; guesses: [G, 2].
 
-    The refining is in NumPy: so few pairs take a GPU's launches, or PyTorch's waiting CPU threads, longer than one thread.
+    The refining is in NumPy, in one thread: with so few pairs, launching kernels on a GPU takes longer, and PyTorch's CPU
+    threads wait for each other on a busy machine.
     """
     trial = pairs[:, :: math.ceil(pairs.shape[1] / FIT_TRIAL)]
     costs = ((guesses @ trial - 1).abs() / FIT_SCALE).clamp(max=1).mean(1)
     answer, pairs = guesses[costs.argmin()].cpu().numpy(), pairs.cpu().numpy()
     used = 2 if shift else 1
     x, y = pairs
-    moments = np.stack([x * x, x * y, y * y, x, y])
     with np.errstate(invalid="ignore", over="ignore"):
+        moments = np.stack([x * x, x * y, y * y, x, y])
         error = _relative_error(answer, pairs)
         for _ in range(FIT_ROUNDS):
             size = np.abs(error)
