@@ -33,7 +33,7 @@ PLY_TYPES = {
 }
 SPLAT_NEIGHBOURS, SPLAT_LIMIT = 3, 8.0
 NEIGHBOUR_PIECE = 1 << 16  # points whose neighbours are looked for at a time
-LEAF = 64  # points in a leaf of the tree: with SciPy's 16, building it takes a quarter more time
+LEAF = 64  # points in a leaf of the tree: with SciPy's 16, building it takes a third more time
 SPREAD = 1e-10  # of the cloud's extent: by how much points are moved apart for that
 
 

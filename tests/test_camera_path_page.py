@@ -27,7 +27,6 @@ def test_a_preset_shows_the_widgets_that_it_uses(comfyui, page, errors, nodes2):
         }""",
         nodes2,
     )
-    page.wait_for_timeout(1000)
 
     def shown():
         if nodes2:  # what the page draws
