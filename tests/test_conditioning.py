@@ -301,8 +301,8 @@ def test_keyframes_are_coded_alone(vae):
         decode_keyframes(vae, torch.rand(1, 16, 4, 6))
 
 
-@pytest.mark.parametrize("device, calls", [("cpu", [4] * 9 + [1]), ("cuda", [32, 5])])
-def test_a_gpu_codes_more_keyframes_in_a_call(vae, monkeypatch, device, calls):
+@pytest.mark.parametrize("device, calls", [("cpu", [4] * 9 + [1]), ("mps", [4] * 9 + [1]), ("cuda", [8] * 4 + [5])])
+def test_cuda_codes_more_keyframes_in_a_call(vae, monkeypatch, device, calls):
     coded = {"encode": [], "decode": []}
     results = {"encode": torch.zeros(16, 1, 4, 6), "decode": torch.zeros(1, 32, 48, 3)}
     for name, result in results.items():

@@ -17,9 +17,8 @@ from .config import LATENT_CHANNELS, SPATIAL_DOWNSCALE, WorldStereoConfig
 
 GREY = 0.5  # 0 in the VAE's −1..1
 TEMPORAL_DOWNSCALE = 4  # of the Wan VAE on a video
-# Pictures per VAE call: at every call ComfyUI prepares the model again, and a call cannot be interrupted. ComfyUI divides
-# a call that does not fit into the free VRAM.
-BATCH, GPU_BATCH = 4, 32
+# Pictures per VAE call: at every call ComfyUI prepares the model again, and a call cannot be interrupted.
+BATCH, CUDA_BATCH = 4, 8
 MASK_THRESHOLD = 0.5
 NO_MASK = 0.05  # the share of a mask that may be neither black nor white; in compressed video far less is
 FIRST_HOLES = 0.01  # the share of frame 0 that may be holes
@@ -85,7 +84,7 @@ def check_vae(vae: Any) -> None:
 
 
 def _batch(vae):
-    return BATCH if vae.device.type == "cpu" else GPU_BATCH
+    return CUDA_BATCH if vae.device.type == "cuda" else BATCH
 
 
 def encode_keyframes(vae: Any, pictures: torch.Tensor, progress: ProgressBar | None = None) -> torch.Tensor:
