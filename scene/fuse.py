@@ -262,7 +262,8 @@ def _refined(pairs, guesses, shift):
 
 def _median(values):
     """The lower median; NumPy's own function takes ten times as long."""
-    return np.partition(values, (len(values) - 1) // 2)[(len(values) - 1) // 2]
+    middle = (len(values) - 1) // 2
+    return np.partition(values, middle)[middle]
 
 
 def _relative_error(answer, pairs):

@@ -160,6 +160,7 @@ def test_flying(comfyui, page, errors, mode):
     """Three views by mouse and keys give the cameras that the server computes; undo, reload and bad text work."""
     set_up_flight(page, mode)
     assert path_text(page) == DEFAULT_PATH
+    page.wait_for_timeout(300)
     assert colours(page) < PATH_COLOURS  # grey, and the drawn path
     show_scene(page)
     wait_for_colours(page, SCENE_COLOURS)
@@ -227,7 +228,7 @@ def test_flying(comfyui, page, errors, mode):
     page.locator(".ws-fly").focus()
     page.keyboard.press("Control+z")
     wait_for_path(page, texts[-2])
-    page.wait_for_timeout(500)
+    page.wait_for_timeout(800)
     wait_for_colours(page, SCENE_COLOURS)  # the scene is still there
     page.keyboard.press("Control+z")
     wait_for_path(page, texts[-3])
@@ -361,6 +362,7 @@ def test_what_a_flight_shows(comfyui, page, errors):
     }""")
     page.wait_for_timeout(300)
     button(page, "P").click()
+    page.wait_for_timeout(300)
     assert colours(page) < PATH_COLOURS  # nothing to draw with
     page.evaluate("window.lost.restoreContext()")
     page.wait_for_timeout(500)
@@ -505,7 +507,7 @@ def test_the_viewer_draws_only_on_change(comfyui, page, errors):
         for (const name of Object.keys(count)) {
             gl[name] = function (...args) { count[name]++; return WebGL2RenderingContext.prototype[name].apply(gl, args); };
         }
-        await new Promise(done => setTimeout(done, 1000));
+        await new Promise(done => setTimeout(done, 2000));
         result.idle = {...count};
         for (let i = 0; i < 10; i++) {
             viewer.walk([0, 0, 0.01]);
