@@ -18,6 +18,7 @@ NAMES = {
     "is_device_cpu": ("comfy.model_management", "whether the model runs or is offloaded on the CPU"),
     "pytorch_attention_flash_attention": ("comfy.model_management", "the VRAM estimate"),
     "supports_fp8_compute": ("comfy.model_management", "whether the card multiplies in FP8"),
+    "synchronize": ("comfy.model_management", "waiting for the GPU between two looks at the stop button"),
     "throw_exception_if_processing_interrupted": ("comfy.model_management", "interrupting long work"),
     "unet_manual_cast": ("comfy.model_management", "the activations' dtype"),
     "unet_offload_device": ("comfy.model_management", "the device that offloaded weights are kept on"),

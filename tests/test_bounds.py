@@ -14,7 +14,7 @@ import comfy.model_management as management
 import pytest
 import torch
 from comfy_api.latest import io
-from fuzz.inputs import cameras, geometry, nodes, vae
+from fuzz.inputs import Vae, cameras, geometry, nodes
 from fuzz.inputs import scene as fuzz_scene
 from worldstereo_fp8.comfy_nodes import camera, common, fly, limits, save, show
 from worldstereo_fp8.comfy_nodes import model as model_nodes
@@ -51,7 +51,7 @@ PATH = dict(
 )  # fmt: skip
 
 
-DECODE = {"vae": vae()}
+DECODE = {"vae": Vae()}
 HUGE = torch.zeros(1).expand(10**6, 24, 32, 3)
 VIEW = dict(yaw=0.0, pitch=0.0, fov=75.0, width=32, height=32)
 WITHOUT_IMAGE = geometry(panorama=True) | {"image": None}
@@ -187,7 +187,7 @@ def test_the_prompts_are_looked_at_before_anything_is_encoded(name, value, monke
     def encode(pixels):
         raise Encoded
 
-    stub = vae()
+    stub = Vae()
     monkeypatch.setattr(stub, "encode", encode)
     prompt = [[torch.zeros(1, 2, 8), {}]]
     inputs = dict(
@@ -341,8 +341,8 @@ LONG_WORK = {  # and in how many pieces at least
     "sheet": (5, lambda folder: contact_sheet(torch.rand(5, 16, 16, 3))),
     "check": (5, lambda folder: limits.check(declared(show.WorldStereoPreviewClip, "images"), torch.rand(5, 8, 8, 3))),
     "rays": (5, lambda folder: plucker(FRAMES_5.w2c, FRAMES_5.K, 24, 32)),
-    "encode": (5, lambda folder: encode_keyframes(vae(), torch.rand(5 * BATCH, 16, 16, 3))),
-    "decode": (5, lambda folder: decode_keyframes(vae(), torch.rand(1, 16, 5 * BATCH, 2, 2))),
+    "encode": (5, lambda folder: encode_keyframes(Vae(), torch.rand(5 * BATCH, 16, 16, 3))),
+    "decode": (5, lambda folder: decode_keyframes(Vae(), torch.rand(1, 16, 5 * BATCH, 2, 2))),
 }
 
 
@@ -474,7 +474,7 @@ def big_conditioning(folder):
 
     video = torch.rand(1, 2160, 3840, 3)
     inputs = dict(
-        model=model(), positive=[[torch.zeros(1, 2, 8), {}]], negative=[[torch.zeros(1, 2, 8), {}]], vae=vae(),
+        model=model(), positive=[[torch.zeros(1, 2, 8), {}]], negative=[[torch.zeros(1, 2, 8), {}]], vae=Vae(),
         image=video, render_video=video.expand(21, -1, -1, -1), render_mask=torch.ones(1, 2160, 3840).expand(21, -1, -1),
         cameras=cameras(21),
     )  # fmt: skip

@@ -1,5 +1,6 @@
 """Picture, render and cameras to conditioning; keyframes through the VAE; the schedule; sampling through ComfyUI."""
 
+import comfy.model_management
 import comfy.samplers
 import comfy.sd
 import pytest
@@ -13,6 +14,8 @@ from worldstereo_fp8.scene.cameras import Cameras, normalise, plucker
 from worldstereo_fp8.scene.pictures import resize_pictures
 from worldstereo_fp8.worldstereo import conditioning as conditioning_module
 from worldstereo_fp8.worldstereo.conditioning import (
+    BATCH,
+    CALL,
     References,
     check_vae,
     condition,
@@ -301,21 +304,24 @@ def test_keyframes_are_coded_alone(vae):
         decode_keyframes(vae, torch.rand(1, 16, 4, 6))
 
 
-@pytest.mark.parametrize("device, calls", [("cpu", [4] * 9 + [1]), ("mps", [4] * 9 + [1]), ("cuda", [8] * 4 + [5])])
-def test_cuda_codes_more_keyframes_in_a_call(vae, monkeypatch, device, calls):
-    coded = {"encode": [], "decode": []}
-    results = {"encode": torch.zeros(16, 1, 4, 6), "decode": torch.zeros(1, 32, 48, 3)}
-    for name, result in results.items():
-
-        def code(batch, name=name, result=result):
-            coded[name].append(len(batch))
-            return result.repeat(len(batch), 1, 1, 1, 1)
-
-        monkeypatch.setattr(vae, name, code)
-    monkeypatch.setattr(vae, "device", torch.device(device))
-    assert encode_keyframes(vae, torch.zeros(37, 32, 48, 3)).shape == (1, 16, 37, 4, 6)
-    assert decode_keyframes(vae, torch.zeros(1, 16, 37, 4, 6)).shape == (37, 32, 48, 3)
-    assert coded == {"encode": calls, "decode": calls}
+def test_few_keyframes_are_coded_at_a_time_and_the_model_is_prepared_rarely(vae, monkeypatch):
+    coded, prepared = [], []
+    for name in ("encode", "decode"):
+        code = getattr(vae.first_stage_model, name)
+        monkeypatch.setattr(
+            vae.first_stage_model, name, lambda batch, code=code: (coded.append(len(batch)), code(batch))[1]
+        )
+    load = comfy.model_management.load_models_gpu
+    monkeypatch.setattr(
+        comfy.model_management, "load_models_gpu", lambda *a, **k: (prepared.append(len(coded)), load(*a, **k))[1]
+    )
+    monkeypatch.setattr(vae.patcher, "get_free_memory", lambda device: 1 << 50)
+    pieces = [BATCH] * (CALL // BATCH) + [BATCH, 1]
+    assert encode_keyframes(vae, torch.zeros(CALL + BATCH + 1, 16, 16, 3)).shape == (1, 16, CALL + BATCH + 1, 2, 2)
+    assert coded == pieces and prepared == [0, CALL // BATCH]
+    coded.clear(), prepared.clear()
+    assert decode_keyframes(vae, torch.zeros(1, 16, CALL + BATCH + 1, 2, 2)).shape == (CALL + BATCH + 1, 16, 16, 3)
+    assert coded == pieces and prepared == [0, CALL // BATCH]
 
 
 SIGMAS = [1, 0.9375, 5 / 6, 0.625, 0]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ..core import TAEHV, HunyuanVideo, ProgressBar, WanVAE, throw_exception_if_processing_interrupted
+from ..core import TAEHV, HunyuanVideo, ProgressBar, WanVAE, synchronize, throw_exception_if_processing_interrupted
 from ..files.text import shown
 from ..scene.cameras import Cameras, check_lengths, normalise, plucker, quaternions_and_translations, thin
 from ..scene.pictures import resize_pictures, stretches
@@ -17,8 +17,8 @@ from .config import LATENT_CHANNELS, SPATIAL_DOWNSCALE, WorldStereoConfig
 
 GREY = 0.5  # 0 in the VAE's −1..1
 TEMPORAL_DOWNSCALE = 4  # of the Wan VAE on a video
-# Pictures per VAE call: at every call ComfyUI prepares the model again, and a call cannot be interrupted.
-BATCH, CUDA_BATCH = 4, 8
+BATCH = 4  # pictures that the VAE codes at a time: in between it can be interrupted
+CALL = 32  # pictures per call of ComfyUI's VAE, which prepares its model at every call
 MASK_THRESHOLD = 0.5
 NO_MASK = 0.05  # the share of a mask that may be neither black nor white; in compressed video far less is
 FIRST_HOLES = 0.01  # the share of frame 0 that may be holes
@@ -83,22 +83,43 @@ def check_vae(vae: Any) -> None:
         )
 
 
-def _batch(vae):
-    return CUDA_BATCH if vae.device.type == "cuda" else BATCH
+class _Interruptible:
+    """A VAE's network that codes BATCH pictures at a time. ComfyUI would give it all that fit into the memory at once,
+    and cannot interrupt that."""
+
+    def __init__(self, network: Any, progress: ProgressBar):
+        self.network, self.progress = network, progress
+
+    def encode(self, pictures: torch.Tensor) -> torch.Tensor:
+        return self._coded(self.network.encode, pictures)
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        return self._coded(self.network.decode, latents)
+
+    def _coded(self, code, batch):
+        coded = []
+        for part in pieces(len(batch), BATCH):
+            coded.append(code(batch[part]))
+            synchronize()  # or all pieces would be under way before the next look at the stop button
+            self.progress.update(len(coded[-1]))
+        return torch.cat(coded)
+
+
+def _of_pictures(vae, progress):
+    """The VAE, whose results stay on its device, for single pictures instead of a video's frames."""
+    check_vae(vae)
+    of_pictures = copy.copy(vae)
+    of_pictures.first_stage_model = _Interruptible(vae.first_stage_model, progress)
+    of_pictures.not_video, of_pictures.output_device = True, vae.device
+    return of_pictures
 
 
 def encode_keyframes(vae: Any, pictures: torch.Tensor, progress: ProgressBar | None = None) -> torch.Tensor:
     """Pictures [N,H,W,3] in 0..1, each encoded on its own by the Wan VAE, as a latent [1,16,N,h,w]. Raises ValueError
     for another VAE."""
-    check_vae(vae)
-    of_pictures = copy.copy(vae)
-    of_pictures.not_video = True  # a batch is that many pictures, not the frames of one video
-    progress = progress or ProgressBar(len(pictures))
-    latents = []
-    for batch in pieces(len(pictures), _batch(vae)):
-        latents.append(of_pictures.encode(pictures[batch]))
-        progress.update(len(latents[-1]))
-    return torch.cat(latents).transpose(0, 2)
+    of_pictures = _of_pictures(vae, progress or ProgressBar(len(pictures)))
+    latents = [of_pictures.encode(pictures[part]) for part in pieces(len(pictures), CALL)]
+    return torch.cat(latents).transpose(0, 2).to(vae.output_device)
 
 
 def decode_keyframes(vae: Any, latent: torch.Tensor) -> torch.Tensor:
@@ -113,14 +134,14 @@ def decode_keyframes(vae: Any, latent: torch.Tensor) -> torch.Tensor:
             "height, width), as the sampler returns them for the latent of WorldStereo Conditioning."
         )
     frames = latent.movedim(2, 1).flatten(0, 1).unsqueeze(2)
-    progress = ProgressBar(len(frames))
-    pictures = None
-    for batch in pieces(len(frames), _batch(vae)):
-        decoded = vae.decode(frames[batch]).flatten(0, 1)
+    of_pictures, pictures = _of_pictures(vae, ProgressBar(len(frames))), None
+    for part in pieces(len(frames), CALL):
+        decoded = of_pictures.decode(frames[part]).flatten(0, 1)
         if pictures is None:
-            pictures = decoded.new_empty(len(frames), *decoded.shape[1:])
-        pictures[batch] = decoded
-        progress.update(len(decoded))
+            # Zeros, because copying from a GPU into memory that was not yet touched takes several times as long.
+            size = len(frames), *decoded.shape[1:]
+            pictures = torch.zeros(size, dtype=decoded.dtype, device=vae.output_device)
+        pictures[part] = decoded
     return pictures
 
 

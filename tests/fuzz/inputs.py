@@ -73,14 +73,33 @@ def scene():
     return start.with_path("path_1", cameras(), [2, 3], [torch.zeros(HEIGHT, WIDTH, 3, dtype=torch.uint8)] * 2)
 
 
-def vae():
-    return SimpleNamespace(
-        first_stage_model=WanVAE.__new__(WanVAE),
-        latent_channels=16,
-        device=torch.device("cpu"),
-        encode=lambda pixels: torch.zeros(1, 16, 1, pixels.shape[1] // 8, pixels.shape[2] // 8),
-        decode=lambda latent: torch.zeros(1, 1, 8 * latent.shape[3], 8 * latent.shape[4], 3),
-    )
+class Network(WanVAE):
+    """A VAE's network without weights, whose results are zeros of the right shapes."""
+
+    def __init__(self):
+        torch.nn.Module.__init__(self)
+
+    def encode(self, pixels):
+        return pixels.new_zeros(len(pixels), 16, 1, pixels.shape[3] // 8, pixels.shape[4] // 8)
+
+    def decode(self, latent):
+        return latent.new_zeros(len(latent), 3, 1, 8 * latent.shape[3], 8 * latent.shape[4])
+
+
+class Vae:
+    """ComfyUI's VAE around it."""
+
+    latent_channels = 16
+    device = output_device = torch.device("cpu")
+
+    def __init__(self):
+        self.first_stage_model = Network()
+
+    def encode(self, pixels):
+        return self.first_stage_model.encode(pixels.movedim(-1, 1).unsqueeze(2))
+
+    def decode(self, latent):
+        return self.first_stage_model.decode(latent).movedim(1, -1)
 
 
 def fitting(node, declared, random: Random):
@@ -113,7 +132,7 @@ def fitting(node, declared, random: Random):
         "LATENT": lambda: {"samples": torch.randn(1, 16, 2, 4, 6)},
         "CONDITIONING": lambda: [[torch.zeros(1, 2, 8), {}]],
         "MODEL": model,
-        "VAE": vae,
+        "VAE": Vae,
         "CLIP": lambda: SimpleNamespace(
             tokenize=lambda text: {"umt5xxl": [[(1, 1.0)] * min(len(text) + 1, 600)]},
             encode_from_tokens_scheduled=lambda tokens: [[torch.zeros(1, 2, 8), {}]],
