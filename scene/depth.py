@@ -123,8 +123,6 @@ def on_edge(disparity: torch.Tensor) -> torch.Tensor:
     """Where a disparity map [H, W] has an edge, a mask [H, W]: exp(-10 g) < 0.35, g its Sobel magnitude after scaling
     to 0..1. The rule of WorldStereo's renders."""
     low, high = disparity.aminmax()
-    if low == high:
-        return torch.zeros_like(disparity, dtype=torch.bool)
     sobel_x = disparity.new_tensor([[-1, 0, 1], [-2, 0, 2], [-1, 0, 1]])
     kernels = torch.stack([sobel_x, sobel_x.T])[:, None]
     height, width = disparity.shape
@@ -134,7 +132,7 @@ def on_edge(disparity: torch.Tensor) -> torch.Tensor:
         scaled = (disparity[max(0, top - 1) : bottom + 1] - low) / (high - low)
         scaled = F.pad(scaled[None, None], (1, 1, int(top == 0), int(bottom == height)), mode="replicate")
         across, down = F.conv2d(scaled, kernels)[0]
-        magnitude = (across * across + down * down).sqrt()
+        magnitude = (across * across + down * down).sqrt()  # NaN, which is no edge, where all disparities are the same
         edge[band] = torch.exp(-EDGE_STEEPNESS * magnitude) < EDGE_KEEP
     return edge
 

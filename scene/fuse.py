@@ -286,43 +286,46 @@ def _fit_frame(name, points, depth, w2c, K, height, width, shift):
     throw_exception_if_processing_interrupted()
     u, v, z = project(shown, w2c, K)
     throw_exception_if_processing_interrupted()
-    there = torch.where(good & ~on_edge(1 / depth), 1 / depth, torch.nan)
+    disparity = depth.reciprocal()
+    there = torch.where(good & ~on_edge(disparity), disparity, torch.nan)
     grid = torch.stack([2 * u / width - 1, 2 * v / height - 1], 1)[None, None]
     throw_exception_if_processing_interrupted()
     sampled = F.grid_sample(there[None, None], grid, padding_mode="border", align_corners=False).flatten()
-    valid = sampled > 0
-    if overlap < OVERLAP_LIMIT or valid.sum() < SAMPLES_LIMIT:
+    valid = (sampled > 0).nonzero().squeeze(1)
+    if overlap < OVERLAP_LIMIT or len(valid) < SAMPLES_LIMIT:
         reason = f"it sees too little of the cloud to fit its depth: {overlap:.1%} of its pixels."
         return FrameFit(name, overlap, refused=reason), None, None
     throw_exception_if_processing_interrupted()
-    scale, offset, residual = fit_depth(1 / sampled[valid], z[valid], shift)
-    disparity = _disparity_words(1 / sampled[valid], z[valid], residual) if residual > SAME_SURFACE else ""
-    if disparity or not residual <= RESIDUAL_LIMIT:
+    sampled, z = sampled[valid].reciprocal(), z[valid]
+    scale, offset, residual = fit_depth(sampled, z, shift)
+    advice = _disparity_words(sampled, z, residual) if residual > SAME_SURFACE else ""
+    if advice or not residual <= RESIDUAL_LIMIT:
         reason = f"its depth does not fit the cloud's, residual {residual:.1%} (at most {RESIDUAL_LIMIT:.0%}). "
         reason += "Is it of this scene, and is this its camera?"
-        if disparity:
-            reason = f"its depth does not fit the cloud's, residual {residual:.1%}. {disparity}"
+        if advice:
+            reason = f"its depth does not fit the cloud's, residual {residual:.1%}. {advice}"
         return FrameFit(name, overlap, scale, offset, residual, 0, reason), None, None
     throw_exception_if_processing_interrupted()
     depth = scale * depth + offset
-    good &= _valid(depth)
-    depth = depth.where(_valid(depth), depth.new_tensor(torch.inf))
+    valid = _valid(depth)
+    good &= valid
+    depth = torch.where(valid, depth, torch.inf)
     depth[good] = stoppable(draw_in, depth[good])
     fit = FrameFit(name, overlap, scale, offset, residual)
-    new = good & ~on_edge(1 / depth) & (depth < close * (1 - fit.same))
+    new = good & ~on_edge(depth.reciprocal()) & (depth < close * (1 - fit.same))
     fit = replace(fit, added=int(new.sum()))
-    return fit, depth.where(good, torch.inf), new
+    return fit, torch.where(good, depth, torch.inf), new
 
 
 def _valid(depth):
-    return depth.isfinite() & (depth > 0)
+    return (depth > 0) & (depth < torch.inf)
 
 
 def despeckled(depth: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The depth map [H, W], infinite where there is none, with speckles replaced by the median around them; and a mask
     [H, W] of the pixels that had a depth and were not speckles."""
     height, width = depth.shape
-    depth = depth.where(_valid(depth), depth.new_tensor(torch.inf))
+    depth = torch.where(_valid(depth), depth, torch.inf)
     median, rows = torch.empty_like(depth), max(1, EDGE_PIXELS // width)
     for band in pieces(height, rows):  # nine times the whole of a large map would take gigabytes
         top, bottom = band.start, band.stop
@@ -331,7 +334,7 @@ def despeckled(depth: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         around = [padded[y : y + bottom - top, x : x + width] for y in range(3) for x in range(3)]
         median[band] = torch.stack(around).median(0).values
     speckle = ~((depth / median - 1).abs() <= SPECKLE)
-    good = depth.isfinite() & ~speckle
+    good = (depth < torch.inf) & ~speckle
     return torch.where(speckle, median, depth), good
 
 

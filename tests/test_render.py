@@ -109,6 +109,7 @@ def test_memory_is_bounded_by_tiles_and_chunks(monkeypatch):
     tile, chunk = 1000, 4000
     monkeypatch.setattr(render_module, "TILE_PIXELS", tile)
     monkeypatch.setattr(render_module, "CHUNK_CELLS", chunk)
+    monkeypatch.setattr(render_module, "CHUNK_POINTS", 1000)
     cameras = cameras_of(1, width=100, height=80, focal=60.0)
     for count, radius in ((10_000, 0.02), (10_000, 0.3), (2_000, 0.3)):
         cloud = cloud_of(count)
