@@ -123,6 +123,11 @@ def take_path(scene, walk, patcher, vae, text, seed, keyframes, device):
     return scene, clock.seconds, exact, len(prepared.views)
 
 
+def share_not_sampling(rows):
+    """Of the seconds of paths and of their sampling, [(whole, sampling)], the share that is not sampling."""
+    return 1 - sum(sampling for _, sampling in rows) / sum(whole for whole, _ in rows)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--paths", type=int, default=4)
@@ -184,12 +189,15 @@ def main() -> int:
             )
         peak = f"Peak VRAM {peak_bytes(patcher) / GIB:.2f} GiB. " if CUDA else ""
     (first, _), *later = rows
-    whole, sampling = (sum(values) / len(later) for values in zip(*later))
+    print(
+        f"\n{peak}{len(rows)} paths: {sum(s for s, _ in rows):.2f} s, of it not sampling {share_not_sampling(rows):.1%}."
+    )
+    whole = sum(s for s, _ in later) / len(later)
     scene_minutes = (loaded + first + (SCENE_PATHS - 1) * whole) / 60
     print(
-        f"\n{peak}After the first path, which also compiles kernels and moves the weights, a path takes {whole:.2f} s, of it not "
-        f"sampling {1 - sampling / whole:.1%}. {SCENE_PATHS} paths: {scene_minutes:.1f} minutes (at most {WANTED_MINUTES} "
-        f"are wanted)."
+        f"After the first path, which also compiles kernels and moves the weights, a path takes {whole:.2f} s, of it not "
+        f"sampling {share_not_sampling(later):.1%}. {SCENE_PATHS} paths: {scene_minutes:.1f} minutes (at most "
+        f"{WANTED_MINUTES} are wanted)."
     )
     if args.toy:
         print("These are a toy's figures: they show no more than that the benchmark runs.")
