@@ -52,7 +52,8 @@ def page_of(comfyui, errors, webgl=False):
     sync_api = pytest.importorskip("playwright.sync_api", reason="install tests/requirements.txt")
     with sync_api.sync_playwright() as playwright:
         browser = launch_browser(sync_api, playwright, webgl)
-        page = browser.new_page(viewport={"width": 1440, "height": 900})  # a larger one is drawn slowly
+        # A larger page is drawn slowly, and one whose spinners turn is drawn all the time.
+        page = browser.new_page(viewport={"width": 1440, "height": 900}, reduced_motion="reduce")
 
         def on_console(message):
             url = message.location["url"]
