@@ -222,6 +222,7 @@ def main() -> int:
     else:
         run = [python, str(ROOT / {"demo": "demo", "bench": "benchmarks", "fuzz": "tests/fuzz"}[command]), *arguments]
     environment = os.environ | {"COMFYUI_PATH": str(comfyui)}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # or every process would compile all of ComfyUI again
     if command in ("demo", "test", "fuzz"):
         # Toy models are many small steps: threads that spin between them starve each other where others work too.
         environment.setdefault("OMP_WAIT_POLICY", "passive")

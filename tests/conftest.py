@@ -1,4 +1,4 @@
-"""Makes ComfyUI and this pack importable: the tests write `from worldstereo_fp8.loaders import ...`."""
+"""Makes ComfyUI and this pack importable, and holds what tests share."""
 
 import json
 import os
@@ -14,8 +14,6 @@ sys.path.append(str(TESTS.parent))
 
 import standalone
 
-COMFYUI = standalone.import_comfyui()
-standalone.import_pack()
 sys.path.insert(0, str(TESTS))  # the tests' own helpers
 
 from forker import Forker
@@ -28,11 +26,24 @@ ANY_PROMPT = {
 SETTINGS = {"Comfy.TutorialCompleted": True, "Comfy.Minimap.Visible": False}
 
 
+def import_all() -> Path:
+    """Make ComfyUI and the pack importable. Returns ComfyUI's folder."""
+    comfyui = standalone.import_comfyui()
+    standalone.import_pack()
+    return comfyui
+
+
+def pytest_configure(config):
+    # Not in a process that leaves the tests to others: the imports take seconds.
+    if hasattr(config, "workerinput") or not config.getoption("numprocesses", None):
+        config.comfyui = import_all()
+
+
 @pytest.fixture(scope="session")
-def shared_server(tmp_path_factory):
+def shared_server(pytestconfig, tmp_path_factory):
     from worldstereo_fp8.demo.server import Server
 
-    with Server(COMFYUI, tmp_path_factory.mktemp("comfyui")) as running:
+    with Server(pytestconfig.comfyui, tmp_path_factory.mktemp("comfyui")) as running:
         yield running
 
 

@@ -65,7 +65,9 @@ def work(code: str, output: int) -> None:
 
 
 def main() -> None:
-    import conftest  # noqa: F401  makes ComfyUI and the pack importable
+    from conftest import import_all
+
+    import_all()
 
     for line in sys.stdin:
         code, *sys.argv[1:] = json.loads(line)

@@ -15,7 +15,9 @@ import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import conftest  # noqa: F401  makes ComfyUI and the pack importable
+from conftest import import_all
+
+import_all()
 
 from fuzz import CLASSES, judge
 
