@@ -114,6 +114,11 @@ def test_what_may_be_no_intention_is_remarked():
     half = torch.zeros(5, 32, 48)
     half[0, :8] = 0.5
     assert remarks(CONFIG, **fitting | {"mask": half})[-1].startswith("render_mask has holes in 25% of frame 0")
+    few = torch.zeros(5, 32, 48)
+    few[0, 0, :15] = 1  # less than 1 % of the frame
+    assert remarks(CONFIG, **fitting | {"mask": few}) == []
+    few[0, 0, :16] = 1
+    assert remarks(CONFIG, **fitting | {"mask": few})[-1].startswith("render_mask has holes in 1% of frame 0")
     colours = torch.rand(5, 32, 48)
     colours[0] = 0
     found = remarks(CONFIG, **fitting | {"mask": colours})

@@ -11,7 +11,7 @@ from worldstereo_fp8.scene.cameras import Cameras, quaternion_to_rotation
 from worldstereo_fp8.scene.depth import DEPTH_PICTURES, points_from_depth
 from worldstereo_fp8.scene.pictures import resize_pictures
 from worldstereo_fp8.scene.pointcloud import PointCloud
-from worldstereo_fp8.scene.render import mostly_holes, render, render_start
+from worldstereo_fp8.scene.render import mostly_holes, pixels_of, render, render_start
 
 
 def cameras_of(count=3, width=40, height=24, focal=35.0, seed=0):
@@ -137,6 +137,37 @@ def test_one_point_is_a_disc_of_falling_opacity():
     expected = torch.tensor([1 - 4 / 2.1**2, 1 - 1 / 2.1**2, 1, 1 - 1 / 2.1**2, 1 - 4 / 2.1**2])
     torch.testing.assert_close(row[8:13], expected, atol=1e-5, rtol=0)
     assert (holes[0] == 0).sum() == 13 and holes[0, 10, 7] == 1
+
+
+def test_a_splat_does_not_cover_what_is_a_radius_away():
+    cameras = Cameras(torch.eye(4)[None], torch.tensor([[[8.0, 0, 8.5], [0, 8, 8.5], [0, 0, 1]]]), 16, 16)
+    cloud = PointCloud(torch.tensor([[0.0, 0.0, 1.0]]), torch.ones(1, 3))  # at the centre of pixel (8, 8)
+    assert (render(cloud, cameras, radius=0.125)[1][0] == 0).nonzero().tolist() == [[8, 8]]  # a radius of one pixel
+
+
+def test_which_points_fall_into_the_picture():
+    """Its left and upper border belong to it, the others do not; nor does what is not in front of the camera."""
+    K = torch.tensor([[4.0, 0, 4], [0, 4, 2], [0, 0, 1]])  # of 8x4 pixels
+    points = [
+        [-1, -0.5, 1],
+        [1, 0, 1],
+        [0, 0.5, 1],
+        [0.99, 0.49, 1],
+        [-1.01, 0, 1],
+        [0, -0.51, 1],
+        [0, 0, 0.01],
+        [0, 0, -1],
+    ]
+    index, row, column, z = pixels_of(torch.tensor(points), torch.eye(4), K, 4, 8)
+    assert index.tolist() == [0, 3, 6]
+    assert list(zip(row.tolist(), column.tolist())) == [(0, 0), (3, 7), (2, 4)]
+    torch.testing.assert_close(z, torch.tensor([1, 1, 0.01]))
+
+
+@pytest.mark.parametrize("radius, points_per_pixel", [(0, 1), (2.01, 1), (float("nan"), 1), (0.1, 0)])
+def test_a_splat_without_a_size_is_refused(radius, points_per_pixel):
+    with pytest.raises(ValueError, match="the radius must be above 0 and at most 2, and points_per_pixel at least 1"):
+        render(cloud_of(3), cameras_of(1), radius, points_per_pixel)
 
 
 def test_a_camera_that_sees_nothing_gives_the_background():
