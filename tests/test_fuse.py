@@ -6,6 +6,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from worldstereo_fp8.scene import fuse as fuse_module
 from worldstereo_fp8.scene import sample
 from worldstereo_fp8.scene.cameras import Cameras
 from worldstereo_fp8.scene.depth import points_from_depth
@@ -19,7 +20,7 @@ from worldstereo_fp8.scene.fuse import (
     thin_by_voxels,
 )
 from worldstereo_fp8.scene.pointcloud import PointCloud, neighbour_distances
-from worldstereo_fp8.scene.render import render
+from worldstereo_fp8.scene.render import project, render
 
 WIDTH, HEIGHT, FOCAL = 208, 120, 160.0
 TARGET = torch.tensor([0.0, 0.2, 4.0], dtype=torch.float64)
@@ -120,6 +121,32 @@ def test_without_errors_nothing_that_is_known_is_added_again(start):
     assert report.frames[0].overlap > 0.7  # at this size, a quarter lies on depth edges
     assert report.frames[0].added < 0.01 * len(start)
     assert len(fused) <= len(start) + report.frames[0].added
+
+
+@pytest.mark.parametrize("nothing", [float("nan"), float("inf"), 0.0, -3.0])
+def test_pixels_without_a_depth_give_no_points(start, nothing):
+    cameras = orbit([12])
+    (picture,), (depth,) = photographs(cameras)
+    given = depth.clone()
+    given[:, 150:] = nothing
+    fused, report = fuse(start, [picture], [given], cameras)
+    added = fused.points[len(start) :]
+    (fit,) = report.frames
+    assert not fit.refused and fit.scale == pytest.approx(1, rel=0.01) and len(added) > 100
+    u, _, z = project(added, cameras.w2c[0], cameras.K[0])
+    assert u.max() < 150 and (z > 0).all()
+    assert len(added) < len(fuse(start, [picture], [depth], cameras)[0]) - len(start)  # there would have been more
+
+
+def test_far_depths_are_drawn_in(start):
+    """As in the render: at most twice 8 medians away."""
+    cameras = orbit([12])
+    (picture,), (depth,) = photographs(cameras)
+    given = depth.clone()
+    given[:40, 170:] = 1000
+    fused, _ = fuse(start, [picture], [given], cameras)
+    _, _, z = project(fused.points[len(start) :], cameras.w2c[0], cameras.K[0])
+    assert 8 * depth.median() < z.max() < 2 * 8 * 1.1 * depth.median()
 
 
 def test_frames_that_do_not_fit_are_refused_by_name(start, caplog):
@@ -225,6 +252,14 @@ def test_voxels_thin_to_within_a_fifth_of_what_is_wanted(limit):
     keep, size = thin_by_voxels(points, limit)
     assert 0.8 * limit <= len(keep) <= limit and size > 0
     assert (keep.diff() > 0).all() and (limit == 1 or keep[0] == 0)
+
+
+def test_voxels_are_the_same_piece_by_piece(monkeypatch):
+    points = torch.rand(5000, 3, generator=torch.Generator().manual_seed(0)) ** 3
+    whole = thin_by_voxels(points, 700)
+    monkeypatch.setattr(fuse_module, "VOXEL_PIECE", 300)
+    in_pieces = thin_by_voxels(points, 700)
+    assert torch.equal(in_pieces[0], whole[0]) and in_pieces[1] == whole[1]
 
 
 def test_what_cannot_be_thinned_apart_is_thinned_together():

@@ -22,7 +22,7 @@ from worldstereo_fp8.scene.depth import points_from_depth
 from worldstereo_fp8.scene.pointcloud import PointCloud
 from worldstereo_fp8.scene.render import project, render
 from worldstereo_fp8.scene.scene import Scene, to_bytes
-from worldstereo_fp8.scene.splat import FINER, OPACITY, SIGMA_PIXELS, STRETCH, gaussians_of_scene
+from worldstereo_fp8.scene.splat import FINER, OPACITY, SIGMA_PIXELS, STEEPEST, STRETCH, _slopes, gaussians_of_scene
 
 WIDTH, HEIGHT, FOCAL = 416, 240, 320.0
 
@@ -134,6 +134,24 @@ def test_each_covers_its_pixel_on_the_surface_and_is_flat_along_the_normal(scene
     )
     area = long * short * seen / SIGMA_PIXELS**2
     assert area.quantile(0.1) > 0.9 and area.quantile(0.95) < 1.1
+
+
+@pytest.mark.parametrize("across", [False, True])
+def test_what_is_seen_too_flat_is_no_surface(across):
+    """A floor, and a wall beside the camera, whose lens is off the picture's centre: by the angle to the normal."""
+    height, width = 60, 90
+    K = torch.tensor([[100.0, 0, 20], [0, 80, 12], [0, 0, 1]])
+    y, x = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")
+    rays = torch.stack([(x - K[0, 2]) / K[0, 0], (y - K[1, 2]) / K[1, 1], torch.ones_like(x)])
+    down = rays[0 if across else 1]
+    cosine = down / rays.norm(dim=0)
+    depth = torch.where(down > 0, 1 / down, torch.inf)
+    made = _slopes(depth, down > 0.01, K)[1]
+    inner = torch.zeros_like(made)
+    inner[3:-3, 3:-3] = True
+    assert made[inner & (cosine > STEEPEST + 0.02) & (down > 0.1)].all()
+    assert not made[cosine < STEEPEST - 0.005].any()
+    assert made.any() and (cosine < STEEPEST - 0.005).any()
 
 
 def test_what_lies_on_no_surface_is_left_out(scene):
