@@ -85,6 +85,11 @@ def depth_of_picture(image: torch.Tensor, kind: str, near: float, far: float) ->
     return 1 / (1 / far + value * (1 / near - 1 / far))
 
 
+def in_front(depth: torch.Tensor) -> torch.Tensor:
+    """Where a depth map has a depth in front of the camera, a mask of its shape: positive and finite."""
+    return (depth > 0) & (depth < torch.inf)
+
+
 def draw_in(depth: torch.Tensor) -> torch.Tensor:
     """Depths [P] with the far ones compressed: d beyond m, 8 times the median of the positive ones, becomes 2m - m²/d,
     which stays below 2m. The rule of WorldStereo's renders."""
@@ -132,7 +137,7 @@ def on_edge(disparity: torch.Tensor) -> torch.Tensor:
         scaled = (disparity[max(0, top - 1) : bottom + 1] - low) / (high - low)
         scaled = F.pad(scaled[None, None], (1, 1, int(top == 0), int(bottom == height)), mode="replicate")
         across, down = F.conv2d(scaled, kernels)[0]
-        magnitude = (across * across + down * down).sqrt()  # NaN, which is no edge, where all disparities are the same
+        magnitude = (across * across + down * down).sqrt()  # NaN if all disparities are equal; NaN is no edge
         edge[band] = torch.exp(-EDGE_STEEPNESS * magnitude) < EDGE_KEEP
     return edge
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from ..core import throw_exception_if_processing_interrupted
 from .cameras import Cameras
-from .depth import EDGE_PIXELS, draw_in, on_edge, unproject
+from .depth import EDGE_PIXELS, draw_in, in_front, on_edge, unproject
 from .pointcloud import PIECE, PointCloud, neighbour_distances
 from .render import RADIUS, pixels_of, project
 from .stop import pieces, stoppable
@@ -291,14 +291,14 @@ def _fit_frame(name, points, depth, w2c, K, height, width, shift):
     grid = torch.stack([2 * u / width - 1, 2 * v / height - 1], 1)[None, None]
     throw_exception_if_processing_interrupted()
     sampled = F.grid_sample(there[None, None], grid, padding_mode="border", align_corners=False).flatten()
-    valid = (sampled > 0).nonzero().squeeze(1)
-    if overlap < OVERLAP_LIMIT or len(valid) < SAMPLES_LIMIT:
+    index = (sampled > 0).nonzero().squeeze(1)
+    if overlap < OVERLAP_LIMIT or len(index) < SAMPLES_LIMIT:
         reason = f"it sees too little of the cloud to fit its depth: {overlap:.1%} of its pixels."
         return FrameFit(name, overlap, refused=reason), None, None
     throw_exception_if_processing_interrupted()
-    sampled, z = sampled[valid].reciprocal(), z[valid]
-    scale, offset, residual = fit_depth(sampled, z, shift)
-    advice = _disparity_words(sampled, z, residual) if residual > SAME_SURFACE else ""
+    given, z = sampled[index].reciprocal(), z[index]
+    scale, offset, residual = fit_depth(given, z, shift)
+    advice = _disparity_words(given, z, residual) if residual > SAME_SURFACE else ""
     if advice or not residual <= RESIDUAL_LIMIT:
         reason = f"its depth does not fit the cloud's, residual {residual:.1%} (at most {RESIDUAL_LIMIT:.0%}). "
         reason += "Is it of this scene, and is this its camera?"
@@ -307,7 +307,7 @@ def _fit_frame(name, points, depth, w2c, K, height, width, shift):
         return FrameFit(name, overlap, scale, offset, residual, 0, reason), None, None
     throw_exception_if_processing_interrupted()
     depth = scale * depth + offset
-    valid = _valid(depth)
+    valid = in_front(depth)
     good &= valid
     depth = torch.where(valid, depth, torch.inf)
     depth[good] = stoppable(draw_in, depth[good])
@@ -317,15 +317,11 @@ def _fit_frame(name, points, depth, w2c, K, height, width, shift):
     return fit, torch.where(good, depth, torch.inf), new
 
 
-def _valid(depth):
-    return (depth > 0) & (depth < torch.inf)
-
-
 def despeckled(depth: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The depth map [H, W], infinite where there is none, with speckles replaced by the median around them; and a mask
     [H, W] of the pixels that had a depth and were not speckles."""
     height, width = depth.shape
-    depth = torch.where(_valid(depth), depth, torch.inf)
+    depth = torch.where(in_front(depth), depth, torch.inf)
     median, rows = torch.empty_like(depth), max(1, EDGE_PIXELS // width)
     for band in pieces(height, rows):  # nine times the whole of a large map would take gigabytes
         top, bottom = band.start, band.stop

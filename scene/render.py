@@ -158,7 +158,7 @@ def project(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Pixel coordinates u, v [P] and depths z [P] of points [P, 3] in a camera (w2c [4, 4], K [3, 3] in pixels). Pixel
     (0, 0) has its centre at u = v = 0.5. u and v are meaningless where z is not above 0."""
-    # All coordinates in one operation each: a GPU spends more time on starting an operation than on the points.
+    # All coordinates at once: on a GPU, starting an operation takes longer than the operation.
     pose, lens = w2c[:3, :, None].to(points), K[:2, :, None].to(points)
     terms = pose[:, :3] * points.T
     xyz = terms[:, 0] + terms[:, 1] + terms[:, 2] + pose[:, 3]

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from ..core import throw_exception_if_processing_interrupted
 from .cameras import rotation_to_quaternion
-from .depth import draw_in, unproject
+from .depth import draw_in, in_front, unproject
 from .fuse import SAME_SURFACE, despeckled, seen_through, thin_by_voxels
 from .memory import view_scores
 from .pointcloud import PIECE, PointCloud, splat_sizes
@@ -68,7 +68,7 @@ def gaussians_of_scene(scene: Scene, limit: int, progress: Callable[[int], objec
     points, and if no view's depth agrees with the others'.
     """
     deep = [view for view, depth in enumerate(scene.depths) if depth is not None]
-    views = [view for view in _interruptible(deep) if _valid(scene.depths[view]).any()]
+    views = [view for view in _interruptible(deep) if in_front(scene.depths[view]).any()]
     if not views:
         return _of_points(scene, limit)
     depths = _Depths(scene, views)
@@ -90,7 +90,7 @@ class _Depths:
     def __init__(self, scene, views):
         def depth_of(view):
             depth = scene.depths[view]
-            return draw_in(depth.where(_valid(depth), torch.inf))
+            return draw_in(depth.where(in_front(depth), torch.inf))
 
         kept = max(NEIGHBOURS + 2, KEPT_PIXELS // (scene.cameras.width * scene.cameras.height))
         self.views, self.depth_of = views, lru_cache(kept)(depth_of)
@@ -115,10 +115,6 @@ def _of_points(scene, limit):
     cloud = PointCloud(scene.cloud.points[keep], scene.cloud.colors[keep])
     upright = cloud.points.new_tensor([1.0, 0, 0, 0]).expand(len(cloud), 4)
     return Gaussians(cloud.points, splat_sizes(cloud)[:, None].expand(-1, 3), upright, cloud.colors)
-
-
-def _valid(depth):
-    return depth.isfinite() & (depth > 0)
 
 
 def _neighbours(scene, views):

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from .camera_path import LENSES, camera_of_moge, focal_length, pinhole
 from .cameras import Cameras
-from .depth import depth_of_moge, depth_of_picture, points_from_depth
+from .depth import depth_of_moge, depth_of_picture, in_front, points_from_depth
 from .fuse import POINTS_LIMIT, thin_by_voxels
 from .panorama import depth_of_view, points_of_panorama, reduced, view_of_panorama
 from .pictures import resize_pictures, same_shape
@@ -106,7 +106,7 @@ def level_view(heading: int) -> str:
 
 
 def _or_infinite(depth):
-    return depth.where(depth.isfinite() & (depth > 0), torch.inf)
+    return depth.where(in_front(depth), torch.inf)
 
 
 def _thinned(cloud):

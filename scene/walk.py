@@ -7,6 +7,7 @@ import torch
 
 from ..core import throw_exception_if_processing_interrupted
 from .cameras import Cameras
+from .depth import in_front
 from .fuse import FrameFit, FuseReport, fuse
 from .memory import asked_views, best_views, choose_references, frames_to_remember, picture_quality, view_scores
 from .pictures import resize_pictures
@@ -189,4 +190,4 @@ def fitted_depth(depth: torch.Tensor, fit: FrameFit, height: int, width: int) ->
     throw_exception_if_processing_interrupted()
     depth = torch.nn.functional.interpolate(depth[None, None].float(), (height, width), mode="nearest-exact")[0, 0]
     fitted = fit.scale * depth + fit.shift
-    return fitted.where(depth.isfinite() & (depth > 0) & (fitted > 0), torch.inf).cpu()
+    return fitted.where(in_front(depth) & (fitted > 0), torch.inf).cpu()

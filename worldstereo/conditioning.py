@@ -100,14 +100,13 @@ class _Interruptible:
         coded = []
         for part in pieces(len(batch), BATCH):
             coded.append(code(batch[part]))
-            synchronize()  # or all pieces would be under way before the next look at the stop button
+            synchronize()  # otherwise the GPU has all pieces before the stop button is looked at again
             self.progress.update(len(coded[-1]))
         return torch.cat(coded)
 
 
 def _of_pictures(vae, progress):
-    """The VAE, whose results stay on its device, for single pictures instead of a video's frames."""
-    check_vae(vae)
+    """A copy of the VAE that codes single pictures instead of a video's frames. Its results stay on its device."""
     of_pictures = copy.copy(vae)
     of_pictures.first_stage_model = _Interruptible(vae.first_stage_model, progress)
     of_pictures.not_video, of_pictures.output_device = True, vae.device
@@ -117,6 +116,7 @@ def _of_pictures(vae, progress):
 def encode_keyframes(vae: Any, pictures: torch.Tensor, progress: ProgressBar | None = None) -> torch.Tensor:
     """Pictures [N,H,W,3] in 0..1, each encoded on its own by the Wan VAE, as a latent [1,16,N,h,w]. Raises ValueError
     for another VAE."""
+    check_vae(vae)
     of_pictures = _of_pictures(vae, progress or ProgressBar(len(pictures)))
     latents = [of_pictures.encode(pictures[part]) for part in pieces(len(pictures), CALL)]
     return torch.cat(latents).transpose(0, 2).to(vae.output_device)
@@ -138,7 +138,7 @@ def decode_keyframes(vae: Any, latent: torch.Tensor) -> torch.Tensor:
     for part in pieces(len(frames), CALL):
         decoded = of_pictures.decode(frames[part]).flatten(0, 1)
         if pictures is None:
-            # Zeros, because copying from a GPU into memory that was not yet touched takes several times as long.
+            # Zeros for the reason that `scene.render.render` gives.
             size = len(frames), *decoded.shape[1:]
             pictures = torch.zeros(size, dtype=decoded.dtype, device=vae.output_device)
         pictures[part] = decoded
