@@ -222,10 +222,10 @@ def main() -> int:
     else:
         run = [python, str(ROOT / {"demo": "demo", "bench": "benchmarks", "fuzz": "tests/fuzz"}[command]), *arguments]
     environment = os.environ | {"COMFYUI_PATH": str(comfyui)}
-    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # or every process would compile all of ComfyUI again
     if command in ("demo", "test", "fuzz"):
         # Toy models are many small steps: threads that spin between them starve each other where others work too.
         environment.setdefault("OMP_WAIT_POLICY", "passive")
+        environment.pop("PYTHONDONTWRITEBYTECODE", None)  # otherwise each of their processes compiles all of ComfyUI
     if command == "test":
         environment.setdefault("OMP_NUM_THREADS", str(CORES // TEST_PROCESSES))
     return subprocess.run(run, cwd=ROOT, env=environment).returncode

@@ -54,3 +54,10 @@ def import_comfyui(dynamic_vram: bool = True) -> Path:
         comfy.model_patcher.CoreModelPatcher = comfy.model_patcher.ModelPatcherDynamic
         comfy.memory_management.aimdo_enabled = True
     return comfyui
+
+
+def import_all(dynamic_vram: bool = True) -> Path:
+    """Both of the above. Returns ComfyUI's folder."""
+    comfyui = import_comfyui(dynamic_vram)
+    import_pack()
+    return comfyui

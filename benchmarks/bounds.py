@@ -24,8 +24,7 @@ sys.path[1:1] = [str(ROOT), str(ROOT / "tests")]  # the tests' stand-ins for a m
 
 import standalone
 
-standalone.import_comfyui()
-standalone.import_pack()
+standalone.import_all()
 
 # isort: split
 import comfy.model_management as management

@@ -38,8 +38,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 import standalone
 
-standalone.import_comfyui()
-standalone.import_pack()
+standalone.import_all()
 
 # isort: split
 import comfy.memory_management

@@ -32,8 +32,7 @@ def main() -> int:
             parser.error(f"there is no file {path}")
 
     started = time.monotonic()
-    comfyui = standalone.import_comfyui(dynamic_vram=False)  # it makes files; the server runs the model
-    standalone.import_pack()
+    comfyui = standalone.import_all(dynamic_vram=False)  # it makes files; the server runs the model
     from worldstereo_fp8.demo import job, scene, server
 
     def say(text: str) -> None:

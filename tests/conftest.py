@@ -26,17 +26,10 @@ ANY_PROMPT = {
 SETTINGS = {"Comfy.TutorialCompleted": True, "Comfy.Minimap.Visible": False}
 
 
-def import_all() -> Path:
-    """Make ComfyUI and the pack importable. Returns ComfyUI's folder."""
-    comfyui = standalone.import_comfyui()
-    standalone.import_pack()
-    return comfyui
-
-
 def pytest_configure(config):
     # Not in a process that leaves the tests to others: the imports take seconds.
     if hasattr(config, "workerinput") or not config.getoption("numprocesses", None):
-        config.comfyui = import_all()
+        config.comfyui = standalone.import_all()
 
 
 @pytest.fixture(scope="session")

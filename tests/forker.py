@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import traceback
+from pathlib import Path
 
 SECONDS = 300  # a child that takes longer is ended
 
@@ -65,9 +66,10 @@ def work(code: str, output: int) -> None:
 
 
 def main() -> None:
-    from conftest import import_all
+    sys.path.append(str(Path(__file__).resolve().parent.parent))
+    import standalone
 
-    import_all()
+    standalone.import_all()
 
     for line in sys.stdin:
         code, *sys.argv[1:] = json.loads(line)

@@ -14,10 +14,11 @@ import sys
 import tempfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from conftest import import_all
+TESTS = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(TESTS), str(TESTS.parent)]
+import standalone
 
-import_all()
+standalone.import_all()
 
 from fuzz import CLASSES, judge
 
