@@ -42,7 +42,8 @@ from worldstereo_fp8.scene.render import RADIUS
 from worldstereo_fp8.scene.start import scene_of_picture
 from worldstereo_fp8.scene.walk import prepare_path, remember_clip, start_view
 from worldstereo_fp8.worldstereo.comfy_model import config_of
-from worldstereo_fp8.worldstereo.conditioning import References, condition, decode_keyframes, keyframe_size
+from worldstereo_fp8.worldstereo.conditioning import References, condition, keyframe_size
+from worldstereo_fp8.worldstereo.keyframe_vae import decode_keyframes
 from worldstereo_fp8.worldstereo.schedule import dmd_sigmas
 
 LIST = "picture: left, right, up, loop"

@@ -11,8 +11,9 @@ from ..fp8.files import state_if_there
 from ..fp8.linear import COMPUTE
 from ..loaders import load_worldstereo
 from ..worldstereo.comfy_model import config_of
-from ..worldstereo.conditioning import References, condition, decode_keyframes, encode_keyframes, keyframe_size, remarks
+from ..worldstereo.conditioning import References, condition, keyframe_size, remarks
 from ..worldstereo.config import CONFIG_FILE
+from ..worldstereo.keyframe_vae import decode_keyframes, encode_keyframes
 from ..worldstereo.schedule import dmd_sigmas
 from .common import CATEGORY, Cameras, SceneReferences, show_on_node
 from .files import diffusion_models

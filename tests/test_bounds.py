@@ -36,7 +36,7 @@ from worldstereo_fp8.scene.scene import Scene
 from worldstereo_fp8.scene.splat import gaussians_of_scene
 from worldstereo_fp8.scene.start import scene_of_panorama
 from worldstereo_fp8.scene.stop import stoppable
-from worldstereo_fp8.worldstereo.conditioning import BATCH, decode_keyframes, encode_keyframes
+from worldstereo_fp8.worldstereo.keyframe_vae import BATCH, decode_keyframes, encode_keyframes
 
 LIMIT = 2 << 30  # bytes beside a result
 IMAGE = torch.rand(1, 24, 32, 3)

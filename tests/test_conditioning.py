@@ -8,23 +8,16 @@ import torch
 from comfy.ldm.wan.vae import WanVAE
 from comfy.taesd.taehv import TAEHV
 from comfy_extras.nodes_custom_sampler import BasicScheduler
+from torch.overrides import TorchFunctionMode
 from toy import GOLDEN, golden_weights, relative_error, save
 from worldstereo_fp8.loaders import load_worldstereo
 from worldstereo_fp8.scene.cameras import Cameras, normalise, plucker
 from worldstereo_fp8.scene.pictures import resize_pictures
 from worldstereo_fp8.worldstereo import conditioning as conditioning_module
-from worldstereo_fp8.worldstereo.conditioning import (
-    BATCH,
-    CALL,
-    References,
-    check_vae,
-    condition,
-    decode_keyframes,
-    encode_keyframes,
-    keyframe_size,
-    remarks,
-)
+from worldstereo_fp8.worldstereo import keyframe_vae
+from worldstereo_fp8.worldstereo.conditioning import References, condition, keyframe_size, remarks
 from worldstereo_fp8.worldstereo.config import WorldStereoConfig
+from worldstereo_fp8.worldstereo.keyframe_vae import BATCH, CALL, check_vae, decode_keyframes, encode_keyframes
 from worldstereo_fp8.worldstereo.schedule import dmd_sigmas
 
 SIZES = ((32, 48), (48, 32))
@@ -158,7 +151,8 @@ def test_progress_counts_each_picture_that_is_encoded(vae, monkeypatch):
         def update(self, value):
             self.done += value
 
-    monkeypatch.setattr(conditioning_module, "ProgressBar", Bar)
+    for module in (conditioning_module, keyframe_vae):
+        monkeypatch.setattr(module, "ProgressBar", Bar)
     condition(CONFIG, vae, **inputs())
     encode_keyframes(vae, torch.rand(3, 32, 48, 3))
     decode_keyframes(vae, torch.zeros(1, 16, 2, 4, 6))
@@ -294,15 +288,15 @@ def test_pictures_in_half_precision():
 
 
 def test_keyframes_are_coded_alone(vae):
-    pictures = torch.rand(6, 32, 48, 3)  # in batches of 4
+    pictures = torch.rand(BATCH + 2, 32, 48, 3)
     latent = encode_keyframes(vae, pictures)
     alone = torch.cat([vae.encode(picture[None]) for picture in pictures], dim=2)
-    assert latent.shape == alone.shape == (1, 16, 6, 4, 6)
+    assert latent.shape == alone.shape == (1, 16, BATCH + 2, 4, 6)
     rounding = 0.02 if torch.cuda.is_available() else 1e-5  # in BF16 there
     assert relative_error(latent, alone) < rounding and relative_error(alone.roll(1, 2), alone) > 0.5
     frames = decode_keyframes(vae, latent.repeat(2, 1, 1, 1, 1))
-    assert frames.shape == (12, 32, 48, 3)
-    alone = torch.cat([vae.decode(latent[:, :, number : number + 1])[0] for number in range(6)])
+    assert frames.shape == (2 * BATCH + 4, 32, 48, 3)
+    alone = torch.cat([vae.decode(latent[:, :, number : number + 1])[0] for number in range(BATCH + 2)])
     assert relative_error(frames, alone.repeat(2, 1, 1, 1)) < rounding and relative_error(alone.roll(1, 0), alone) > 0.1
     assert not vae.not_video  # the VAE itself is as it was
     with pytest.raises(ValueError, match="The latent is"):
@@ -327,6 +321,29 @@ def test_few_keyframes_are_coded_at_a_time_and_the_model_is_prepared_rarely(vae,
     coded.clear(), prepared.clear()
     assert decode_keyframes(vae, torch.zeros(1, 16, CALL + BATCH + 1, 2, 2)).shape == (CALL + BATCH + 1, 16, 16, 3)
     assert coded == pieces and prepared == [0, CALL // BATCH]
+
+
+def test_convolutions_of_a_keyframe_are_two_dimensional(vae):
+    called = set()
+
+    class Seen(TorchFunctionMode):
+        def __torch_function__(self, function, types, arguments=(), named=None):
+            called.add(function)
+            return function(*arguments, **(named or {}))
+
+    with Seen():
+        decode_keyframes(vae, encode_keyframes(vae, torch.rand(2, 32, 48, 3)))
+    assert torch.conv2d in called and torch.conv3d not in called
+
+
+@pytest.mark.parametrize(
+    "frames, kernel, padding", [(1, (1, 3, 3), (1, 1, 1)), (1, (3, 3, 3), (1, 1, 1)), (2, (1, 3, 3), (0, 1, 1))]
+)
+def test_other_convolutions_stay_as_they_are(frames, kernel, padding):
+    conv, x = torch.nn.Conv3d(4, 5, kernel, padding=padding), torch.rand(2, 4, frames, 6, 7)
+    expected = conv(x)
+    with keyframe_vae._OneFrame():
+        assert torch.equal(conv(x), expected)
 
 
 SIGMAS = [1, 0.9375, 5 / 6, 0.625, 0]
