@@ -199,25 +199,35 @@ def normalise(w2c: torch.Tensor, targets: int | None = None) -> torch.Tensor:
     return normalised
 
 
-def plucker(w2c: torch.Tensor, K: torch.Tensor, height: int, width: int) -> torch.Tensor:
+def plucker(
+    w2c: torch.Tensor, K: torch.Tensor, height: int, width: int, device: str | torch.device = "cpu"
+) -> torch.Tensor:
     """The Plücker coordinates of every pixel's ray, [6, N, height, width] float32: unit direction d, then moment o x d,
     in world axes.
 
     w2c [N, 4, 4] from `normalise`, K [N, 3, 3] in pixels of the width x height picture. A ray goes through
-    (x - 0.5, y + 0.5) for the pixel in column x and row y; the weights were trained with that -0.5.
+    (x - 0.5, y + 0.5) for the pixel in column x and row y; the weights were trained with that -0.5. The result is on
+    `device`, or on the CPU if that is neither a CUDA GPU nor the CPU.
     """
-    w2c, K = w2c.double(), K.double()
-    y, x = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) - 0.5, indexing="ij")
-    pixels = torch.stack([x, y, torch.ones_like(x)]).double().reshape(3, -1)
+    device, w2c, K = with_float64(device), w2c.double(), K.double()
     to_rays, origin = w2c[:, :3, :3].mT @ torch.linalg.inv(K), centres(w2c)[:, :, None].expand(-1, 3, 3)
     to_lines = torch.cat([to_rays, torch.linalg.cross(origin, to_rays, dim=1)], dim=1)  # the moment is linear too
-    rays = torch.empty(6, len(w2c), height, width)
+    of_x, of_y, of_both = to_lines.to(device)[..., None, None].unbind(2)
+    x = torch.arange(width, dtype=torch.float64, device=device) - 0.5
+    y = torch.arange(height, dtype=torch.float64, device=device)[:, None] + 0.5
+    rays = torch.empty(6, len(w2c), height, width, device=device)
     for camera in range(len(w2c)):  # one by one: the float64 intermediates of all would take many times the result
         throw_exception_if_processing_interrupted()
-        lines = to_lines[camera] @ pixels
+        lines = (of_x[camera] * x + of_both[camera]) + of_y[camera] * y
         lines /= lines[:3].square().sum(0).sqrt()  # norm(dim=0) takes ten times as long
-        rays[:, camera] = lines.view(6, height, width)
+        rays[:, camera] = lines
     return rays
+
+
+def with_float64(device: str | torch.device) -> torch.device:
+    """The device, if it is a CUDA GPU; otherwise the CPU, because other GPUs lack float64."""
+    device = torch.device(device)
+    return device if device.type == "cuda" else torch.device("cpu")
 
 
 def quaternions_and_translations(w2c: torch.Tensor) -> torch.Tensor:

@@ -10,11 +10,13 @@ import torch
 from comfy.ldm.modules.attention import attention_pytorch
 from comfy_extras.nodes_model_advanced import ModelSamplingSD3
 from comfy_extras.nodes_torch_compile import TorchCompileModel
+from safetensors.torch import load_file
 from torch._dynamo.eval_frame import _debug_get_cache_entry_list
-from toy import cooked, forward, golden_inputs, golden_weights, relative_error, run, save, source
+from toy import GOLDEN, cooked, forward, golden_inputs, golden_weights, relative_error, run, save, source
 from worldstereo_fp8 import core, loaders, remap
 from worldstereo_fp8.fp8.arithmetic import FP8_MATMUL
 from worldstereo_fp8.loaders import load_worldstereo
+from worldstereo_fp8.scene.cameras import normalise
 from worldstereo_fp8.worldstereo import blocks, comfy_model, control, model
 from worldstereo_fp8.worldstereo import prompt_cache as prompt_cache_module
 
@@ -103,6 +105,18 @@ def test_ksampler_takes_the_originals_steps(files):
     patcher = load(files["fp8"])
     positive = conditioning(0)
     assert relative_error(sample(patcher, positive, conditioning(1)), by_hand(patcher, positive)) < 1e-5
+
+
+def test_cameras_take_the_place_of_the_rays_that_they_give(files, monkeypatch):
+    """In the form that WorldStereo Conditioning gives them; the rays are made once for positive and negative."""
+    golden, made = load_file(GOLDEN / f"{CASE}.io.safetensors"), []
+    plucker = comfy_model.plucker
+    monkeypatch.setattr(comfy_model, "plucker", lambda *given: (made.append(given), plucker(*given))[1])
+    cameras = {"camera_w2c": normalise(golden["cam.w2c"])[None], "camera_K": golden["cam.K"][None]}
+    patcher, positive = load(files["fp8"]), conditioning(0, camera_embedding=None, **cameras)
+    negative = conditioning(1, camera_embedding=None, **cameras)
+    assert relative_error(sample(patcher, positive, negative), by_hand(patcher, conditioning(0))) < 1e-5
+    assert len(made) == 1
 
 
 def test_cfg_is_the_two_conditionings_each_alone(files):

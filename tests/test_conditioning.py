@@ -11,7 +11,7 @@ from comfy_extras.nodes_custom_sampler import BasicScheduler
 from torch.overrides import TorchFunctionMode
 from toy import GOLDEN, golden_weights, relative_error, save
 from worldstereo_fp8.loaders import load_worldstereo
-from worldstereo_fp8.scene.cameras import Cameras, normalise, plucker
+from worldstereo_fp8.scene.cameras import Cameras, normalise
 from worldstereo_fp8.scene.pictures import resize_pictures
 from worldstereo_fp8.worldstereo import conditioning as conditioning_module
 from worldstereo_fp8.worldstereo import keyframe_vae
@@ -70,7 +70,6 @@ def test_what_the_conditioning_holds(vae):
     assert latent.shape == (1, 16, 5, 4, 6) and not latent.any()
     assert values["render_latent"].shape == (1, 16, 5, 4, 6) and values["reference_latent"].shape == (1, 16, 1, 4, 6)
     assert values["render_mask"].shape == (1, 1, 5, 32, 48)
-    assert values["camera_embedding"].shape == (1, 6, 5, 32, 48)
     assert values["camera_qt"].shape == (1, 5, 7) and values["camera_qt_ref"].shape == (1, 1, 7)
     assert torch.equal(values["camera_qt_ref"][:, 0], values["camera_qt"][:, 0])  # the picture alone: camera 0
     assert values["ref_index"].tolist() == [[0]]
@@ -78,7 +77,8 @@ def test_what_the_conditioning_holds(vae):
     assert set(values["render_mask"].unique().tolist()) == {0, 1}
 
     cameras = given["cameras"].scaled_to(48, 32)
-    assert torch.equal(values["camera_embedding"][0], plucker(normalise(cameras.w2c), cameras.K, 32, 48))
+    assert torch.equal(values["camera_w2c"][0], normalise(cameras.w2c))
+    assert torch.equal(values["camera_K"][0], cameras.K)
 
     image = resize_pictures(given["image"], 32, 48)
     alone = vae.encode(image)
@@ -181,19 +181,19 @@ def test_a_mask_kernel_over_time_sees_every_frame(vae):
     given = inputs(17)
     values, latent = condition(config, vae, **given)
     cameras = given["cameras"].scaled_to(48, 32)
-    assert torch.equal(values["camera_embedding"][0], plucker(normalise(cameras.w2c), cameras.K, 32, 48))
+    assert torch.equal(values["camera_w2c"][0], normalise(cameras.w2c))
+    assert torch.equal(values["camera_K"][0], cameras.K)
     assert latent.shape[2] == values["render_latent"].shape[2] == 5
-    assert values["render_mask"].shape[2] == values["camera_embedding"].shape[2] == 17
+    assert values["render_mask"].shape[2] == 17
     assert "ref_index" not in values and "reference_latent" not in values
 
     few, latent = condition(config, vae, **inputs(3))  # keyframes alone: each stands for itself and those after it
     assert latent.shape[2] == 3 and few["render_mask"].shape[2] == 9
     plain, _ = condition(WorldStereoConfig(scale_map=SIZES, nframe=5), vae, **inputs(3))
-    for name in ("render_mask", "camera_embedding"):
-        for i in range(9):
-            torch.testing.assert_close(
-                few[name][:, :, i], plain[name][:, :, i // 4], atol=1e-4, rtol=1e-5, msg=f"{name}, {i}"
-            )
+    for i in range(9):
+        assert torch.equal(few["render_mask"][:, :, i], plain["render_mask"][:, :, i // 4])
+        for name in ("camera_w2c", "camera_K"):
+            torch.testing.assert_close(few[name][:, i], plain[name][:, i // 4], msg=f"{name}, {i}")
 
 
 def test_references(vae):

@@ -22,9 +22,10 @@ from ..core import (
     xformers_enabled,
 )
 from ..fp8.arithmetic import UPCAST
+from ..scene.cameras import plucker
 from . import context_windows, object_patches
 from .blocks import CHUNK, UPCAST_QUERIES
-from .config import CONFIG_TENSOR, MASK_CAM_CHANNELS, PATCH, WorldStereoConfig, config_content
+from .config import CONFIG_TENSOR, MASK_CAM_CHANNELS, PATCH, SPATIAL_DOWNSCALE, WorldStereoConfig, config_content
 from .model import WorldStereoModel
 from .preview import KeyframeLatents
 from .prompt_cache import COMING_TIMESTEPS, WEIGHTS, WHOLE_TIMESTEPS
@@ -61,7 +62,9 @@ class WorldStereo(WAN21):
 
     Beside core's I2V conditions it reads these, each with a batch axis of 1: `render_latent` [1,16,F,h,w] and
     `reference_latent` [1,16,R,h,w], as the VAE returns them (not normalised), and `render_mask`, `camera_embedding`,
-    `ref_index`, `camera_qt` and `camera_qt_ref` in the shapes of `WorldStereoModel._forward`.
+    `ref_index`, `camera_qt` and `camera_qt_ref` in the shapes of `WorldStereoModel._forward`. Instead of
+    `camera_embedding`, which takes hundreds of megabytes, `camera_w2c` [1,Fm,4,4] from `normalise` and `camera_K`
+    [1,Fm,3,3] in pixels can be given.
     """
 
     def __init__(self, model_config, device=None):
@@ -108,7 +111,14 @@ class WorldStereo(WAN21):
                     f"conditioning was made for {tuple(latent.shape[2:])}: use the latent that "
                     "WorldStereo Conditioning returns."
                 )
-        values = {name: self._on_device(name, kwargs[name], kwargs["device"]) for name in CONDITIONS if name in kwargs}
+        device = kwargs["device"]
+        values = {name: self._on_device(name, kwargs[name], device) for name in CONDITIONS if name in kwargs}
+        if "camera_w2c" in kwargs:
+            w2c, K = kwargs["camera_w2c"], kwargs["camera_K"]
+            height, width = (SPATIAL_DOWNSCALE * side for side in noise.shape[-2:])
+            values["camera_embedding"] = self._kept(
+                "camera_embedding", w2c, device, lambda: plucker(w2c[0], K[0], height, width, device)[None]
+            )
         chosen_for = [int(index) + 1 for index in kwargs.get("ref_index", torch.empty(0)).flatten()]
         return out | {
             name: OfReferences(value, chosen_for) if name in OF_REFERENCES else OnDevice(value)
@@ -116,18 +126,26 @@ class WorldStereo(WAN21):
         }
 
     def _on_device(self, name: str, value: torch.Tensor, device: torch.device) -> torch.Tensor:
-        """The condition in the form the diffusion model needs. What positive and negative share is kept only once."""
-        of_value = self._moved.setdefault(value, {})
-        moved = of_value[name]() if name in of_value else None
-        if moved is None or moved.device != device:
-            value = value.to(device)  # before it is converted: PyTorch's copy would do that on the CPU
+        """The condition in the form the diffusion model needs."""
+
+        def made():
+            moved = value.to(device)  # before it is converted: PyTorch's copy would do that on the CPU
             if name in CONDITION_LATENTS:
-                value = self.process_latent_in(value)
+                moved = self.process_latent_in(moved)
             if name == "reference_latent":
-                value = torch.cat([value, torch.ones_like(value[:, :4]), value], dim=1)
-            moved = convert_tensor(value, self.get_dtype_inference(), device)
-            of_value[name] = weakref.ref(moved)
-        return moved
+                moved = torch.cat([moved, torch.ones_like(moved[:, :4]), moved], dim=1)
+            return moved
+
+        return self._kept(name, value, device, made)
+
+    def _kept(self, name: str, source: torch.Tensor, device: torch.device, make) -> torch.Tensor:
+        """make() in the inference dtype, on the device. What positive and negative share is made only once."""
+        of_source = self._moved.setdefault(source, {})
+        made = of_source[name]() if name in of_source else None
+        if made is None or made.device != device:
+            made = convert_tensor(make(), self.get_dtype_inference(), device)
+            of_source[name] = weakref.ref(made)
+        return made
 
     def resize_cond_for_context_window(self, cond_key, cond_value, window, x_in, device, retain_index_list=[]):
         """The part of a condition that belongs to a context window (core's method)."""

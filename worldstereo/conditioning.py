@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from ..core import ProgressBar, throw_exception_if_processing_interrupted
 from ..files.text import shown
-from ..scene.cameras import Cameras, check_lengths, normalise, plucker, quaternions_and_translations, thin
+from ..scene.cameras import Cameras, check_lengths, normalise, quaternions_and_translations, thin
 from ..scene.pictures import resize_pictures, stretches
 from .config import LATENT_CHANNELS, SPATIAL_DOWNSCALE, WorldStereoConfig
 from .keyframe_vae import check_vae, encode_keyframes
@@ -184,11 +184,11 @@ def condition(
     mask[dense == 0] = 0
     cameras = cameras.scaled_to(width, height)
     seen, repeated = dense.unique(return_inverse=True)
-    rays = plucker(normalise(cameras.w2c[seen]), cameras.K[seen], height, width)
-    if len(seen) < len(dense):  # otherwise this would copy hundreds of megabytes for nothing
-        rays = rays[:, repeated]
-
-    values = {"render_mask": mask.movedim(1, 0)[None], "camera_embedding": rays[None]}
+    values = {
+        "render_mask": mask.movedim(1, 0)[None],
+        "camera_w2c": normalise(cameras.w2c[seen])[repeated][None],
+        "camera_K": cameras.K[dense][None],
+    }
     frames = len(keyframes)
     if config.has_memory:
         targets = cameras[keyframes].w2c
