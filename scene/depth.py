@@ -165,8 +165,10 @@ def unproject(
     to_camera, to_world, shift = (matrix.to(depth.device) for matrix in matrices)
     points, colors = torch.empty(2, len(x), 3, device=depth.device)
     for part in pieces(len(x), PIECE):  # in float64 all points would take a gigabyte
-        pixels = torch.stack([x[part] + 0.5, y[part] + 0.5, torch.ones_like(x[part])])
-        camera = (to_camera @ pixels.double()) * depth[part].double()
-        points[part] = (to_world @ (camera - shift)).T
+        # No matrix products: on a GPU, loading the library's takes longer than all of this.
+        u, v = x[part].double() + 0.5, y[part].double() + 0.5
+        rays = to_camera[:, :1] * u + to_camera[:, 1:2] * v + to_camera[:, 2:]
+        right, down, forward = rays * depth[part].double() - shift
+        points[part] = (to_world[:, :1] * right + to_world[:, 1:2] * down + to_world[:, 2:] * forward).T
         colors[part] = picture[y[part], x[part]]
     return PointCloud(points, colors)

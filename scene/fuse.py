@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from ..core import throw_exception_if_processing_interrupted
-from .cameras import Cameras
+from .cameras import Cameras, with_float64
 from .depth import EDGE_PIXELS, draw_in, in_front, on_edge, unproject
 from .pointcloud import PIECE, PointCloud, neighbour_distances
 from .render import RADIUS, pixels_of, project
@@ -119,7 +119,7 @@ def fuse(
     if len(cloud) == 0:
         raise ValueError("The cloud is empty: there is nothing to fit new depth to.")
     names = names or [f"frame {number}" for number in range(len(frames))]
-    device = torch.device(device) if torch.device(device).type == "cuda" else torch.device("cpu")
+    device = with_float64(device)
     points, colors, old = cloud.points.to(device), cloud.colors.to(device), len(cloud)
     fits, seen = [], []
     for name, frame, depth, w2c, K in zip(names, frames, depths, cameras.w2c, cameras.K):
@@ -237,7 +237,9 @@ def _refined(pairs, guesses, shift):
     threads wait for each other on a busy machine.
     """
     trial = pairs[:, :: math.ceil(pairs.shape[1] / FIT_TRIAL)]
-    costs = ((guesses @ trial - 1).abs() / FIT_SCALE).clamp(max=1).mean(1)
+    # Not a matrix product: for so few numbers, cuBLAS takes longer to load than this to compute.
+    errors = guesses[:, :1] * trial[0] + guesses[:, 1:] * trial[1] - 1
+    costs = errors.abs().clamp(max=FIT_SCALE).sum(1)
     answer, pairs = guesses[costs.argmin()].cpu().numpy(), pairs.cpu().numpy()
     used = 2 if shift else 1
     x, y = pairs

@@ -162,7 +162,7 @@ def neighbour_distances(points: torch.Tensor, count: int, start: int = 0) -> tor
     for part in pieces(len(mean), NEIGHBOUR_PIECE):
         # In a thread: on a busy machine the library's own threads wait for seconds.
         distance, _ = stoppable(partial(tree.query, k=count + 1, workers=-1), places[start:][part])
-        mean[part] = torch.from_numpy(distance[:, 1:].mean(1))
+        mean[part] = torch.from_numpy(distance)[:, 1:].mean(1)
     return mean
 
 

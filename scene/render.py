@@ -125,14 +125,15 @@ def render(
     # Zeros, because copying from a GPU into memory that was not yet touched takes several times as long.
     pictures = torch.zeros(len(cameras), height, width, 3)
     holes = torch.zeros(len(cameras), height, width)
+    behind = colors.new_tensor(background)
     for frame, (w2c, K) in enumerate(zip(cameras.w2c, cameras.K)):
         u, v, index = _visible(points, w2c, K, height, width, radius)
         for band in pieces(height, max(1, tile // width)):
-            picture, seen = _splat(
-                u, v, colors, index, band.start, band.stop, width, radius, points_per_pixel, background, cells
+            picture, taken = _splat(
+                u, v, colors, index, band.start, band.stop, width, radius, points_per_pixel, behind, cells
             )
             pictures[frame, band] = picture.view(-1, width, 3)
-            holes[frame, band] = (~seen).view(-1, width)
+            holes[frame, band] = (taken == 0).view(-1, width)
         progress(1)
     return pictures, holes
 
@@ -205,7 +206,7 @@ def _visible(points, w2c, K, height, width, radius):
 
 
 def _splat(u, v, colors, index, top, bottom, width, radius, points_per_pixel, background, cells):
-    """Rows top..bottom of one frame, flattened: colours [P, 3] and whether a point covers the pixel [P].
+    """Rows top..bottom of one frame, flattened: colours [P, 3] and how many points each pixel is blended from [P].
 
     Points are sorted near to far, so each chunk lies behind those already composited. A chunk's splats are expanded to
     the pixels they cover and sorted by pixel; the sort is stable and so keeps them near to far.
@@ -251,7 +252,7 @@ def _splat(u, v, colors, index, top, bottom, width, radius, points_per_pixel, ba
             mode="sum",
             per_sample_weights=opacity * through.view(-1)[slot],
         )
-    return picture + passed[:, None] * picture.new_tensor(background), taken > 0
+    return picture + passed[:, None] * background, taken
 
 
 def _covered(centre, span, radius, low, high):
