@@ -8,6 +8,7 @@
     python dev.py bench explore [arguments]  explore_picture at full size, without a server: seconds of each path
     python dev.py bench workflow [arguments] the example workflow at full size on the ComfyUI server
     python dev.py bench render               the point-cloud render
+    python dev.py bench vae [arguments]      keyframes through the VAE
     python dev.py bench cook [arguments]     Cook FP8 against cp; needs 30 GB of disk, and is not part of "all"
     python dev.py bench bounds [case ...]    memory and stop button at the largest inputs; not part of "all"
 
@@ -18,7 +19,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-ALL = ("linear", "step", "drift", "workflow", "explore", "render")
+ALL = ("linear", "step", "drift", "workflow", "explore", "render", "vae")
 BENCHMARKS = (*ALL, "multigpu", "cook", "bounds")
 
 

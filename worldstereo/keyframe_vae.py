@@ -29,7 +29,7 @@ def check_vae(vae: Any) -> None:
         )
 
 
-class _OneFrame(TorchFunctionMode):
+class OneFrame(TorchFunctionMode):
     """Computes 3-D convolutions of one frame in 2-D, with the channels last in memory: these kernels take less time and
     less memory."""
 
@@ -59,7 +59,7 @@ class _Interruptible:
     def _coded(self, code, batch):
         coded = []
         for part in pieces(len(batch), BATCH):
-            with _OneFrame():
+            with OneFrame():
                 coded.append(code(batch[part]))
             synchronize()  # otherwise the GPU has all pieces before the stop button is looked at again
             self.progress.update(len(coded[-1]))
