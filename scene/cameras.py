@@ -209,22 +209,22 @@ def plucker(
     (x - 0.5, y + 0.5) for the pixel in column x and row y; the weights were trained with that -0.5. The result is on
     `device`, or on the CPU if that is neither a CUDA GPU nor the CPU.
     """
-    device, w2c, K = with_float64(device), w2c.double(), K.double()
+    device, w2c, K = float64_device(device), w2c.double(), K.double()
     to_rays, origin = w2c[:, :3, :3].mT @ torch.linalg.inv(K), centres(w2c)[:, :, None].expand(-1, 3, 3)
     to_lines = torch.cat([to_rays, torch.linalg.cross(origin, to_rays, dim=1)], dim=1)  # the moment is linear too
-    of_x, of_y, of_both = to_lines.to(device)[..., None, None].unbind(2)
+    of_x, of_y, of_one = to_lines.to(device)[..., None, None].unbind(2)
     x = torch.arange(width, dtype=torch.float64, device=device) - 0.5
     y = torch.arange(height, dtype=torch.float64, device=device)[:, None] + 0.5
     rays = torch.empty(6, len(w2c), height, width, device=device)
     for camera in range(len(w2c)):  # one by one: the float64 intermediates of all would take many times the result
         throw_exception_if_processing_interrupted()
-        lines = (of_x[camera] * x + of_both[camera]) + of_y[camera] * y
+        lines = (of_x[camera] * x + of_one[camera]) + of_y[camera] * y
         lines /= lines[:3].square().sum(0).sqrt()  # norm(dim=0) takes ten times as long
         rays[:, camera] = lines
     return rays
 
 
-def with_float64(device: str | torch.device) -> torch.device:
+def float64_device(device: str | torch.device) -> torch.device:
     """The device, if it is a CUDA GPU; otherwise the CPU, because other GPUs lack float64."""
     device = torch.device(device)
     return device if device.type == "cuda" else torch.device("cpu")

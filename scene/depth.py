@@ -165,7 +165,7 @@ def unproject(
     to_camera, to_world, shift = (matrix.to(depth.device) for matrix in matrices)
     points, colors = torch.empty(2, len(x), 3, device=depth.device)
     for part in pieces(len(x), PIECE):  # in float64 all points would take a gigabyte
-        # No matrix products: on a GPU, loading the library's takes longer than all of this.
+        # No matrix products: on a GPU, cuBLAS takes longer to load than this to compute.
         u, v = x[part].double() + 0.5, y[part].double() + 0.5
         rays = to_camera[:, :1] * u + to_camera[:, 1:2] * v + to_camera[:, 2:]
         right, down, forward = rays * depth[part].double() - shift

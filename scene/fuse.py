@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from ..core import throw_exception_if_processing_interrupted
-from .cameras import Cameras, with_float64
+from .cameras import Cameras, float64_device
 from .depth import EDGE_PIXELS, draw_in, in_front, on_edge, unproject
 from .pointcloud import PIECE, PointCloud, neighbour_distances
 from .render import RADIUS, pixels_of, project
@@ -119,7 +119,7 @@ def fuse(
     if len(cloud) == 0:
         raise ValueError("The cloud is empty: there is nothing to fit new depth to.")
     names = names or [f"frame {number}" for number in range(len(frames))]
-    device = with_float64(device)
+    device = float64_device(device)
     points, colors, old = cloud.points.to(device), cloud.colors.to(device), len(cloud)
     fits, seen = [], []
     for name, frame, depth, w2c, K in zip(names, frames, depths, cameras.w2c, cameras.K):

@@ -27,14 +27,12 @@ def resize_pictures(pictures: torch.Tensor, height: int, width: int, antialias: 
     resized = torch.empty(len(pictures), height, width, 3, device=pictures.device)
     for picture, part in zip(pictures, resized):  # one by one: a batch of large ones would fill the memory
         throw_exception_if_processing_interrupted()
-        if picture.shape[:2] == (height, width):
-            part[:] = picture[..., :3]
-        else:
-            # ComfyUI's --fp16-intermediates gives FP16 pictures, which the CPU cannot resize.
-            channels = picture[..., :3].movedim(-1, 0)[None].float()
+        # ComfyUI's --fp16-intermediates gives FP16 pictures, which the CPU cannot resize.
+        picture = picture[..., :3].float()
+        if picture.shape[:2] != (height, width):
             bicubic = partial(F.interpolate, size=(height, width), mode="bicubic", antialias=antialias)
-            part[:] = stoppable(bicubic, channels)[0].movedim(0, -1)
-        part.clamp_(0, 1)
+            picture = stoppable(bicubic, picture.movedim(-1, 0)[None])[0].movedim(0, -1)
+        torch.clamp(picture, 0, 1, out=part)
     return resized
 
 

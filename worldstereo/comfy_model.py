@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import weakref
+from collections.abc import Callable
 
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -138,7 +139,9 @@ class WorldStereo(WAN21):
 
         return self._kept(name, value, device, made)
 
-    def _kept(self, name: str, source: torch.Tensor, device: torch.device, make) -> torch.Tensor:
+    def _kept(
+        self, name: str, source: torch.Tensor, device: torch.device, make: Callable[[], torch.Tensor]
+    ) -> torch.Tensor:
         """make() in the inference dtype, on the device. What positive and negative share is made only once."""
         of_source = self._moved.setdefault(source, {})
         made = of_source[name]() if name in of_source else None
