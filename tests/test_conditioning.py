@@ -324,6 +324,28 @@ def test_few_keyframes_are_coded_at_a_time_and_the_model_is_prepared_rarely(vae,
     assert coded == pieces and prepared == [0, CALL // BATCH]
 
 
+@torch.inference_mode()  # as ComfyUI runs nodes
+def test_a_picture_too_large_for_the_memory_is_coded_in_tiles(vae, monkeypatch):
+    """As ComfyUI does for any VAE."""
+    pictures = torch.rand(2, 272, 16, 3)
+    latent = encode_keyframes(vae, pictures)
+    frames = decode_keyframes(vae, latent)
+
+    def with_little_memory(code, most):
+        def coded(batch):
+            if batch.shape[-2] > most:
+                raise comfy.model_management.OOM_EXCEPTION("CUDA out of memory.")
+            return code(batch)
+
+        return coded
+
+    for name, most in (("encode", 256), ("decode", 32)):
+        code = getattr(vae.first_stage_model, name)
+        monkeypatch.setattr(vae.first_stage_model, name, with_little_memory(code, most))
+    assert 1e-4 < relative_error(encode_keyframes(vae, pictures), latent) < 0.3
+    assert 1e-4 < relative_error(decode_keyframes(vae, latent), frames) < 0.1
+
+
 def test_convolutions_of_a_keyframe_are_two_dimensional(vae):
     called = set()
 
