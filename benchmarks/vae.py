@@ -55,6 +55,7 @@ def main():
     args = parser.parse_args()
     width, height = (int(side) for side in args.size.split("x"))
     device, dtype = ("cuda", torch.bfloat16) if CUDA else ("cpu", torch.float32)
+    torch.backends.cudnn.allow_tf32 = False  # the reference is in FP32
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
         file = Path(folder) / "vae.safetensors"
         make_vae(file)

@@ -207,7 +207,7 @@ def plucker(
 
     w2c [N, 4, 4] from `normalise`, K [N, 3, 3] in pixels of the width x height picture. A ray goes through
     (x - 0.5, y + 0.5) for the pixel in column x and row y; the weights were trained with that -0.5. The result is on
-    `device`, or on the CPU if that is neither a CUDA GPU nor the CPU.
+    `device`, or on the CPU if that is another kind of GPU than CUDA's.
     """
     device, w2c, K = float64_device(device), w2c.double(), K.double()
     to_rays, origin = w2c[:, :3, :3].mT @ torch.linalg.inv(K), centres(w2c)[:, :, None].expand(-1, 3, 3)
@@ -225,7 +225,7 @@ def plucker(
 
 
 def float64_device(device: str | torch.device) -> torch.device:
-    """The device, if it is a CUDA GPU; otherwise the CPU, because other GPUs lack float64."""
+    """The device, if it is a CUDA GPU; otherwise the CPU, because not every other GPU has float64."""
     device = torch.device(device)
     return device if device.type == "cuda" else torch.device("cpu")
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from ..core import throw_exception_if_processing_interrupted
-from .cameras import Cameras
+from .cameras import Cameras, float64_device
 from .depth import in_front
 from .fuse import FrameFit, FuseReport, fuse
 from .memory import asked_views, best_views, choose_references, frames_to_remember, picture_quality, view_scores
@@ -178,7 +178,7 @@ def remember_clip(
         )
         fits = dict(zip(moving, report.frames))
         size = cameras.height, cameras.width
-        kept = [fitted_depth(depths[frame].float().to(device), fits[frame], *size) for frame in frames]
+        kept = [fitted_depth(depths[frame].to(float64_device(device)), fits[frame], *size) for frame in frames]
         scene = scene.with_cloud(cloud)
     return scene.with_path(name, cameras, frames, [pictures[frame] for frame in frames], kept), report
 

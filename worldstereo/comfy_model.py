@@ -72,7 +72,7 @@ class WorldStereo(WAN21):
         super(WAN21, self).__init__(model_config, ModelType.FLOW, device=device, unet_model=WorldStereoModel)
         self.image_to_video = True
         self.use_prompt_cache = True  # see prompt_cache.py
-        self._moved = WeakTensorKeyDictionary()
+        self._conditions = WeakTensorKeyDictionary()
         self._said: set[str] = set()
         self.memory_usage_factor_conds = ("reference_latent",)
 
@@ -129,7 +129,7 @@ class WorldStereo(WAN21):
     def _on_device(self, name: str, value: torch.Tensor, device: torch.device) -> torch.Tensor:
         """The condition in the form the diffusion model needs."""
 
-        def made():
+        def make():
             moved = value.to(device)  # before it is converted: PyTorch's copy would do that on the CPU
             if name in CONDITION_LATENTS:
                 moved = self.process_latent_in(moved)
@@ -137,18 +137,18 @@ class WorldStereo(WAN21):
                 moved = torch.cat([moved, torch.ones_like(moved[:, :4]), moved], dim=1)
             return moved
 
-        return self._kept(name, value, device, made)
+        return self._kept(name, value, device, make)
 
     def _kept(
         self, name: str, source: torch.Tensor, device: torch.device, make: Callable[[], torch.Tensor]
     ) -> torch.Tensor:
         """make() in the inference dtype, on the device. What positive and negative share is made only once."""
-        of_source = self._moved.setdefault(source, {})
-        made = of_source[name]() if name in of_source else None
-        if made is None or made.device != device:
-            made = convert_tensor(make(), self.get_dtype_inference(), device)
-            of_source[name] = weakref.ref(made)
-        return made
+        of_source = self._conditions.setdefault(source, {})
+        kept = of_source[name]() if name in of_source else None
+        if kept is None or kept.device != device:
+            kept = convert_tensor(make(), self.get_dtype_inference(), device)
+            of_source[name] = weakref.ref(kept)
+        return kept
 
     def resize_cond_for_context_window(self, cond_key, cond_value, window, x_in, device, retain_index_list=[]):
         """The part of a condition that belongs to a context window (core's method)."""

@@ -1,5 +1,5 @@
 """From picture, render and cameras to the model's conditions, as in WorldStereo's pipeline: sizes, thinning, condition
-latent, camera embedding, references."""
+latent, cameras, references."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -67,7 +67,7 @@ def keyframe_size(config: WorldStereoConfig, height: int, width: int) -> tuple[i
 
 
 def _frames(config: WorldStereoConfig, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which of `count` given frames become keyframes, and which are used for render mask and camera embedding.
+    """Which of `count` given frames become keyframes, and which are used for render mask and cameras.
 
     A mask kernel over d frames needs d·(F−1) + 1 of them for F keyframes. If fewer were given, each keyframe is
     repeated d times.

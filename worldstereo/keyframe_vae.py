@@ -11,7 +11,7 @@ from ..core import TAEHV, HunyuanVideo, ProgressBar, WanVAE, synchronize
 from ..scene.stop import pieces
 from .config import LATENT_CHANNELS
 
-BATCH = 3  # pictures that the VAE codes at a time: in between it can be interrupted; 21 keyframes are seven batches
+BATCH = 3  # pictures that the VAE codes at a time: in between it can be interrupted; decoding 21 keyframes takes seven
 CALL = 10 * BATCH  # pictures per call of ComfyUI's VAE, which prepares its model at every call
 
 
@@ -30,17 +30,20 @@ def check_vae(vae: Any) -> None:
 
 
 class OneFrame(TorchFunctionMode):
-    """Computes 3-D convolutions of one frame in 2-D, with the channels last in memory: these kernels take less time and
-    less memory."""
+    """Computes 3-D convolutions of one frame in 2-D, with the channels last in memory: on NVIDIA GPUs these kernels take
+    less time and less memory, on CPUs less time."""
 
     def __torch_function__(self, function, types, arguments=(), named=None):
         if function is torch.conv3d:
             x, weight, bias, stride, padding, dilation, groups = arguments  # as `torch.nn.Conv3d` calls it
-            if x.shape[2] == weight.shape[2] == 1 and padding[0] == 0:
-                x = x.squeeze(2).contiguous(memory_format=torch.channels_last)
-                weight = weight.squeeze(2)
-                return F.conv2d(x, weight, bias, stride[1:], padding[1:], dilation[1:], groups).unsqueeze(2)
-        return function(*arguments, **(named or {}))
+        elif function is torch.cudnn_convolution:  # core's way around a bug of cuDNN's; core adds the bias afterwards
+            (x, weight, padding, stride, dilation, groups), bias = arguments, None
+        else:
+            return function(*arguments, **(named or {}))
+        if not (x.ndim == 5 and x.shape[2] == weight.shape[2] == 1 and padding[0] == 0):
+            return function(*arguments, **(named or {}))
+        x = x.squeeze(2).contiguous(memory_format=torch.channels_last)
+        return F.conv2d(x, weight.squeeze(2), bias, stride[1:], padding[1:], dilation[1:], groups).unsqueeze(2)
 
 
 class _Interruptible:
