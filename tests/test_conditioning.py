@@ -369,6 +369,14 @@ def test_cores_way_around_a_bug_of_cudnn_is_two_dimensional_too(vae, monkeypatch
     assert 0 < relative_error(encode_keyframes(half, pictures), expected) < 0.04  # it rounds before it adds the bias
 
 
+def test_a_convolution_of_one_frame_in_2d_gives_what_it_gives_in_3d():
+    conv = torch.nn.Conv3d(4, 6, (1, 3, 2), stride=(1, 2, 1), padding=(0, 1, 0), dilation=(1, 1, 2), groups=2)
+    x = torch.rand(2, 4, 1, 6, 7)
+    expected = conv(x)
+    with keyframe_vae.OneFrame():
+        torch.testing.assert_close(conv(x), expected)
+
+
 @pytest.mark.parametrize(
     "frames, kernel, padding", [(1, (1, 3, 3), (1, 1, 1)), (1, (3, 3, 3), (1, 1, 1)), (2, (1, 3, 3), (0, 1, 1))]
 )
