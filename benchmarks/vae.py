@@ -17,6 +17,7 @@ from pathlib import Path
 from step import make_vae  # makes ComfyUI and the pack importable
 
 # isort: split
+import comfy.model_management
 import comfy.sd
 import comfy.utils
 import torch
@@ -28,22 +29,17 @@ RUNS = 5
 CUDA = torch.cuda.is_available()
 
 
-def wait():
-    if CUDA:
-        torch.cuda.synchronize()
-
-
 def measured(code, batch):
     """Milliseconds for each picture, GiB taken beside weights and input at the peak, and the result."""
     code(batch)
     before = torch.cuda.memory_allocated() if CUDA else 0
     if CUDA:
         torch.cuda.reset_peak_memory_stats()
-    wait()
+    comfy.model_management.synchronize()
     start = time.perf_counter()
     for _ in range(RUNS):
         result = code(batch)
-    wait()
+    comfy.model_management.synchronize()
     milliseconds = (time.perf_counter() - start) / RUNS / len(batch) * 1000
     return milliseconds, (torch.cuda.max_memory_allocated() - before) / GIB if CUDA else 0.0, result
 

@@ -108,8 +108,8 @@ def fuse(
 
     A frame adds nothing if it overlaps the cloud too little, if its fitted depth is off by more than RESIDUAL_LIMIT, or
     if its disparity fits far better than its depth; the report and a warning in the log name it. progress(1) is called
-    after every frame. device: a CUDA GPU; anything else means the CPU (`float64_device`). Raises
-    ValueError for counts that differ and for an empty cloud.
+    after every frame. device: a CUDA GPU; anything else means the CPU (`float64_device`). Raises ValueError for counts
+    that differ and for an empty cloud.
     """
     if not len(frames) == len(depths) == len(cameras):
         raise ValueError(

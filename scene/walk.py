@@ -177,8 +177,8 @@ def remember_clip(
             progress=progress,
         )
         fits = dict(zip(moving, report.frames))
-        size = cameras.height, cameras.width
-        kept = [fitted_depth(depths[frame].to(float64_device(device)), fits[frame], *size) for frame in frames]
+        device = float64_device(device)  # where `fuse` computes
+        kept = [fitted_depth(depths[frame].to(device), fits[frame], cameras.height, cameras.width) for frame in frames]
         scene = scene.with_cloud(cloud)
     return scene.with_path(name, cameras, frames, [pictures[frame] for frame in frames], kept), report
 
