@@ -4,14 +4,16 @@
     python dev.py bench explore --toy        at toy size, on a machine without a GPU too
 
 What the workflow's nodes call is called here, in their order and in one process: it needs neither ComfyUI's server and page
-nor PyAV. The 14 B model and the VAE have random weights of the published shapes. Text, CLIP vision and MoGe are missing:
-random embeddings and the drawn room's exact depth take their place, and their time is not in the figures.
+nor PyAV. The 14 B model, the VAE and MoGe have random weights of the published shapes. What such a MoGe gives is no depth, so it
+is only timed, and the scene gets the drawn room's exact depth. Text and CLIP vision are missing: random embeddings take
+their place, and their time is not in the figures.
 --vram: how many GiB of VRAM the process can have beside its CUDA context (0: all); another process takes the rest.
 """
 
 import argparse
 import contextlib
 import importlib.util
+import math
 import sys
 import tempfile
 import time
@@ -30,6 +32,7 @@ import comfy.sd
 import comfy.utils
 import torch
 from card import GIB, Ballast
+from moge import random_moge, run_moge
 from worldstereo_fp8.demo import toy
 from worldstereo_fp8.loaders import load_worldstereo
 from worldstereo_fp8.scene import sample
@@ -47,7 +50,7 @@ from worldstereo_fp8.worldstereo.keyframe_vae import decode_keyframes
 from worldstereo_fp8.worldstereo.schedule import dmd_sigmas
 
 LIST = "picture: left, right, up, loop"
-SAMPLING, EXACT_DEPTH = "sampling", "exact depth"
+SAMPLING, MOGE, EXACT_DEPTH = "sampling", "MoGe", "exact depth"
 REMEMBERED = 8
 TOY_KEYFRAMES = 5
 SCENE_PATHS, WANTED_MINUTES = 33, 10  # a published panorama scene's paths
@@ -86,7 +89,7 @@ def exact_depths(cameras: Cameras) -> list[torch.Tensor]:
     return depths
 
 
-def take_path(scene, walk, patcher, vae, text, seed, keyframes, device):
+def take_path(scene, walk, patcher, vae, moge, text, seed, keyframes, device):
     """One path, as Explore Scene's nodes take it: the scene with it, and the seconds of its parts."""
     clock, nothing = Clock(), lambda count: None
     with clock.part("start and cameras"):
@@ -111,6 +114,8 @@ def take_path(scene, walk, patcher, vae, text, seed, keyframes, device):
         images = decode_keyframes(vae, sampled)
     if not images.isfinite().all():
         sys.exit("The result is not finite.")
+    with clock.part(MOGE):
+        run_moge(moge, images, lens(cameras))
     with clock.part(EXACT_DEPTH):
         depths = exact_depths(cameras)
     with clock.part("adding to the scene"):
@@ -120,8 +125,13 @@ def take_path(scene, walk, patcher, vae, text, seed, keyframes, device):
     refused = [frame.name for frame in report.frames if frame.refused]
     if refused:
         sys.exit(f"Exact depth was refused: {', '.join(refused)}.")
-    exact = clock.seconds.pop(EXACT_DEPTH)  # stands in for MoGe, whose time is not in the figures
+    exact = clock.seconds.pop(EXACT_DEPTH)  # for this benchmark alone
     return scene, clock.seconds, exact, len(prepared.views)
+
+
+def lens(cameras: Cameras) -> float:
+    """The cameras' horizontal field of view in degrees."""
+    return math.degrees(2 * math.atan(cameras.width / (2 * cameras.K[0, 0, 0].item())))
 
 
 def share_not_sampling(rows):
@@ -163,23 +173,30 @@ def main() -> int:
         dtype = None if CUDA else torch.float32  # 3-D convolutions in half precision are slow on most CPUs
         vae = comfy.sd.VAE(sd=comfy.utils.load_torch_file(str(vae_file)), dtype=dtype)
         loaded = time.perf_counter() - began
+        moge = random_moge(args.toy)
         height, width = keyframe_size(config_of(patcher), sample.HEIGHT, sample.WIDTH)
         geometry = sample.geometry(sample.start_camera())
+        start = Clock()
+        with start.part(MOGE):
+            run_moge(moge, geometry["image"], 0)
         scene = scene_of_picture(geometry["image"], geometry, None, "", 0, 0, width, height)
         width_of_text = patcher.model.diffusion_model.text_embedding[0].in_features
         text = torch.randn(1, 512, width_of_text, generator=torch.Generator().manual_seed(1))
         keyframes = TOY_KEYFRAMES if args.toy else config_of(patcher).nframe
         name = torch.cuda.get_device_name() if CUDA else "CPU"
         print(
-            f"{name}, {width}x{height}, {keyframes} keyframes, {'toy' if args.toy else '14 B'} model; read in {loaded:.1f} s\n"
+            f"{name}, {width}x{height}, {keyframes} keyframes, {'toy' if args.toy else '14 B'} model; read in {loaded:.1f} s; "
+            f"MoGe of the picture {start.seconds[MOGE]:.2f} s\n"
         )
         print(
             "| path | references | points after | s | sampling s | the rest | its parts, s | exact depth, not counted, s |\n"
             "|---|---:|---:|---:|---:|---:|---|---:|"
         )
-        rows = []
+        rows, of_picture = [], start.seconds[MOGE]
         for number, walk in enumerate(read_walks(LISTS[LIST])[: args.paths]):
-            scene, seconds, exact, references = take_path(scene, walk, patcher, vae, text, number, keyframes, device)
+            scene, seconds, exact, references = take_path(
+                scene, walk, patcher, vae, moge, text, number, keyframes, device
+            )
             whole, sampling = sum(seconds.values()), seconds[SAMPLING]
             rows.append((whole, sampling))
             parts = ", ".join(f"{part} {s:.2f}" for part, s in seconds.items() if part != SAMPLING)
@@ -190,9 +207,9 @@ def main() -> int:
             )
         peak = f"Peak VRAM {peak_bytes(patcher) / GIB:.2f} GiB. " if CUDA else ""
     (first, _), *later = rows
-    print(
-        f"\n{peak}{len(rows)} paths: {sum(s for s, _ in rows):.2f} s, of it not sampling {share_not_sampling(rows):.1%}."
-    )
+    whole = of_picture + sum(s for s, _ in rows)
+    share = share_not_sampling([(of_picture, 0), *rows])
+    print(f"\n{peak}{len(rows)} paths and MoGe of the picture: {whole:.2f} s, of it not sampling {share:.1%}.")
     whole = sum(s for s, _ in later) / len(later)
     scene_minutes = (loaded + first + (SCENE_PATHS - 1) * whole) / 60
     print(

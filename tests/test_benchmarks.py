@@ -30,6 +30,7 @@ def test_explore_runs_without_a_server_and_without_pyav(tmp_path):
         whole, sampling = float(row[3]), float(row[4])
         parts = sum(float(part.split()[-1]) for part in row[6].split(","))
         assert 0 < sampling < whole and abs(sampling + parts - whole) < 0.1
+        assert ", MoGe " in row[6]
     assert "33 paths:" in run.stdout and "a toy's figures" in run.stdout
 
 

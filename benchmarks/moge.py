@@ -1,0 +1,59 @@
+"""MoGe 2 with random weights, of the shapes of the published ViT-L with normals, or of a toy."""
+
+import torch
+from comfy.ldm.moge.model import MoGeModel, MoGeModelV2
+
+LAYERS, WIDTH = 24, 1024
+TOY_LAYERS, TOY_WIDTH, TOY_TOKENS = 4, 64, (100, 100)
+HEAD_WIDTH = 64
+LEVEL, BATCH = 9, 4  # as Explore Scene calls it
+
+
+def random_moge(toy: bool = False) -> MoGeModel:
+    """Core's MoGe, drawn at random; its activations stay near unit size. The shapes are those of configs/train/v2.json in
+    MoGe's repository."""
+    layers, width = (TOY_LAYERS, TOY_WIDTH) if toy else (LAYERS, WIDTH)
+    widths = [width, width // 4, width // 8, width // 16, width // 32]
+    stack = {
+        "dim_res_blocks": widths,
+        "resamplers": ["conv_transpose"] * 3 + ["bilinear"],
+        "res_block_in_norm": "none",
+        "res_block_hidden_norm": "none",
+    }
+    heads = {
+        name: stack | {"dim_in": widths, "dim_out": [None] * 4 + [channels], "num_res_blocks": [0, 1, 1, 1, 0]}
+        for name, channels in (("points_head", 3), ("normal_head", 3), ("mask_head", 1))
+    }
+    backbone = {
+        "hidden_size": width,
+        "num_attention_heads": width // HEAD_WIDTH,
+        "num_hidden_layers": layers,
+        "layer_norm_eps": 1e-6,
+        "use_swiglu_ffn": False,
+    }
+    quarters = [layers * quarter // 4 - 1 for quarter in range(1, 5)]
+    model = MoGeModelV2(
+        encoder={"backbone": backbone, "intermediate_layers": quarters, "dim_out": width},
+        neck=stack | {"dim_in": [width + 2, 2, 2, 2, 2], "dim_out": [None] * 5, "num_res_blocks": [0, 2, 2, 2, 0]},
+        scale_head={"dims": [width, width, width, 1]},
+        **heads,
+        operations=torch.nn,  # core's own make no weights where VRAM is dynamic
+    )
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        deviation = parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 0.02
+        parameter.data.normal_(0, deviation, generator=generator)
+    moge = MoGeModel(model.state_dict())
+    if toy:
+        moge.num_tokens_range = TOY_TOKENS
+    if moge.load_device.type == "cpu":  # where PyTorch cannot resize pictures in half precision
+        moge.dtype = torch.float32
+        moge.model.float()
+    return moge
+
+
+def run_moge(model: MoGeModel, images: torch.Tensor, fov: float) -> None:
+    """The geometry of pictures [N, H, W, 3] in 0..1, as core's Run MoGe Inference computes it; it is not returned. fov:
+    their horizontal field of view in degrees; 0 if MoGe is to find it."""
+    for batch in images.movedim(-1, 1).split(BATCH):
+        model.infer(batch, resolution_level=LEVEL, fov_x=fov or None)
