@@ -140,6 +140,8 @@ def link_to_checkout(link: Path) -> None:
 def create_venv() -> None:
     if not VENV_PYTHON.is_file():
         step("Creating a virtual environment in .dev/venv (a few seconds)")
+        for stamp in (STAMP, LINT_STAMP):  # nothing of what they stand for is in a new one
+            stamp.unlink(missing_ok=True)
         venv.create(DEV / "venv", with_pip=True)
 
 

@@ -161,3 +161,19 @@ def test_the_tests_tools_are_installed_again_when_their_requirements_change(dev,
         requirements.write_text(pinned, "utf-8")
         assert dev.set_up() == (dev.DEV / "ComfyUI", str(python))
     assert installed == ["pytest==1", "pytest==2"]
+
+
+def test_a_new_virtual_environment_has_nothing_of_the_one_before(dev, monkeypatch):
+    python = dev.DEV / "venv" / "python"
+    python.parent.mkdir(parents=True)
+    monkeypatch.setattr(dev, "VENV_PYTHON", python)
+    monkeypatch.setattr(dev.venv, "create", lambda folder, with_pip: python.touch())
+    for stamp in (dev.STAMP, dev.LINT_STAMP):
+        stamp.write_text("installed", "utf-8")
+    python.touch()
+    dev.create_venv()
+    assert dev.is_stamped(dev.STAMP, "installed") and dev.is_stamped(dev.LINT_STAMP, "installed")
+    python.unlink()  # the virtual environment was deleted; lint and tests each make a new one
+    dev.create_venv()
+    assert python.is_file()
+    assert not dev.is_stamped(dev.STAMP, "installed") and not dev.is_stamped(dev.LINT_STAMP, "installed")
