@@ -4,16 +4,15 @@
     python dev.py bench explore --toy        at toy size, on a machine without a GPU too
 
 What the workflow's nodes call is called here, in their order and in one process: it needs neither ComfyUI's server and page
-nor PyAV. The 14 B model, the VAE and MoGe have random weights of the published shapes. What such a MoGe gives is no depth, so it
-is only timed, and the scene gets the drawn room's exact depth. Text and CLIP vision are missing: random embeddings take
-their place, and their time is not in the figures.
+nor PyAV. The 14 B model, the VAE and MoGe have random weights of the published shapes. Such a MoGe finds no depth: it is
+timed, and the scene gets the drawn room's exact depth. Text and CLIP vision are missing: random embeddings take their place,
+and their time is not in the figures.
 --vram: how many GiB of VRAM the process can have beside its CUDA context (0: all); another process takes the rest.
 """
 
 import argparse
 import contextlib
 import importlib.util
-import math
 import sys
 import tempfile
 import time
@@ -40,7 +39,7 @@ from worldstereo_fp8.scene.camera_path import Move, depth_of_scene, move_on
 from worldstereo_fp8.scene.cameras import Cameras
 from worldstereo_fp8.scene.explore import LISTS, read_walks
 from worldstereo_fp8.scene.fuse import POINTS_LIMIT
-from worldstereo_fp8.scene.memory import REFERENCES
+from worldstereo_fp8.scene.memory import REFERENCES, REMEMBERED
 from worldstereo_fp8.scene.render import RADIUS
 from worldstereo_fp8.scene.start import scene_of_picture
 from worldstereo_fp8.scene.walk import prepare_path, remember_clip, start_view
@@ -51,7 +50,6 @@ from worldstereo_fp8.worldstereo.schedule import dmd_sigmas
 
 LIST = "picture: left, right, up, loop"
 SAMPLING, MOGE, EXACT_DEPTH = "sampling", "MoGe", "exact depth"
-REMEMBERED = 8
 TOY_KEYFRAMES = 5
 SCENE_PATHS, WANTED_MINUTES = 33, 10  # a published panorama scene's paths
 CUDA = torch.cuda.is_available()
@@ -115,7 +113,7 @@ def take_path(scene, walk, patcher, vae, moge, text, seed, keyframes, device):
     if not images.isfinite().all():
         sys.exit("The result is not finite.")
     with clock.part(MOGE):
-        run_moge(moge, images, lens(cameras))
+        run_moge(moge, images, cameras.fov)
     with clock.part(EXACT_DEPTH):
         depths = exact_depths(cameras)
     with clock.part("adding to the scene"):
@@ -125,13 +123,8 @@ def take_path(scene, walk, patcher, vae, moge, text, seed, keyframes, device):
     refused = [frame.name for frame in report.frames if frame.refused]
     if refused:
         sys.exit(f"Exact depth was refused: {', '.join(refused)}.")
-    exact = clock.seconds.pop(EXACT_DEPTH)  # for this benchmark alone
+    exact = clock.seconds.pop(EXACT_DEPTH)  # the workflow has no such part
     return scene, clock.seconds, exact, len(prepared.views)
-
-
-def lens(cameras: Cameras) -> float:
-    """The cameras' horizontal field of view in degrees."""
-    return math.degrees(2 * math.atan(cameras.width / (2 * cameras.K[0, 0, 0].item())))
 
 
 def share_not_sampling(rows):
@@ -176,9 +169,10 @@ def main() -> int:
         moge = random_moge(args.toy)
         height, width = keyframe_size(config_of(patcher), sample.HEIGHT, sample.WIDTH)
         geometry = sample.geometry(sample.start_camera())
-        start = Clock()
-        with start.part(MOGE):
-            run_moge(moge, geometry["image"], 0)
+        clock = Clock()
+        with clock.part(MOGE):
+            run_moge(moge, geometry["image"], None)
+        of_picture = clock.seconds[MOGE]
         scene = scene_of_picture(geometry["image"], geometry, None, "", 0, 0, width, height)
         width_of_text = patcher.model.diffusion_model.text_embedding[0].in_features
         text = torch.randn(1, 512, width_of_text, generator=torch.Generator().manual_seed(1))
@@ -186,13 +180,13 @@ def main() -> int:
         name = torch.cuda.get_device_name() if CUDA else "CPU"
         print(
             f"{name}, {width}x{height}, {keyframes} keyframes, {'toy' if args.toy else '14 B'} model; read in {loaded:.1f} s; "
-            f"MoGe of the picture {start.seconds[MOGE]:.2f} s\n"
+            f"MoGe of the picture {of_picture:.2f} s\n"
         )
         print(
             "| path | references | points after | s | sampling s | the rest | its parts, s | exact depth, not counted, s |\n"
             "|---|---:|---:|---:|---:|---:|---|---:|"
         )
-        rows, of_picture = [], start.seconds[MOGE]
+        rows = []
         for number, walk in enumerate(read_walks(LISTS[LIST])[: args.paths]):
             scene, seconds, exact, references = take_path(
                 scene, walk, patcher, vae, moge, text, number, keyframes, device
@@ -207,11 +201,11 @@ def main() -> int:
             )
         peak = f"Peak VRAM {peak_bytes(patcher) / GIB:.2f} GiB. " if CUDA else ""
     (first, _), *later = rows
-    whole = of_picture + sum(s for s, _ in rows)
+    together = of_picture + sum(s for s, _ in rows)
     share = share_not_sampling([(of_picture, 0), *rows])
-    print(f"\n{peak}{len(rows)} paths and MoGe of the picture: {whole:.2f} s, of it not sampling {share:.1%}.")
+    print(f"\n{peak}{len(rows)} paths and MoGe of the picture: {together:.2f} s, of it not sampling {share:.1%}.")
     whole = sum(s for s, _ in later) / len(later)
-    scene_minutes = (loaded + first + (SCENE_PATHS - 1) * whole) / 60
+    scene_minutes = (loaded + of_picture + first + (SCENE_PATHS - 1) * whole) / 60
     print(
         f"After the first path, which also compiles kernels and moves the weights, a path takes {whole:.2f} s, of it not "
         f"sampling {share_not_sampling(later):.1%}. {SCENE_PATHS} paths: {scene_minutes:.1f} minutes (at most "

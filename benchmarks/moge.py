@@ -1,17 +1,17 @@
-"""MoGe 2 with random weights, of the shapes of the published ViT-L with normals, or of a toy."""
+"""MoGe 2 (ViT-L, with normals) with random weights, at full size or as a toy."""
 
 import torch
 from comfy.ldm.moge.model import MoGeModel, MoGeModelV2
+from worldstereo_fp8.scene.explore import MOGE_BATCH, MOGE_LEVEL
 
 LAYERS, WIDTH = 24, 1024
 TOY_LAYERS, TOY_WIDTH, TOY_TOKENS = 4, 64, (100, 100)
 HEAD_WIDTH = 64
-LEVEL, BATCH = 9, 4  # as Explore Scene calls it
 
 
 def random_moge(toy: bool = False) -> MoGeModel:
-    """Core's MoGe, drawn at random; its activations stay near unit size. The shapes are those of configs/train/v2.json in
-    MoGe's repository."""
+    """Core's MoGe with random weights that keep activations near unit size. At full size the shapes are those of
+    configs/train/v2.json in MoGe's repository."""
     layers, width = (TOY_LAYERS, TOY_WIDTH) if toy else (LAYERS, WIDTH)
     widths = [width, width // 4, width // 8, width // 16, width // 32]
     stack = {
@@ -37,7 +37,7 @@ def random_moge(toy: bool = False) -> MoGeModel:
         neck=stack | {"dim_in": [width + 2, 2, 2, 2, 2], "dim_out": [None] * 5, "num_res_blocks": [0, 2, 2, 2, 0]},
         scale_head={"dims": [width, width, width, 1]},
         **heads,
-        operations=torch.nn,  # core's own make no weights where VRAM is dynamic
+        operations=torch.nn,  # with dynamic VRAM, core's own layers have no weights until a file is loaded
     )
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
@@ -52,8 +52,8 @@ def random_moge(toy: bool = False) -> MoGeModel:
     return moge
 
 
-def run_moge(model: MoGeModel, images: torch.Tensor, fov: float) -> None:
-    """The geometry of pictures [N, H, W, 3] in 0..1, as core's Run MoGe Inference computes it; it is not returned. fov:
-    their horizontal field of view in degrees; 0 if MoGe is to find it."""
-    for batch in images.movedim(-1, 1).split(BATCH):
-        model.infer(batch, resolution_level=LEVEL, fov_x=fov or None)
+def run_moge(model: MoGeModel, images: torch.Tensor, fov: float | None) -> None:
+    """Runs MoGe on pictures [N, H, W, 3] in 0..1 as Explore Scene does. fov: their horizontal field of view in degrees;
+    None to have MoGe find it."""
+    for batch in images.movedim(-1, 1).split(MOGE_BATCH):
+        model.infer(batch, resolution_level=MOGE_LEVEL, fov_x=fov)

@@ -1,15 +1,13 @@
 """Nodes for a scene that remembers: start it, render a path, add the generated frames, continue, explore a list of
 paths."""
 
-import math
-
 from comfy_api.latest import io
 
 from ..core import GraphBuilder, ProgressBar, get_torch_device
 from ..scene.depth import depths_of_moge
-from ..scene.explore import LAST, LISTS, OWN_LIST, read_walks
+from ..scene.explore import LAST, LISTS, MOGE_BATCH, MOGE_LEVEL, OWN_LIST, read_walks
 from ..scene.fuse import POINTS_LIMIT
-from ..scene.memory import REFERENCES
+from ..scene.memory import REFERENCES, REMEMBERED
 from ..scene.panorama import not_whole
 from ..scene.pictures import stretches, within
 from ..scene.render import RADIUS, summary
@@ -167,7 +165,7 @@ class WorldStereoAddToScene(io.ComfyNode):
                 io.String.Input("name", default="", tooltip="The path's name. Empty: path_1, path_2 and so on."),
                 io.Int.Input(
                     "remember",
-                    default=8,
+                    default=REMEMBERED,
                     min=1,
                     max=100,
                     tooltip="How many keyframes become views: never the first, always the last.",
@@ -249,9 +247,9 @@ class WorldStereoContinue(io.ComfyNode):
     def execute(cls, scene, view) -> io.NodeOutput:
         number = start_view(scene, view.strip())
         picture = scene.picture(number)
-        fov = math.degrees(2 * math.atan(scene.cameras.width / 2 / scene.cameras.K[number, 0, 0].item()))
+        camera = scene.cameras[number]
         show_on_node(cls, f"{scene.names[number]}, one of {len(scene)} views")
-        return io.NodeOutput(picture, scene.cameras[number], scene.cloud, fov, ui=preview_of(cls, picture))
+        return io.NodeOutput(picture, camera, scene.cloud, camera.fov, ui=preview_of(cls, picture))
 
 
 class WorldStereoExploreScene(io.ComfyNode):
@@ -463,9 +461,9 @@ class WorldStereoExploreScene(io.ComfyNode):
                 "depth",
                 moge_model=moge_model,
                 image=images,
-                resolution_level=9,
+                resolution_level=MOGE_LEVEL,
                 fov_x_degrees=start(3),  # a path has the lens of its start
-                batch_size=4,
+                batch_size=MOGE_BATCH,
                 force_projection=True,
                 apply_mask=True,
             )(0)
@@ -476,7 +474,7 @@ class WorldStereoExploreScene(io.ComfyNode):
             images=images,
             cameras=cameras,
             name=walk.name,
-            remember=8,
+            remember=REMEMBERED,
             max_points=POINTS_LIMIT,
             depth=depth,
         )

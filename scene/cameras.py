@@ -4,6 +4,7 @@ Axes are OpenCV's everywhere: x right, y down, z forward. `w2c` takes world coor
 """
 
 import json
+import math
 from collections.abc import Sized
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,6 +103,11 @@ class Cameras:
 
     def __len__(self):
         return len(self.w2c)
+
+    @property
+    def fov(self) -> float:
+        """The first camera's horizontal field of view in degrees."""
+        return math.degrees(2 * math.atan(self.width / 2 / self.K[0, 0, 0].item()))
 
     def __getitem__(self, index):
         """The cameras at a slice, a list of indices or one index, as Cameras. Raises IndexError for one out of

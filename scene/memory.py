@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from .cameras import centres, rotation_to_quaternion
 
 REFERENCES = 8  # the most the model was trained with
+REMEMBERED = 8  # of the 21 keyframes of a clip, as in the original
 NEAR, FAR = 0.1, 10.0  # distances from the camera between which frusta are compared, in scene units
 STEEPNESS = 5.0  # with which the score falls beyond FREE_ANGLE
 FREE_ANGLE = 90.0  # degrees between two viewing directions up to which the score does not fall
@@ -148,7 +149,7 @@ def picture_quality(picture: torch.Tensor) -> float:
     return (0.4 * sharpness + 0.3 * entropy + 0.3 * grey.std(correction=0) / 128).item()
 
 
-def frames_to_remember(frames: int, count: int = 8) -> list[int]:
+def frames_to_remember(frames: int, count: int = REMEMBERED) -> list[int]:
     """The numbers of the frames of a clip that are remembered: never the first, always the last, closer together
     towards the end. All but the first if there are no more than `count` of these. Raises ValueError for fewer than 2
     frames or a count below 1."""

@@ -161,3 +161,8 @@ def test_centres_are_where_the_pose_maps_to_zero():
     w2c = path_of(6).w2c
     centre = torch.cat([centres(w2c), torch.ones(6, 1)], 1)
     torch.testing.assert_close((w2c @ centre[..., None])[:, :3, 0], torch.zeros(6, 3), atol=1e-6, rtol=0)
+
+
+def test_the_horizontal_field_of_view():
+    K = torch.tensor([[[400.0, 0, 400], [0, 300, 200], [0, 0, 1]]])
+    assert Cameras(torch.eye(4)[None], K, 800, 400).fov == pytest.approx(90)

@@ -347,16 +347,22 @@ def test_a_picture_too_large_for_the_memory_is_coded_in_tiles(vae, monkeypatch):
     assert 1e-4 < relative_error(decode_keyframes(vae, latent), frames) < 0.1
 
 
+class Seen(TorchFunctionMode):
+    """Keeps which of PyTorch's functions were called, with their arguments by position."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_function__(self, function, types, arguments=(), named=None):
+        self.calls.append((function, arguments))
+        return function(*arguments, **(named or {}))
+
+
 def test_convolutions_of_a_keyframe_are_two_dimensional(vae):
-    called = set()
-
-    class Seen(TorchFunctionMode):
-        def __torch_function__(self, function, types, arguments=(), named=None):
-            called.add(function)
-            return function(*arguments, **(named or {}))
-
-    with Seen():
+    with Seen() as seen:
         decode_keyframes(vae, encode_keyframes(vae, torch.rand(2, 32, 48, 3)))
+    called = {function for function, _ in seen.calls}
     assert torch.conv2d in called and not called & {torch.conv3d, torch.cudnn_convolution}
 
 
@@ -365,18 +371,13 @@ def test_cores_way_around_a_bug_of_cudnn_is_two_dimensional_too(vae, monkeypatch
     half = comfy.sd.VAE(sd=vae.first_stage_model.state_dict(), dtype=torch.bfloat16)
     pictures = torch.rand(2, 32, 48, 3)
     expected = encode_keyframes(half, pictures)
-    biases = []
-
-    class Seen(TorchFunctionMode):
-        def __torch_function__(self, function, types, arguments=(), named=None):
-            if function is torch.conv2d and arguments[0].shape[1] == 3:  # the pictures', not those of core's 2-D layers
-                biases.append(arguments[2])
-            return function(*arguments, **(named or {}))
-
     monkeypatch.setattr(comfy.ops, "NVIDIA_MEMORY_CONV_BUG_WORKAROUND", True)
-    with Seen():
+    with Seen() as seen:
         found = encode_keyframes(half, pictures)
-    assert biases == [None]
+    convolutions = [arguments for function, arguments in seen.calls if function is torch.conv2d]
+    assert [bias for x, _, bias, *_ in convolutions if x.shape[1] == 3] == [
+        None
+    ]  # of the first layer: it alone sees RGB
     assert relative_error(found, expected) < 0.04  # on a CPU it rounds before it adds the bias
 
 
