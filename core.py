@@ -12,11 +12,13 @@ NAMES = {
     # Devices and memory
     "cast_to": ("comfy.model_management", "modulation parameters on the computing device"),
     "dtype_size": ("comfy.model_management", "the VRAM estimate"),
+    "free_memory": ("comfy.model_management", "room for MoGe's activations"),
     "get_free_memory": ("comfy.model_management", "the loader's memory line"),
     "get_torch_device": ("comfy.model_management", "where models, renders and cooks compute"),
     "get_torch_device_name": ("comfy.model_management", "the card's name in messages"),
     "is_device_cpu": ("comfy.model_management", "whether the model runs or is offloaded on the CPU"),
     "pytorch_attention_flash_attention": ("comfy.model_management", "the VRAM estimate"),
+    "should_use_fp16": ("comfy.model_management", "whether MoGe is faster in half precision"),
     "supports_fp8_compute": ("comfy.model_management", "whether the card multiplies in FP8"),
     "synchronize": ("comfy.model_management", "waiting for the GPU between two looks at the stop button"),
     "throw_exception_if_processing_interrupted": ("comfy.model_management", "interrupting long work"),

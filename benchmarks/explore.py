@@ -1,12 +1,14 @@
 """`explore_picture` at full size: seconds of each path and of its parts, VRAM taken, and what a scene of 33 paths would take.
 
-    python dev.py bench explore [--paths 4] [--vram 0] [--folder DIR]
+    python dev.py bench explore [--paths 4] [--runs 1] [--vram 0] [--folder DIR]
     python dev.py bench explore --toy        at toy size, on a machine without a GPU too
 
 What the workflow's nodes call is called here, in their order and in one process: it needs neither ComfyUI's server and page
 nor PyAV. The 14 B model, the VAE and MoGe have random weights of the published shapes. Such a MoGe finds no depth: it is
 timed, and the scene gets the drawn room's exact depth. Text and CLIP vision are missing: random embeddings take their place,
 and their time is not in the figures.
+--runs: how often the picture is explored. The first time also starts CUDA's libraries, compiles kernels unless they are
+found compiled, and moves the weights, as in a server that was just started.
 --vram: how many GiB of VRAM the process can have beside its CUDA context (0: all); another process takes the rest.
 """
 
@@ -39,7 +41,8 @@ from worldstereo_fp8.scene.camera_path import Move, depth_of_scene, move_on
 from worldstereo_fp8.scene.cameras import Cameras
 from worldstereo_fp8.scene.explore import LISTS, read_walks
 from worldstereo_fp8.scene.fuse import POINTS_LIMIT
-from worldstereo_fp8.scene.memory import REFERENCES, REMEMBERED
+from worldstereo_fp8.scene.keyframe_depth import MOGE_BATCH, MOGE_LEVEL, keyframe_geometry
+from worldstereo_fp8.scene.memory import REFERENCES, REMEMBERED, frames_to_remember
 from worldstereo_fp8.scene.render import RADIUS
 from worldstereo_fp8.scene.start import scene_of_picture
 from worldstereo_fp8.scene.walk import prepare_path, remember_clip, start_view
@@ -113,9 +116,9 @@ def take_path(scene, walk, patcher, vae, moge, text, seed, keyframes, device):
     if not images.isfinite().all():
         sys.exit("The result is not finite.")
     with clock.part(MOGE):
-        run_moge(moge, images, cameras.fov)
+        keyframe_geometry(moge, images, cameras, REMEMBERED, MOGE_LEVEL, MOGE_BATCH, nothing)
     with clock.part(EXACT_DEPTH):
-        depths = exact_depths(cameras)
+        depths = exact_depths(cameras[frames_to_remember(len(images), REMEMBERED)])
     with clock.part("adding to the scene"):
         scene, report = remember_clip(
             scene, images, cameras, walk.name, REMEMBERED, depths, POINTS_LIMIT, device, nothing
@@ -132,15 +135,53 @@ def share_not_sampling(rows):
     return 1 - sum(sampling for _, sampling in rows) / sum(whole for whole, _ in rows)
 
 
+def picture_size(patcher):
+    """The width and height of the drawn room's picture for the model."""
+    height, width = keyframe_size(config_of(patcher), sample.HEIGHT, sample.WIDTH)
+    return width, height
+
+
+def explore(patcher, vae, moge, text, paths, keyframes, device):
+    """The picture's depth and the first `paths` paths of LIST, with a table of their times. Returns the seconds of the
+    depth, and [(whole, sampling)] of the paths."""
+    geometry = sample.geometry(sample.start_camera())
+    clock = Clock()
+    with clock.part(MOGE):
+        run_moge(moge, geometry["image"])
+    of_picture = clock.seconds[MOGE]
+    scene = scene_of_picture(geometry["image"], geometry, None, "", 0, 0, *picture_size(patcher))
+    print(
+        f"MoGe of the picture {of_picture:.2f} s\n\n"
+        "| path | references | points after | s | sampling s | the rest | its parts, s | exact depth, not counted, s |\n"
+        "|---|---:|---:|---:|---:|---:|---|---:|"
+    )
+    rows = []
+    for number, walk in enumerate(read_walks(LISTS[LIST])[:paths]):
+        scene, seconds, exact, references = take_path(scene, walk, patcher, vae, moge, text, number, keyframes, device)
+        whole, sampling = sum(seconds.values()), seconds[SAMPLING]
+        rows.append((whole, sampling))
+        parts = ", ".join(f"{part} {s:.2f}" for part, s in seconds.items() if part != SAMPLING)
+        print(
+            f"| {walk.name} | {references} | {len(scene.cloud):,} | {whole:.2f} | {sampling:.2f} | "
+            f"{1 - sampling / whole:.1%} | {parts} | {exact:.2f} |",
+            flush=True,
+        )
+    print()
+    return of_picture, rows
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--paths", type=int, default=4)
+    parser.add_argument("--runs", type=int, default=1)
     parser.add_argument("--vram", type=float, default=0.0)
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
     parser.add_argument("--toy", action="store_true")
     args = parser.parse_args()
     if args.paths < 2:
         parser.error("--paths must be at least 2: the first also compiles kernels.")
+    if args.runs < 1:
+        parser.error("--runs must be at least 1.")
     if not (CUDA or args.toy):
         sys.exit("The benchmark explore needs a CUDA GPU; --toy runs without one.")
     if args.toy:
@@ -167,48 +208,29 @@ def main() -> int:
         vae = comfy.sd.VAE(sd=comfy.utils.load_torch_file(str(vae_file)), dtype=dtype)
         loaded = time.perf_counter() - began
         moge = random_moge(args.toy)
-        height, width = keyframe_size(config_of(patcher), sample.HEIGHT, sample.WIDTH)
-        geometry = sample.geometry(sample.start_camera())
-        clock = Clock()
-        with clock.part(MOGE):
-            run_moge(moge, geometry["image"], None)
-        of_picture = clock.seconds[MOGE]
-        scene = scene_of_picture(geometry["image"], geometry, None, "", 0, 0, width, height)
         width_of_text = patcher.model.diffusion_model.text_embedding[0].in_features
         text = torch.randn(1, 512, width_of_text, generator=torch.Generator().manual_seed(1))
         keyframes = TOY_KEYFRAMES if args.toy else config_of(patcher).nframe
+        width, height = picture_size(patcher)
         name = torch.cuda.get_device_name() if CUDA else "CPU"
         print(
-            f"{name}, {width}x{height}, {keyframes} keyframes, {'toy' if args.toy else '14 B'} model; read in {loaded:.1f} s; "
-            f"MoGe of the picture {of_picture:.2f} s\n"
+            f"{name}, {width}x{height}, {keyframes} keyframes, {'toy' if args.toy else '14 B'} model; read in {loaded:.1f} s"
         )
-        print(
-            "| path | references | points after | s | sampling s | the rest | its parts, s | exact depth, not counted, s |\n"
-            "|---|---:|---:|---:|---:|---:|---|---:|"
-        )
-        rows = []
-        for number, walk in enumerate(read_walks(LISTS[LIST])[: args.paths]):
-            scene, seconds, exact, references = take_path(
-                scene, walk, patcher, vae, moge, text, number, keyframes, device
-            )
-            whole, sampling = sum(seconds.values()), seconds[SAMPLING]
-            rows.append((whole, sampling))
-            parts = ", ".join(f"{part} {s:.2f}" for part, s in seconds.items() if part != SAMPLING)
+        for run in range(1, args.runs + 1):
+            print(f"\nExploration {run} of {args.runs} in this process:")
+            of_picture, rows = explore(patcher, vae, moge, text, args.paths, keyframes, device)
+            (first, _), *later = rows
             print(
-                f"| {walk.name} | {references} | {len(scene.cloud):,} | {whole:.2f} | {sampling:.2f} | "
-                f"{1 - sampling / whole:.1%} | {parts} | {exact:.2f} |",
-                flush=True,
+                f"{len(rows)} paths and MoGe of the picture: {of_picture + sum(s for s, _ in rows):.2f} s, of it not "
+                f"sampling {share_not_sampling([(of_picture, 0), *rows]):.1%}. A path after the first: "
+                f"{sum(s for s, _ in later) / len(later):.2f} s, of it not sampling {share_not_sampling(later):.1%}."
             )
+            if run == 1:
+                first_paths = loaded + of_picture + first
         peak = f"Peak VRAM {peak_bytes(patcher) / GIB:.2f} GiB. " if CUDA else ""
-    (first, _), *later = rows
-    together = of_picture + sum(s for s, _ in rows)
-    share = share_not_sampling([(of_picture, 0), *rows])
-    print(f"\n{peak}{len(rows)} paths and MoGe of the picture: {together:.2f} s, of it not sampling {share:.1%}.")
     whole = sum(s for s, _ in later) / len(later)
-    scene_minutes = (loaded + of_picture + first + (SCENE_PATHS - 1) * whole) / 60
     print(
-        f"After the first path, which also compiles kernels and moves the weights, a path takes {whole:.2f} s, of it not "
-        f"sampling {share_not_sampling(later):.1%}. {SCENE_PATHS} paths: {scene_minutes:.1f} minutes (at most "
+        f"\n{peak}{SCENE_PATHS} paths: {(first_paths + (SCENE_PATHS - 1) * whole) / 60:.1f} minutes (at most "
         f"{WANTED_MINUTES} are wanted)."
     )
     if args.toy:

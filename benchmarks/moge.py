@@ -2,7 +2,6 @@
 
 import torch
 from comfy.ldm.moge.model import MoGeModel, MoGeModelV2
-from worldstereo_fp8.scene.explore import MOGE_BATCH, MOGE_LEVEL
 
 LAYERS, WIDTH = 24, 1024
 TOY_LAYERS, TOY_WIDTH, TOY_TOKENS = 4, 64, (100, 100)
@@ -52,8 +51,7 @@ def random_moge(toy: bool = False) -> MoGeModel:
     return moge
 
 
-def run_moge(model: MoGeModel, images: torch.Tensor, fov: float | None) -> None:
-    """Runs MoGe on pictures [N, H, W, 3] in 0..1 as Explore Scene does. fov: their horizontal field of view in degrees;
-    None to have MoGe find it."""
-    for batch in images.movedim(-1, 1).split(MOGE_BATCH):
-        model.infer(batch, resolution_level=MOGE_LEVEL, fov_x=fov)
+def run_moge(model: MoGeModel, picture: torch.Tensor) -> None:
+    """Runs MoGe on one picture [1, H, W, 3] in 0..1 as core's node does for the start picture."""
+    for values in model.infer(picture.movedim(-1, 1)).values():
+        values.cpu()

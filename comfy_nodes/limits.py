@@ -260,6 +260,7 @@ _TYPES = {
     "CLIP_VISION": (object, _has("encode_image")),
     "CLIP_VISION_OUTPUT": (object, _has("penultimate_hidden_states")),
     "MOGE_GEOMETRY": (dict, _geometry),
+    "MOGE_MODEL": (object, _has("num_tokens_range")),
     "LOAD3D_CAMERA": (dict, None),
     common.Cameras.io_type: (Cameras, _cameras),
     common.Points.io_type: (PointCloud, _points),

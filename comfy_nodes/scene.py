@@ -5,8 +5,9 @@ from comfy_api.latest import io
 
 from ..core import GraphBuilder, ProgressBar, get_torch_device
 from ..scene.depth import depths_of_moge
-from ..scene.explore import LAST, LISTS, MOGE_BATCH, MOGE_LEVEL, OWN_LIST, read_walks
+from ..scene.explore import LAST, LISTS, OWN_LIST, read_walks
 from ..scene.fuse import POINTS_LIMIT
+from ..scene.keyframe_depth import MOGE_BATCH, MOGE_LEVEL, keyframe_geometry
 from ..scene.memory import REFERENCES, REMEMBERED
 from ..scene.panorama import not_whole
 from ..scene.pictures import stretches, within
@@ -146,6 +147,66 @@ class WorldStereoScenePath(io.ComfyNode):
         return io.NodeOutput(path.video, path.holes, chosen, path.pictures)
 
 
+class WorldStereoKeyframeDepth(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="WorldStereoKeyframeDepth",
+            display_name="WorldStereo Keyframe Depth",
+            category=CATEGORY,
+            description="The depth of the keyframes that Add to Scene remembers, from MoGe in half precision, with the "
+            "path's own lens. Several times faster than the depth of all keyframes from Run MoGe Inference.",
+            search_aliases=["moge", "depth estimation", "geometry", "depth of a path"],
+            inputs=[
+                MoGeModel.Input("moge_model", tooltip="From core's Load MoGe Model."),
+                io.Image.Input("images", tooltip="The keyframes of the path, from WorldStereo Keyframe Decode."),
+                Cameras.Input(
+                    "cameras", tooltip="The path's cameras; if there are more than images, they are thinned."
+                ),
+                io.Int.Input(
+                    "remember",
+                    default=REMEMBERED,
+                    min=1,
+                    max=100,
+                    tooltip="How many keyframes get a depth: the same number as in Add to Scene.",
+                ),
+                io.Int.Input(
+                    "resolution_level",
+                    default=MOGE_LEVEL,
+                    min=0,
+                    max=9,
+                    advanced=True,
+                    tooltip="MoGe's detail: 0 is the fastest, 9 the most detailed.",
+                ),
+                io.Int.Input(
+                    "batch_size",
+                    default=MOGE_BATCH,
+                    min=1,
+                    max=64,
+                    advanced=True,
+                    tooltip="The most keyframes at a time; fewer where VRAM is short. Each takes about 1 GiB of VRAM "
+                    "at the most detailed level.",
+                ),
+            ],
+            outputs=[
+                MoGeGeometry.Output(
+                    display_name="depth", tooltip="For Add to Scene. Render MoGe Geometry shows its depth and mask."
+                )
+            ],
+            hidden=[io.Hidden.unique_id],
+            has_intermediate_output=True,
+        )
+
+    @checked
+    def execute(cls, moge_model, images, cameras, remember, resolution_level, batch_size) -> io.NodeOutput:
+        progress = ProgressBar(min(remember, max(1, len(images) - 1)))
+        given = (moge_model, images, cameras, remember, resolution_level, batch_size)
+        geometry = keyframe_geometry(*given, progress.update)
+        count, share = len(geometry["mask"]), geometry["mask"].float().mean().item()
+        show_on_node(cls, f"depth of {count} of {len(images)} keyframes, in {share:.0%} of their pixels")
+        return io.NodeOutput(geometry)
+
+
 class WorldStereoAddToScene(io.ComfyNode):
     @classmethod
     def define_schema(cls):
@@ -182,8 +243,9 @@ class WorldStereoAddToScene(io.ComfyNode):
                 MoGeGeometry.Input(
                     "depth",
                     optional=True,
-                    tooltip="MoGe's geometry of all the keyframes (it runs on a batch). Its scale is fitted to the "
-                    "scene; frames that do not fit add no points. Without it the point cloud stays as it is.",
+                    tooltip="From Keyframe Depth, or MoGe's geometry of all the keyframes (it runs on a batch). Its "
+                    "scale is fitted to the scene; frames that do not fit add no points. Without it the point cloud "
+                    "stays as it is.",
                 ),
             ],
             outputs=[
@@ -196,17 +258,10 @@ class WorldStereoAddToScene(io.ComfyNode):
 
     @checked
     def execute(cls, scene, images, cameras, name, remember, max_points, depth=None) -> io.NodeOutput:
-        grown, report = remember_clip(
-            scene,
-            images,
-            cameras,
-            name,
-            remember,
-            None if depth is None else depths_of_moge(depth),
-            max_points,
-            get_torch_device(),
-            ProgressBar(len(images)).update,
-        )
+        depths = None if depth is None else depths_of_moge(depth)
+        progress = ProgressBar(len(images) if depths is None else len(depths))
+        given = (scene, images, cameras, name, remember, depths, max_points, get_torch_device(), progress.update)
+        grown, report = remember_clip(*given)
         show_on_node(cls, f"{grown}\n{report or 'no depth given: the point cloud stays as it is'}")
         return io.NodeOutput(grown, grown.cloud)
 
@@ -249,7 +304,7 @@ class WorldStereoContinue(io.ComfyNode):
         picture = scene.picture(number)
         camera = scene.cameras[number]
         show_on_node(cls, f"{scene.names[number]}, one of {len(scene)} views")
-        return io.NodeOutput(picture, camera, scene.cloud, camera.fov, ui=preview_of(cls, picture))
+        return io.NodeOutput(picture, camera, scene.cloud, camera.fov.item(), ui=preview_of(cls, picture))
 
 
 class WorldStereoExploreScene(io.ComfyNode):
@@ -457,15 +512,14 @@ class WorldStereoExploreScene(io.ComfyNode):
         depth = None
         if moge_model is not None:
             depth = node(
-                "MoGeInference",
+                "WorldStereoKeyframeDepth",
                 "depth",
                 moge_model=moge_model,
-                image=images,
+                images=images,
+                cameras=cameras,
+                remember=REMEMBERED,
                 resolution_level=MOGE_LEVEL,
-                fov_x_degrees=start(3),  # a path has the lens of its start
                 batch_size=MOGE_BATCH,
-                force_projection=True,
-                apply_mask=True,
             )(0)
         added = node(
             "WorldStereoAddToScene",
@@ -492,6 +546,7 @@ class WorldStereoExploreScene(io.ComfyNode):
 NODES = [
     WorldStereoStartScene,
     WorldStereoScenePath,
+    WorldStereoKeyframeDepth,
     WorldStereoAddToScene,
     WorldStereoContinue,
     WorldStereoExploreScene,

@@ -4,7 +4,6 @@ Axes are OpenCV's everywhere: x right, y down, z forward. `w2c` takes world coor
 """
 
 import json
-import math
 from collections.abc import Sized
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,9 +104,9 @@ class Cameras:
         return len(self.w2c)
 
     @property
-    def fov(self) -> float:
-        """The first camera's horizontal field of view in degrees."""
-        return math.degrees(2 * math.atan(self.width / 2 / self.K[0, 0, 0].item()))
+    def fov(self) -> torch.Tensor:
+        """Each camera's horizontal field of view in degrees, [N]."""
+        return torch.rad2deg(2 * torch.atan(self.width / 2 / self.K[:, 0, 0]))
 
     def __getitem__(self, index):
         """The cameras at a slice, a list of indices or one index, as Cameras. Raises IndexError for one out of
@@ -123,6 +122,12 @@ class Cameras:
     def thinned(self, count):
         """At most `count` cameras, the first and last among them; see `thin`."""
         return self[thin(len(self), count)]
+
+    def of_frames(self, count):
+        """The camera of each of `count` frames of a clip: `thinned` if there are more. Raises ValueError for fewer."""
+        if len(self) < count:
+            raise ValueError(f"There are {count} images and {len(self)} cameras: each keyframe needs its own camera.")
+        return self.thinned(count)
 
 
 def cameras_from_json(content: object) -> Cameras:

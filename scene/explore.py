@@ -17,7 +17,6 @@ from .walk import ASK_MIRRORED, ASK_NOTHING, ASK_SPARSELY, LAST
 
 MAX_PATHS, MAX_NAME = 100, 100
 MAX_DEGREES, MAX_DISTANCE = 720, 100
-MOGE_LEVEL, MOGE_BATCH = 9, 4  # resolution level and pictures at a time, of core's Run MoGe Inference
 LINE = re.compile(
     rf"(?P<name>[\w-]+)(?:\s+from\s+(?P<view>\S+))?\s*:\s*(?P<preset>{'|'.join(map(re.escape, PRESETS))})"
     r"\s+(?P<amount>\d+(?:\.\d+)?)(?:\s+(?P<ask>asks|mirrors)\s+(?P<asked>[\w-]+))?"

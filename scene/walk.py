@@ -118,17 +118,17 @@ def new_path_name(scene: Scene) -> str:
 
 
 class _Pictures(Sequence):
-    """The frames of a clip [N, H, W, C] in 0..1, resized, uint8 [height, width, 3]. Each is made when it is asked for:
+    """Some frames of a clip [N, H, W, C] in 0..1, resized, uint8 [height, width, 3]. Each is made when it is asked for:
     all of a long clip would take gigabytes."""
 
-    def __init__(self, images, height, width):
-        self.images, self.size = images, (height, width)
+    def __init__(self, images, frames, height, width):
+        self.images, self.frames, self.size = images, frames, (height, width)
 
     def __len__(self):
-        return len(self.images)
+        return len(self.frames)
 
-    def __getitem__(self, frame):
-        return to_bytes(resize_pictures(self.images[frame][None], *self.size))[0]
+    def __getitem__(self, place):
+        return to_bytes(resize_pictures(self.images[self.frames[place]][None], *self.size))[0]
 
 
 def remember_clip(
@@ -142,45 +142,45 @@ def remember_clip(
     device: str | torch.device,
     progress: Callable[[int], None],
 ) -> tuple[Scene, FuseReport | None]:
-    """The scene with a clip [N, H, W, C] in 0..1: `count` of its frames become views and, if depths (N maps [h, w]) are
-    given, the points they show are added, and the cloud is thinned to `points`. Also the report of `fuse`, if it ran.
+    """The scene with a clip [N, H, W, C] in 0..1: `count` of its frames become views and, if depths (maps [h, w] of all
+    frames or of these views) are given, the points they show are added, and the cloud is thinned to `points`. Also the
+    report of `fuse`, if it ran.
 
     cameras: of the clip's frames; if there are more, they are thinned as the conditioning thins them. name: the path's,
     or empty for the next number. A frame whose depth fits the cloud keeps that depth, in the scene's units.
     Raises ValueError for fewer cameras than frames, another number of depths, and as `Scene` and `fuse` do.
     """
-    if len(cameras) < len(images):
-        raise ValueError(
-            f"There are {len(images)} images and {len(cameras)} cameras: each keyframe needs its own camera."
-        )
     name = name.strip() or new_path_name(scene)
-    cameras = cameras.thinned(len(images)).scaled_to(scene.cameras.width, scene.cameras.height)
+    cameras = cameras.of_frames(len(images)).scaled_to(scene.cameras.width, scene.cameras.height)
     frames = frames_to_remember(len(images), count)
     check_size(len(images), cameras.height, cameras.width)
-    pictures = _Pictures(images, cameras.height, cameras.width)
+    pictures = list(_Pictures(images, frames, cameras.height, cameras.width))
     report, kept = None, None
     if depths is not None:
-        if len(depths) != len(images):
+        seen = frames
+        if len(depths) == len(images):
+            seen, depths = list(range(1, len(images))), depths[1:]  # the scene already has the first frame
+        elif len(depths) != len(frames):
             raise ValueError(
-                f"There are {len(images)} images but depth for {len(depths)}: give the depth of each keyframe."
+                f"There are {len(images)} images, of which {len(frames)} are remembered, but depth for {len(depths)}: "
+                "give the depth of all the images or of the remembered ones (remember of Keyframe Depth)."
             )
-        moving = list(range(1, len(images)))  # the scene already has the first frame
-        names = [f"{name}/{frame:04}" for frame in moving]
         cloud, report = fuse(
             scene.cloud,
-            _Pictures(images[1:], cameras.height, cameras.width),
-            depths[1:],
-            cameras[moving],
-            names=names,
+            pictures if seen == frames else _Pictures(images, seen, cameras.height, cameras.width),
+            depths,
+            cameras[seen],
+            names=[f"{name}/{frame:04}" for frame in seen],
             limit=points,
             device=device,
             progress=progress,
         )
-        fits = dict(zip(moving, report.frames))
         device = float64_device(device)  # where `fuse` computes
-        kept = [fitted_depth(depths[frame].to(device), fits[frame], cameras.height, cameras.width) for frame in frames]
+        size = cameras.height, cameras.width
+        places = [seen.index(frame) for frame in frames]
+        kept = [fitted_depth(depths[place].to(device), report.frames[place], *size) for place in places]
         scene = scene.with_cloud(cloud)
-    return scene.with_path(name, cameras, frames, [pictures[frame] for frame in frames], kept), report
+    return scene.with_path(name, cameras, frames, pictures, kept), report
 
 
 def fitted_depth(depth: torch.Tensor, fit: FrameFit, height: int, width: int) -> torch.Tensor | None:

@@ -165,4 +165,4 @@ def test_centres_are_where_the_pose_maps_to_zero():
 
 def test_the_horizontal_field_of_view():
     K = torch.tensor([[[400.0, 0, 400], [0, 300, 200], [0, 0, 1]]])
-    assert Cameras(torch.eye(4)[None], K, 800, 400).fov == pytest.approx(90)
+    assert Cameras(torch.eye(4)[None], K, 800, 400).fov.tolist() == pytest.approx([90])

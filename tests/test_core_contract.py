@@ -40,6 +40,8 @@ SIGNATURES = {
     "load_torch_file": ("ckpt",),
     "get_torch_device": (),
     "get_torch_device_name": ("device",),
+    "free_memory": ("memory_required", "device"),
+    "should_use_fp16": ("device",),
     "get_free_memory": ("dev",),
     "dtype_size": ("dtype",),
     "is_device_cpu": ("device",),

@@ -19,6 +19,7 @@ from worldstereo_fp8.scene.fuse import (
     outliers,
     thin_by_voxels,
 )
+from worldstereo_fp8.scene.memory import frames_to_remember
 from worldstereo_fp8.scene.pointcloud import PointCloud, neighbour_distances
 from worldstereo_fp8.scene.render import project, render
 
@@ -111,6 +112,29 @@ def test_new_frames_are_fitted_and_added_where_the_cloud_has_holes(start, seed):
     assert holes.mean() < 0.3 * holes_before
     inside = torch.nn.functional.max_pool2d(holes, 5, 1, 2)[0] == 0  # not the rims, which fade to the background
     assert (picture[0] - pictures[4])[inside].abs().mean() < 0.05
+
+
+@pytest.mark.parametrize("error", [0.0, 0.02])
+def test_the_remembered_frames_fill_the_holes_as_all_frames_do(start, error):
+    """Of 21 frames the eight that are remembered, with exact depth and with one that is wavy, as a model's is."""
+    generator = torch.Generator().manual_seed(0)
+    cameras = orbit([1.5 * frame for frame in range(21)])
+    pictures, depths = photographs(cameras)
+    wavy = [
+        depth * torch.exp(error * wave[0, 0])
+        for depth in depths
+        for wave in [
+            torch.nn.functional.interpolate(torch.randn(1, 1, 5, 8, generator=generator), depth.shape, mode="bicubic")
+        ]
+    ]
+    unfilled = render(start, cameras[[10, 20]], radius=0.03)[1].mean()
+    filled = []
+    for frames in (list(range(1, 21)), frames_to_remember(21)):
+        given = [pictures[frame] for frame in frames], [wavy[frame] for frame in frames], cameras[frames]
+        fused, report = fuse(start, *given)
+        assert not any(fit.refused for fit in report.frames)
+        filled.append(unfilled - render(fused, cameras[[10, 20]], radius=0.03)[1].mean())
+    assert filled[0] > 0.5 * unfilled and filled[1] > 0.95 * filled[0]
 
 
 def test_without_errors_nothing_that_is_known_is_added_again(start):

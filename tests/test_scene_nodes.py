@@ -104,7 +104,10 @@ def one_path(name, scene, view, preset, seed):
             },
         ),
         "decode": ("WorldStereoKeyframeDecode", {"samples": (f"{name}_sample", 0), "vae": ("vae", 0)}),
-        "depth": ("MoGeInference", {"moge_model": ("depth_model", 0), "image": (f"{name}_decode", 0)}),
+        "depth": (
+            "WorldStereoKeyframeDepth",
+            {"moge_model": ("depth_model", 0), "images": (f"{name}_decode", 0), "cameras": (f"{name}_cameras", 0)},
+        ),
         "add": (
             "WorldStereoAddToScene",
             {

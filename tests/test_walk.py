@@ -92,6 +92,19 @@ def test_a_clip_is_remembered_and_its_points_added(scene, path):
     assert more.paths[1].name == "path_2" and report is None and more.cloud is grown.cloud
 
 
+def test_depth_of_the_remembered_frames_alone(scene, path):
+    cameras, pictures, depths = path
+    remembered = [3, 6, 8]
+    grown, report = add(scene, pictures, cameras, depths=list(1.7 * depths[remembered]))
+    assert [frame.name for frame in report.frames] == ["path_1/0003", "path_1/0006", "path_1/0008"]
+    assert len(grown.cloud) > 1.03 * len(scene.cloud)
+    for view, frame in zip((1, 2, 3), remembered):
+        assert (grown.depths[view] / depths[frame] - 1).abs().median() < 0.01
+        assert torch.equal(grown.pictures[view], to_bytes(pictures[frame : frame + 1])[0])
+    with pytest.raises(ValueError, match="9 images, of which 3 are remembered, but depth for 4"):
+        add(scene, pictures, cameras, depths=list(depths[:4]))
+
+
 def test_frames_of_another_place_are_refused_by_name_and_keep_no_depth(scene, path):
     cameras, pictures, _ = path
     noise = torch.rand(len(cameras), HEIGHT, WIDTH, generator=torch.Generator().manual_seed(0)) * 5 + 0.5

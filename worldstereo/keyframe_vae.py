@@ -11,8 +11,8 @@ from ..core import TAEHV, HunyuanVideo, ProgressBar, WanVAE, synchronize
 from ..scene.stop import pieces
 from .config import LATENT_CHANNELS
 
-BATCH = 3  # pictures that the VAE codes at a time: in between it can be interrupted; decoding 21 keyframes takes seven
-CALL = 10 * BATCH  # pictures per call of ComfyUI's VAE, which prepares its model at every call
+BATCH = 7  # the most pictures that the VAE codes at a time: in between it can be interrupted; 21 keyframes take three
+CALL = 4 * BATCH  # pictures per call of ComfyUI's VAE, which prepares its model at every call
 
 
 def check_vae(vae: Any) -> None:

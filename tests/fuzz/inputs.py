@@ -102,6 +102,17 @@ class Vae:
         return self.first_stage_model.decode(latent).movedim(1, -1)
 
 
+class Depths:
+    """A MoGe model that finds a flat wall."""
+
+    load_device, num_tokens_range = torch.device("cpu"), (1200, 3600)
+
+    def infer(self, pictures, **_):
+        count, _, height, width = pictures.shape
+        depth = torch.ones(count, height, width)
+        return {"depth": depth, "mask": depth > 0, "intrinsics": torch.eye(3).expand(count, 3, 3)}
+
+
 def fitting(node, declared, random: Random):
     """A value that the node takes."""
     name, io_type = declared.id, declared.get_io_type().split(",")[0]
@@ -141,6 +152,7 @@ def fitting(node, declared, random: Random):
             encode_image=lambda pictures: SimpleNamespace(image_embeds=torch.rand(len(pictures), 8))
         ),
         "CLIP_VISION_OUTPUT": lambda: SimpleNamespace(penultimate_hidden_states=torch.zeros(1, 257, 8)),
+        "MOGE_MODEL": Depths,
         "MOGE_GEOMETRY": lambda: geometry(panorama=node.__name__ == "WorldStereoPanorama"),
         "WORLDSTEREO_CAMERAS": lambda: cameras(1 if name == "reference_cameras" else FRAMES),
         "WORLDSTEREO_POINTS": lambda: PointCloud(torch.rand(50, 3) + torch.tensor([0, 0, 1.0]), torch.rand(50, 3)),

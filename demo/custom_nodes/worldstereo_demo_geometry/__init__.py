@@ -56,10 +56,14 @@ class StandInPanoramaGeometry(io.ComfyNode):
 
 
 class FloorAndWall:
-    """What core's MoGeInference needs of a MoGe model: a floor that runs up into a wall, whatever the pictures show."""
+    """What MoGeInference and WorldStereoKeyframeDepth need of core's MoGeModel: a floor that runs up into a wall,
+    whatever the pictures show."""
+
+    load_device = torch.device("cpu")
+    num_tokens_range = (1200, 3600)
 
     def infer(self, pictures, fov_x, **_):
-        if fov_x is not None and not 1 < fov_x < 170:
+        if fov_x is not None and not all(1 < degrees < 170 for degrees in torch.as_tensor(fov_x).flatten().tolist()):
             raise ValueError(f"fov_x is {fov_x}.")
         count, _, height, width = pictures.shape
         depth = 1 / torch.linspace(-0.5, 0.5, height).clamp_min(0.15)
