@@ -4,6 +4,7 @@ from comfy_api.latest import io
 
 from ..scene.camera_path import DEFAULT_FOV, LENSES
 from ..scene.depth import DEPTH_PICTURES
+from ..scene.memory import REMEMBERED
 from ..scene.render import RADIUS
 from .common import Cameras, MoGeGeometry, Points
 
@@ -152,3 +153,16 @@ def radius_input() -> io.Input:
         tooltip="Radius of a point, in units in which the shorter side of the picture is 2. The model was trained with "
         f"{RADIUS}; below 250 pixels that radius is drawn larger, so that no gaps show.",
     )
+
+
+def clip_inputs() -> list[io.Input]:
+    """The keyframes of a path and their cameras."""
+    return [
+        io.Image.Input("images", tooltip="The keyframes of the path, from WorldStereo Keyframe Decode."),
+        Cameras.Input("cameras", tooltip="The path's cameras; if there are more than images, they are thinned."),
+    ]
+
+
+def remember_input(tooltip: str) -> io.Input:
+    """How many keyframes of a path, as `scene.memory.frames_to_remember` chooses them."""
+    return io.Int.Input("remember", default=REMEMBERED, min=1, max=100, tooltip=tooltip)

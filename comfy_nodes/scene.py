@@ -8,7 +8,7 @@ from ..scene.depth import depths_of_moge
 from ..scene.explore import LAST, LISTS, OWN_LIST, read_walks
 from ..scene.fuse import POINTS_LIMIT
 from ..scene.keyframe_depth import MOGE_BATCH, MOGE_LEVEL, keyframe_geometry
-from ..scene.memory import REFERENCES, REMEMBERED
+from ..scene.memory import REFERENCES, REMEMBERED, frames_to_remember
 from ..scene.panorama import not_whole
 from ..scene.pictures import stretches, within
 from ..scene.render import RADIUS, summary
@@ -20,7 +20,15 @@ from ..worldstereo.conditioning import References, keyframe_size
 from ..worldstereo.config import WorldStereoConfig
 from .common import CATEGORY, Cameras, MoGeGeometry, MoGeModel, Points, Scene, SceneReferences, preview_of, show_on_node
 from .files import check_prefix
-from .inputs import depth_picture_inputs, radius_input, render_outputs, size_inputs, size_model_input
+from .inputs import (
+    clip_inputs,
+    depth_picture_inputs,
+    radius_input,
+    remember_input,
+    render_outputs,
+    size_inputs,
+    size_model_input,
+)
 from .limits import checked
 
 
@@ -154,22 +162,13 @@ class WorldStereoKeyframeDepth(io.ComfyNode):
             node_id="WorldStereoKeyframeDepth",
             display_name="WorldStereo Keyframe Depth",
             category=CATEGORY,
-            description="The depth of the keyframes that Add to Scene remembers, from MoGe in half precision, with the "
-            "path's own lens. Several times faster than the depth of all keyframes from Run MoGe Inference.",
+            description="Finds the depth of the keyframes that Add to Scene remembers, with MoGe in half precision. It "
+            "is several times faster than Run MoGe Inference on all keyframes, and it knows the path's lens.",
             search_aliases=["moge", "depth estimation", "geometry", "depth of a path"],
             inputs=[
                 MoGeModel.Input("moge_model", tooltip="From core's Load MoGe Model."),
-                io.Image.Input("images", tooltip="The keyframes of the path, from WorldStereo Keyframe Decode."),
-                Cameras.Input(
-                    "cameras", tooltip="The path's cameras; if there are more than images, they are thinned."
-                ),
-                io.Int.Input(
-                    "remember",
-                    default=REMEMBERED,
-                    min=1,
-                    max=100,
-                    tooltip="How many keyframes get a depth: the same number as in Add to Scene.",
-                ),
+                *clip_inputs(),
+                remember_input("How many keyframes get a depth: the same number as in Add to Scene."),
                 io.Int.Input(
                     "resolution_level",
                     default=MOGE_LEVEL,
@@ -199,7 +198,7 @@ class WorldStereoKeyframeDepth(io.ComfyNode):
 
     @checked
     def execute(cls, moge_model, images, cameras, remember, resolution_level, batch_size) -> io.NodeOutput:
-        progress = ProgressBar(min(remember, max(1, len(images) - 1)))
+        progress = ProgressBar(len(frames_to_remember(len(images), remember)))
         given = (moge_model, images, cameras, remember, resolution_level, batch_size)
         geometry = keyframe_geometry(*given, progress.update)
         count, share = len(geometry["mask"]), geometry["mask"].float().mean().item()
@@ -219,18 +218,9 @@ class WorldStereoAddToScene(io.ComfyNode):
             search_aliases=["memory", "remember", "fuse", "grow point cloud"],
             inputs=[
                 Scene.Input("scene"),
-                io.Image.Input("images", tooltip="The keyframes of the path, from WorldStereo Keyframe Decode."),
-                Cameras.Input(
-                    "cameras", tooltip="The path's cameras; if there are more than images, they are thinned."
-                ),
+                *clip_inputs(),
                 io.String.Input("name", default="", tooltip="The path's name. Empty: path_1, path_2 and so on."),
-                io.Int.Input(
-                    "remember",
-                    default=REMEMBERED,
-                    min=1,
-                    max=100,
-                    tooltip="How many keyframes become views: never the first, always the last.",
-                ),
+                remember_input("How many keyframes become views: never the first, always the last."),
                 io.Int.Input(
                     "max_points",
                     default=POINTS_LIMIT,

@@ -37,13 +37,13 @@ def keyframe_geometry(
     in moge/model/v2.py, github.com/microsoft/MoGe). Core's node computes in float32. Raises ValueError for fewer
     cameras than frames, and as `frames_to_remember` does.
     """
-    cameras = cameras.of_frames(len(images))
+    fov = cameras.of_frames(len(images)).fov
     frames = frames_to_remember(len(images), count)
     device = model.load_device
     half = should_use_fp16(device) and torch.amp.autocast_mode.is_autocast_available(device.type)
     fewest, most = model.num_tokens_range
     picture = (fewest + level * (most - fewest) // 9) * TOKEN_BYTES
-    free_memory(5 * picture, device)  # MoGe's weights, 0.65 GB, take the room of one picture
+    free_memory(5 * picture, device)  # four pictures, and one's room for MoGe's weights (0.65 GB)
     batch = min(batch, max(1, int(get_free_memory(device) // picture) - 1))
     found: dict[str, list[torch.Tensor]] = {"depth": [], "mask": [], "intrinsics": []}
     for start in range(0, len(frames), batch):
@@ -52,7 +52,7 @@ def keyframe_geometry(
         pictures = images[some, ..., :3].movedim(-1, 1)
         # Points are not asked for: in half precision they would be less exact than the depth.
         with torch.autocast(device.type, torch.float16, enabled=half):
-            answer = model.infer(pictures, resolution_level=level, fov_x=cameras[some].fov, force_projection=False)
+            answer = model.infer(pictures, resolution_level=level, fov_x=fov[some], force_projection=False)
         for name, parts in found.items():
             parts.append(answer[name].cpu())
         progress(len(some))

@@ -163,7 +163,7 @@ def remember_clip(
         elif len(depths) != len(frames):
             raise ValueError(
                 f"There are {len(images)} images, of which {len(frames)} are remembered, but depth for {len(depths)}: "
-                "give the depth of all the images or of the remembered ones (remember of Keyframe Depth)."
+                "give the depth of all images, or set remember to the same number in Keyframe Depth and Add to Scene."
             )
         cloud, report = fuse(
             scene.cloud,

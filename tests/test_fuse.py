@@ -120,13 +120,9 @@ def test_the_remembered_frames_fill_the_holes_as_all_frames_do(start, error):
     generator = torch.Generator().manual_seed(0)
     cameras = orbit([1.5 * frame for frame in range(21)])
     pictures, depths = photographs(cameras)
-    wavy = [
-        depth * torch.exp(error * wave[0, 0])
-        for depth in depths
-        for wave in [
-            torch.nn.functional.interpolate(torch.randn(1, 1, 5, 8, generator=generator), depth.shape, mode="bicubic")
-        ]
-    ]
+    noise = torch.randn(21, 1, 5, 8, generator=generator)
+    waves = torch.nn.functional.interpolate(noise, (HEIGHT, WIDTH), mode="bicubic")[:, 0]
+    wavy = torch.stack(depths) * torch.exp(error * waves)
     unfilled = render(start, cameras[[10, 20]], radius=0.03)[1].mean()
     filled = []
     for frames in (list(range(1, 21)), frames_to_remember(21)):

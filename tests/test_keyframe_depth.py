@@ -108,13 +108,10 @@ def random_moge(monkeypatch):
     return random_moge
 
 
-def photographed():
-    return torch.rand(5, 64, 96, 3, generator=torch.Generator().manual_seed(0))
-
-
 def test_cores_moge_gives_each_frame_its_own_depth(random_moge):
     """The same as from core's model with one picture at a time."""
-    model, images, cameras = random_moge(toy=True), photographed(), clip()[1][list(range(5))]
+    model, cameras = random_moge(toy=True), clip()[1][list(range(5))]
+    images = torch.rand(5, 64, 96, 3, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         found = keyframe_geometry(model, images, cameras, 8, MOGE_LEVEL, MOGE_BATCH, lambda frames: None)
         for place, frame in enumerate((1, 2, 3, 4)):
