@@ -62,6 +62,7 @@ NAMES = {
     # The VAE
     "HunyuanVideo": ("comfy.latent_formats", "recognising a wrong tiny VAE"),
     "TAEHV": ("comfy.taesd.taehv", "accepting tiny VAEs of Wan"),
+    "RMS_norm": ("comfy.ldm.wan.vae", "the VAE's norms, which one kernel computes for keyframes"),
     "WanVAE": ("comfy.ldm.wan.vae", "refusing other VAEs"),
     # The page
     "PromptServer": ("server", "texts on the running node: `send_progress_text`"),

@@ -1,5 +1,5 @@
-"""Keyframes through the Wan 2.1 VAE's network, with the convolutions in 3-D, as ComfyUI calls them, and in 2-D, as
-`worldstereo/keyframe_vae.py` does: milliseconds, memory, and the error against FP32.
+"""Keyframes through the Wan 2.1 VAE's network, as ComfyUI computes it and as `worldstereo/keyframe_vae.py` does, with the
+channels last in memory and fused norms: milliseconds, memory, and the error against FP32.
 
     python dev.py bench vae [--pictures 3] [--size 832x480]
 
@@ -22,10 +22,16 @@ import comfy.sd
 import comfy.utils
 import torch
 from card import GIB
+from worldstereo_fp8.fp8.channels_last import ChannelsLast
 from worldstereo_fp8.worldstereo.config import LATENT_CHANNELS, SPATIAL_DOWNSCALE
-from worldstereo_fp8.worldstereo.keyframe_vae import BATCH, OneFrame
+from worldstereo_fp8.worldstereo.keyframe_vae import BATCH, fused_norms
 
 RUNS = 5
+WAYS = [
+    ["as ComfyUI"],
+    ["channels last", lambda _: ChannelsLast()],
+    ["channels last, fused norms", lambda _: ChannelsLast(), fused_norms],
+]
 CUDA = torch.cuda.is_available()
 
 
@@ -74,14 +80,16 @@ def main():
         }
         name = torch.cuda.get_device_name() if CUDA else f"CPU, {torch.get_num_threads()} threads"
         print(f"{name}, {args.pictures} pictures of {width}x{height}, {str(dtype).removeprefix('torch.')}\n")
-        print("| convolutions | part | ms a picture | peak GiB | error against FP32 |\n|---|---|---:|---:|---:|")
+        print("| way | part | ms a picture | peak GiB | error against FP32 |\n|---|---|---:|---:|---:|")
         for part, batch in inputs.items():
             reference = getattr(exact, part)(batch)
-            for convolutions, mode in (("3-D", contextlib.nullcontext), ("2-D", OneFrame)):
-                with mode():
+            for way, *modes in WAYS:
+                with contextlib.ExitStack() as stack:
+                    for mode in modes:
+                        stack.enter_context(mode(network))
                     milliseconds, peak, result = measured(getattr(network, part), batch.to(dtype))
                 error = (result.float() - reference).norm() / reference.norm()
-                print(f"| {convolutions} | {part} | {milliseconds:.2f} | {peak:.2f} | {error:.1e} |", flush=True)
+                print(f"| {way} | {part} | {milliseconds:.2f} | {peak:.2f} | {error:.1e} |", flush=True)
 
 
 if __name__ == "__main__":

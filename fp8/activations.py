@@ -1,4 +1,5 @@
-"""Activations between FP8 matmuls: quantised token by token, together with the element-wise operations before them.
+"""Activations: quantised token by token between FP8 matmuls, together with the element-wise operations before them; and
+the element-wise operations around convolutions (`channels_last`).
 
 Each function has three backends, taken in this order:
 
@@ -110,6 +111,16 @@ def rms_rope(x: torch.Tensor, weight: torch.Tensor, freqs: torch.Tensor, heads: 
     return _implementation(x.device).rms_rope(x, weight, freqs, heads, eps)
 
 
+def rms_silu(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """SiLU of the RMSNorm over C, times the weight. x: [..., C]; weight: [C]. Returns x's shape and dtype."""
+    return _implementation(x.device).rms_silu(x, weight, eps)
+
+
+def add_bias(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """x + bias; x may be overwritten. x: [..., C]; bias: [C], of any float dtype. Returns x's shape and dtype."""
+    return _implementation(x.device).add_bias(x, bias)
+
+
 def gated_add_(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor) -> None:
     """x += y · gate, in place. x, y: [B, L, C]; gate: [B, 1, C]."""
     _implementation(x.device).gated_add_(x, y, gate)
@@ -158,6 +169,14 @@ class Eager:
         out = freqs[..., 0] * pairs[..., 0]
         out.addcmul_(freqs[..., 1], pairs[..., 1])
         return out.reshape(x.shape).to(x.dtype)
+
+    @classmethod
+    def rms_silu(cls, x, weight, eps):
+        return F.silu(F.rms_norm(x, weight.shape, weight.to(x.dtype), eps), inplace=True)
+
+    @classmethod
+    def add_bias(cls, x, bias):
+        return x.add_(bias)
 
     @classmethod
     def gated_add_(cls, x, y, gate):
@@ -254,6 +273,18 @@ class Triton(Eager):
     def rms_rope(cls, x, weight, freqs, heads, eps):
         x = _dense(x)
         kernels.rms_rope_(x, weight.contiguous(), freqs.contiguous().expand(len(x), *freqs.shape[1:]), heads, eps)
+        return x
+
+    @classmethod
+    def rms_silu(cls, x, weight, eps):
+        out = x.new_empty(x.shape)
+        kernels.rms_silu_(_dense(x.reshape(-1, x.shape[-1])), weight.contiguous(), eps, out)
+        return out
+
+    @classmethod
+    def add_bias(cls, x, bias):
+        x = x.contiguous()
+        kernels.add_bias_(x, bias.to(x.dtype).contiguous())  # each pair of dtypes would be another kernel to compile
         return x
 
     @classmethod

@@ -16,6 +16,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # the kernels run in Py
 
 ROWS = 4  # tokens per program of `_gated_add`, which loads their gate once
 QUERIES = 128  # per program of `_add_keys`
+VALUES = 4096  # per program of `_rms_silu` and `_add_bias`
 INVERSE_FP8_MAX = tl.constexpr(1 / FP8_MAX)
 SMALLEST_NORMAL = tl.constexpr(torch.finfo(torch.float32).tiny)
 
@@ -133,6 +134,28 @@ def _rms_rope(
 
 
 @triton.jit
+def _rms_silu(x_ptr, weight_ptr, out_ptr, rows, width, x_row, eps, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    column = tl.arange(0, BLOCK)[None, :]
+    mask = (row < rows) & (column < width)
+    x = tl.load(x_ptr + row * x_row + column, mask=mask, other=0.0).to(tl.float32)
+    x *= tl.rsqrt(tl.sum(x * x, 1, keep_dims=True) / width + eps)
+    x *= tl.load(weight_ptr + column, mask=column < width, other=0.0).to(tl.float32)
+    tl.store(out_ptr + row * width + column, x * tl.sigmoid(x), mask=mask)
+
+
+@triton.jit(do_not_specialize=["width"])  # one kernel for all layers: compiling it takes longer than a path's biases
+def _add_bias(x_ptr, bias_ptr, count, width, BLOCK: tl.constexpr):
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    number = tl.arange(0, BLOCK)
+    mask = first + number < count
+    channel = ((first % width).to(tl.int32) + number) % width
+    x_ptr += first + number
+    x = tl.load(x_ptr, mask=mask, other=0.0).to(tl.float32)
+    tl.store(x_ptr, x + tl.load(bias_ptr + channel, mask=mask, other=0.0).to(tl.float32), mask=mask)
+
+
+@triton.jit
 def _add_keys(
     out_ptr,
     lse_ptr,
@@ -246,6 +269,23 @@ def gated_add_(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor) -> None:
     _gated_add[(triton.cdiv(tokens, ROWS), batch)](
         x, y, gate, tokens, width, *x.stride()[:2], gate.stride(0), ROWS=ROWS, **_block(width)
     )
+
+
+@torch.library.custom_op("worldstereo_fp8::rms_silu_", mutates_args=("out",))
+def rms_silu_(x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor) -> None:
+    """SiLU(RMSNorm(x)·weight) of x [M, C] into out, contiguous; weight [C]."""
+    rows, width = x.shape
+    block = triton.next_power_of_2(width)
+    of_program = max(VALUES // block, 1)
+    _rms_silu[(triton.cdiv(rows, of_program),)](
+        x, weight, out, rows, width, x.stride(0), eps, ROWS=of_program, BLOCK=block, num_warps=4
+    )
+
+
+@torch.library.custom_op("worldstereo_fp8::add_bias_", mutates_args=("x",))
+def add_bias_(x: torch.Tensor, bias: torch.Tensor) -> None:
+    """x [..., C] += bias [C], in place; both contiguous."""
+    _add_bias[(triton.cdiv(x.numel(), VALUES),)](x, bias, x.numel(), len(bias), BLOCK=VALUES, num_warps=4)
 
 
 @torch.library.custom_op("worldstereo_fp8::add_keys_", mutates_args=("out",))

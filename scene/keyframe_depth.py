@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from ..core import free_memory, get_free_memory, should_use_fp16, throw_exception_if_processing_interrupted
+from ..fp8.channels_last import ChannelsLast
 from .cameras import Cameras
 from .memory import frames_to_remember
 
@@ -51,7 +52,7 @@ def keyframe_geometry(
         some = frames[start : start + batch]
         pictures = images[some, ..., :3].movedim(-1, 1)
         # Points are not asked for: in half precision they would be less exact than the depth.
-        with torch.autocast(device.type, torch.float16, enabled=half):
+        with torch.autocast(device.type, torch.float16, enabled=half), ChannelsLast():
             answer = model.infer(pictures, resolution_level=level, fov_x=fov[some], force_projection=False)
         for name, parts in found.items():
             parts.append(answer[name].cpu())

@@ -17,6 +17,7 @@ from worldstereo_fp8.fp8 import activations
 from worldstereo_fp8.fp8.activations import (
     BACKENDS,
     QuantisedTokens,
+    add_bias,
     add_keys_,
     backend,
     gated_add_,
@@ -25,6 +26,7 @@ from worldstereo_fp8.fp8.activations import (
     layer_norm_quantise,
     quantise,
     rms_rope,
+    rms_silu,
 )
 from worldstereo_fp8.fp8.recipe import FP8_MAX
 
@@ -188,6 +190,32 @@ def test_rms_rope(name, dtype, batch, heads, head_dim):
         assert ((out.double() - exact).abs() <= between + rounding(dtype) * exact.abs() + 1e-6).all()
 
 
+@pytest.mark.parametrize(
+    "shape, dtype, magnitude", combined([(7, 96), (2, 3, 5, 21), (3, 384), (300, 16)], DTYPES, MAGNITUDES)
+)
+def test_rms_silu(name, shape, dtype, magnitude):
+    x, weight = tokens(*shape, dtype=dtype, magnitude=magnitude), modulation(shape[-1], dtype=dtype)[0]
+    normal = F.rms_norm(x.double(), weight.shape, weight.double(), EPS)
+    out = rms_silu(x, weight, EPS)
+    assert out.shape == x.shape and out.dtype == dtype
+    between = 1e-6 if name == "triton" else 1.1 * rounding(dtype, 2)  # eager rounds the norm; SiLU's slope is up to 1.1
+    assert ((out.double() - F.silu(normal)).abs() <= (between + rounding(dtype)) * normal.abs() + 1e-7).all()
+
+
+@pytest.mark.parametrize("dtype, bias_dtype", [(dtype, dtype) for dtype in DTYPES] + [(torch.float16, torch.float32)])
+@pytest.mark.parametrize("shape", [(7, 96), (2, 3, 5, 21), (300, 16)])
+def test_add_bias(shape, dtype, bias_dtype):
+    x, bias = tokens(*shape, dtype=dtype), modulation(shape[-1], dtype=bias_dtype)[0]
+    exact = x.double() + bias.double()
+    size = x.double().abs() + bias.double().abs()
+    view = x.transpose(0, 1).clone().transpose(0, 1)
+    for given in (view, x):
+        out = add_bias(given, bias)
+        assert out.shape == x.shape and out.dtype == dtype
+        of_bias = rounding(dtype) if bias_dtype != dtype else 1e-6  # the kernel rounds the bias to x's dtype
+        assert ((out.double() - exact).abs() <= rounding(dtype) * exact.abs() + of_bias * size).all()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gated_add(name, dtype):
     room = tokens(2, 9, 333, dtype=dtype)
@@ -220,6 +248,7 @@ def test_views_give_what_their_copies_give():
     for view in views:
         same(quantise, view)
         same(gelu_quantise, view)
+        same(rms_silu, view, torch.rand(view.shape[2], device=DEVICE), EPS)
         six = (
             torch.randn(2, 1, 6, view.shape[2], device=DEVICE)
             if len(view) == 2
@@ -243,6 +272,7 @@ def test_no_tokens():
     for q in (quantise(x), gelu_quantise(x), layer_norm_quantise(x, one, one, EPS)):
         assert q.values.shape == (0, 64) and q.dequantise().shape == x.shape
     assert layer_norm_modulate(x, one, one, EPS).shape == x.shape
+    assert rms_silu(x, one[0, 0], EPS).shape == add_bias(x, one[0, 0]).shape == x.shape
     assert rms_rope(x, one[0, 0], torch.empty(1, 0, 1, 16, 2, 2, device=DEVICE), 2, EPS).shape == x.shape
 
 
@@ -281,6 +311,7 @@ def test_compiled_without_graph_breaks():
     def step(x, shift, scale, weight, freqs):
         x = x + layer_norm_quantise(x, shift, scale, EPS).dequantise()
         x = layer_norm_modulate(x, shift, scale, EPS) + gelu_quantise(x).dequantise() + quantise(x).dequantise()
+        x = rms_silu(x, weight, EPS)
         return rms_rope(x, weight, freqs, 2, EPS)
 
     # In FP32: the compiler keeps BF16's intermediates in FP32, and would be right to differ.

@@ -1,16 +1,20 @@
 """Picture, render and cameras to conditioning; keyframes through the VAE; the schedule; sampling through ComfyUI."""
 
+import copy
+import itertools
+
 import comfy.model_management
 import comfy.ops
 import comfy.samplers
 import comfy.sd
 import pytest
 import torch
-from comfy.ldm.wan.vae import WanVAE
+from comfy.ldm.wan.vae import AttentionBlock, RMS_norm, WanVAE
 from comfy.taesd.taehv import TAEHV
 from comfy_extras.nodes_custom_sampler import BasicScheduler
 from torch.overrides import TorchFunctionMode
 from toy import GOLDEN, golden_weights, relative_error, save
+from worldstereo_fp8.fp8 import channels_last
 from worldstereo_fp8.loaders import load_worldstereo
 from worldstereo_fp8.scene.cameras import Cameras, normalise
 from worldstereo_fp8.scene.pictures import resize_pictures
@@ -371,32 +375,51 @@ def test_cores_way_around_a_bug_of_cudnn_is_two_dimensional_too(vae, monkeypatch
     half = comfy.sd.VAE(sd=vae.first_stage_model.state_dict(), dtype=torch.bfloat16)
     pictures = torch.rand(2, 32, 48, 3)
     expected = encode_keyframes(half, pictures)
+    biases = []
+    add_bias = channels_last.add_bias
+    monkeypatch.setattr(channels_last, "add_bias", lambda x, bias: (biases.append(bias), add_bias(x, bias))[1])
     monkeypatch.setattr(comfy.ops, "NVIDIA_MEMORY_CONV_BUG_WORKAROUND", True)
-    with Seen() as seen:
-        found = encode_keyframes(half, pictures)
-    convolutions = [arguments for function, arguments in seen.calls if function is torch.conv2d]
-    assert [bias for x, _, bias, *_ in convolutions if x.shape[1] == 3] == [
-        None
-    ]  # of the first layer: it alone sees RGB
+    found = encode_keyframes(half, pictures)
+    assert len(biases) == sum(isinstance(layer, torch.nn.Conv2d) for layer in half.first_stage_model.encoder.modules())
     assert relative_error(found, expected) < 0.04  # on a CPU it rounds before it adds the bias
 
 
-def test_a_convolution_of_one_frame_in_2d_gives_what_it_gives_in_3d():
-    conv = torch.nn.Conv3d(4, 6, (1, 3, 2), stride=(1, 2, 1), padding=(0, 1, 0), dilation=(1, 1, 2), groups=2)
-    x = torch.rand(2, 4, 1, 6, 7)
-    expected = conv(x)
-    with keyframe_vae.OneFrame():
-        torch.testing.assert_close(conv(x), expected)
+def layers_of(network):
+    """The VAE's norms that a SiLU follows, and those SiLUs."""
+    return [
+        pair
+        for layers in network.modules()
+        if isinstance(layers, torch.nn.Sequential)
+        for pair in itertools.pairwise(layers)
+        if isinstance(pair[0], RMS_norm)
+    ]
 
 
-@pytest.mark.parametrize(
-    "frames, kernel, padding", [(1, (1, 3, 3), (1, 1, 1)), (1, (3, 3, 3), (1, 1, 1)), (2, (1, 3, 3), (0, 1, 1))]
-)
-def test_other_convolutions_stay_as_they_are(frames, kernel, padding):
-    conv, x = torch.nn.Conv3d(4, 5, kernel, padding=padding), torch.rand(2, 4, frames, 6, 7)
-    expected = conv(x)
-    with keyframe_vae.OneFrame():
-        assert torch.equal(conv(x), expected)
+@torch.inference_mode()
+def test_a_norm_and_its_activation_are_one_operation(vae):
+    """In half precision too, where ComfyUI's are rounded after each step."""
+    network = copy.deepcopy(vae.first_stage_model)
+    pairs = layers_of(network)
+    norms = [layer for layer in network.modules() if isinstance(layer, RMS_norm)]
+    attention = [layer.norm for layer in network.modules() if isinstance(layer, AttentionBlock)]
+    assert {id(norm) for norm, _ in pairs} | {id(norm) for norm in attention} == {id(norm) for norm in norms}
+    for norm, silu in pairs:
+        norm.gamma.data.uniform_(0.5, 1.5, generator=torch.Generator().manual_seed(0))
+        x = torch.randn(2, len(norm.gamma), 1, 3, 4, generator=torch.Generator().manual_seed(1))
+        x[:, :, :, 0, 0] = 0  # a pixel without a length
+        for dtype, error in ((torch.float32, 1e-6), (torch.bfloat16, 0.01)):
+            exact, given = silu(norm(x)), x.to(dtype)
+            with keyframe_vae.fused_norms(network):
+                found = silu(norm(given))
+                assert norm(given) is not given and silu(given) is given
+            assert found.dtype == dtype and relative_error(found.float(), exact) < error
+    assert not any("forward" in vars(layer) for layer in network.modules())
+
+
+def test_an_error_leaves_the_vae_as_it_was(vae):
+    with pytest.raises(ZeroDivisionError), keyframe_vae.fused_norms(vae.first_stage_model):
+        raise ZeroDivisionError
+    assert not any("forward" in vars(layer) for layer in vae.first_stage_model.modules())
 
 
 SIGMAS = [1, 0.9375, 5 / 6, 0.625, 0]

@@ -12,7 +12,7 @@ ROOMS = {
     "core": (),
     "remap": ("files", "fp8"),
     "fp8": ("files", "core"),
-    "scene": ("files", "core"),
+    "scene": ("files", "core", "fp8"),
     "worldstereo": ("files", "core", "remap", "fp8", "scene"),
     "loaders": ("files", "core", "remap", "fp8", "scene", "worldstereo"),
     "comfy_nodes": ("files", "core", "remap", "fp8", "scene", "worldstereo", "loaders"),

@@ -1,0 +1,91 @@
+"""Pictures through convolutions with the channels last in memory, as cuDNN computes them: ComfyUI's networks have them
+first, and there most of a VAE's or a depth model's time on a GPU goes into converting, padding, and adding biases."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
+
+from .activations import add_bias
+
+WORD = 8  # bytes that are copied together
+
+
+class ChannelsLast(TorchFunctionMode):
+    """While it is entered, these are computed with the channels last in memory, to the same results but for rounding:
+
+    - 2-D convolutions, transposed ones too, and 3-D convolutions of one frame, which become 2-D;
+    - replicated borders, and enlarging to twice the size by repeating pixels.
+    """
+
+    def __torch_function__(self, function, types, arguments=(), named=None):
+        ours, named = OURS.get(function), named or {}
+        found = ours(*arguments, **named) if ours else None
+        return function(*arguments, **named) if found is None else found
+
+
+# Each has the signature of PyTorch's function and returns None for what it leaves to PyTorch.
+
+
+def _conv2d(x, weight, bias=None, *settings, function=F.conv2d, **named):
+    if x.ndim != 4:
+        return None
+    out = function(x.contiguous(memory_format=torch.channels_last), weight, None, *settings, **named)
+    return out if bias is None else add_bias(out.movedim(1, -1), bias).movedim(-1, 1)
+
+
+def _conv_transpose2d(*arguments, **named):
+    return _conv2d(*arguments, function=F.conv_transpose2d, **named)
+
+
+def _conv3d(x, weight, bias, stride, padding, dilation, groups):  # as `torch.nn.Conv3d` calls it
+    if not (x.ndim == 5 and x.shape[2] == weight.shape[2] == 1 and padding[0] == 0):
+        return None
+    x, weight = x.squeeze(2), weight.squeeze(2)
+    return _conv2d(x, weight, bias, stride[1:], padding[1:], dilation[1:], groups).unsqueeze(2)
+
+
+def _cudnn_convolution(x, weight, padding, stride, dilation, groups, **_):
+    """Of core's way around a bug of cuDNN's. Core adds the bias afterwards."""
+    return _conv3d(x, weight, None, stride, padding, dilation, groups)
+
+
+def _pad(x, pad, mode="constant", value=None):
+    if not (mode == "replicate" and x.ndim == 4 and len(pad) == 4 and min(pad) >= 0):
+        return None
+    left, right, top, bottom = pad
+    x, dtype = _words(x), x.dtype
+    count, height, width, channels = x.shape
+    out = x.new_empty(count, top + height + bottom, left + width + right, channels)
+    rows = out[:, top : top + height]
+    rows[:, :, left : left + width] = x
+    rows[:, :, :left], rows[:, :, left + width :] = x[:, :, :1], x[:, :, -1:]
+    out[:, :top], out[:, top + height :] = rows[:, :1], rows[:, -1:]
+    return out.view(dtype).movedim(-1, 1)
+
+
+def _interpolate(x, size=None, scale_factor=None, mode="nearest", *_, **named):
+    if not (mode.startswith("nearest") and size is None and scale_factor in (2, (2, 2), [2, 2]) and x.ndim == 4):
+        return None
+    x, dtype = _words(x), x.dtype
+    count, height, width, channels = x.shape
+    out = x[:, :, None, :, None].expand(count, height, 2, width, 2, channels)
+    return out.reshape(count, 2 * height, 2 * width, channels).view(dtype).movedim(-1, 1)
+
+
+def _words(x):
+    """x [N, C, H, W] as [N, H, W, C], with as many channels in one number as WORD holds: PyTorch copies them one by
+    one."""
+    x = x.movedim(1, -1).contiguous()
+    return x if x.shape[-1] * x.element_size() % WORD else x.view(torch.int64)
+
+
+OURS: dict[Callable, Callable[..., torch.Tensor | None]] = {
+    torch.conv2d: _conv2d,
+    torch.conv_transpose2d: _conv_transpose2d,
+    torch.conv3d: _conv3d,
+    torch.cudnn_convolution: _cudnn_convolution,
+    F.pad: _pad,
+    F.interpolate: _interpolate,
+}
