@@ -11,7 +11,8 @@ from .cameras import Cameras
 from .memory import frames_to_remember
 
 MOGE_LEVEL, MOGE_BATCH = 9, 8  # resolution level, and the most pictures at a time
-# Measured on an H200 in half precision: 1.04 GiB a picture of 832x480 with the 3600 tokens of the highest level.
+# At most: 1.04 GiB a picture of 832x480 with the 3600 tokens of the highest level, measured on an H200 in half precision
+# with the channels first in memory. With them last it is less.
 TOKEN_BYTES = 310_000
 
 
@@ -35,8 +36,8 @@ def keyframe_geometry(
     [M, H, W], and intrinsics [M, 3, 3] for pictures of width and height 1. It has neither points nor normals.
 
     Computed in half precision where the device is faster with it, which is the default of MoGe's own `infer` (use_fp16
-    in moge/model/v2.py, github.com/microsoft/MoGe). Core's node computes in float32. Raises ValueError for fewer
-    cameras than frames, and as `frames_to_remember` does.
+    in moge/model/v2.py, github.com/microsoft/MoGe), and with the channels last in memory (`fp8.channels_last`). Core's
+    node computes in float32. Raises ValueError for fewer cameras than frames, and as `frames_to_remember` does.
     """
     fov = cameras.of_frames(len(images)).fov
     frames = frames_to_remember(len(images), count)
