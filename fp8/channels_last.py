@@ -39,11 +39,14 @@ def _conv_transpose2d(*arguments, **named):
     return _conv2d(*arguments, function=F.conv_transpose2d, **named)
 
 
-def _conv3d(x, weight, bias, stride, padding, dilation, groups):  # as `torch.nn.Conv3d` calls it
+def _conv3d(x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
+    settings = stride, padding, dilation
+    if not all(isinstance(setting, tuple) for setting in settings):  # as `torch.nn.Conv3d` gives them
+        return None
     if not (x.ndim == 5 and x.shape[2] == weight.shape[2] == 1 and padding[0] == 0):
         return None
     x, weight = x.squeeze(2), weight.squeeze(2)
-    return _conv2d(x, weight, bias, stride[1:], padding[1:], dilation[1:], groups).unsqueeze(2)
+    return _conv2d(x, weight, bias, *(setting[1:] for setting in settings), groups).unsqueeze(2)
 
 
 def _cudnn_convolution(x, weight, padding, stride, dilation, groups, **_):

@@ -1,7 +1,7 @@
-"""The Triton kernels behind `activations`: each program loads whole rows (tokens) into registers; arithmetic is in
-FP32.
+"""The Triton kernels behind `activations`: each program loads whole rows (tokens or pixels) into registers, and
+`_add_bias` any part of them; arithmetic is in FP32.
 
-Every tensor's last axis has stride 1; rows may have any stride.
+Every tensor's last axis has stride 1; rows may have any stride where no comment says otherwise.
 """
 
 import os

@@ -144,6 +144,8 @@ def test_twice_the_size(mode, channels, dtype):
         lambda x: F.interpolate(x, scale_factor=3, mode="nearest"),
         lambda x: F.interpolate(x, (7, 5), mode="nearest-exact"),
         lambda x: F.interpolate(x[0], scale_factor=2, mode="nearest"),
+        lambda x: F.conv3d(x[:, :, None], torch.ones(2, 8, 1, 3, 3, device=DEVICE), padding=0),
+        lambda x: F.conv3d(x[:, :, None], torch.ones(2, 8, 1, 3, 3, device=DEVICE), None, 1, "same"),
         lambda x: F.conv2d(x[0], torch.ones(2, 8, 3, 3, device=DEVICE), torch.ones(2, device=DEVICE)),
     ],
 )
