@@ -112,7 +112,7 @@ def rms_rope(x: torch.Tensor, weight: torch.Tensor, freqs: torch.Tensor, heads: 
 
 
 def rms_silu(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """SiLU of the RMSNorm over C, times the weight. x: [..., C]; weight: [C]. Returns x's shape and dtype."""
+    """SiLU(RMSNorm(x) · weight), the norm over C. x: [..., C]; weight: [C]. Returns x's shape and dtype."""
     return _implementation(x.device).rms_silu(x, weight, eps)
 
 

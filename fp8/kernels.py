@@ -144,7 +144,7 @@ def _rms_silu(x_ptr, weight_ptr, out_ptr, rows, width, x_row, eps, ROWS: tl.cons
     tl.store(out_ptr + row * width + column, x * tl.sigmoid(x), mask=mask)
 
 
-@triton.jit(do_not_specialize=["width"])  # one kernel for all layers: compiling it takes longer than a path's biases
+@triton.jit(do_not_specialize=["width"])  # one kernel for all widths: compiling one takes longer than it would save
 def _add_bias(x_ptr, bias_ptr, count, width, BLOCK: tl.constexpr):
     first = tl.program_id(0).to(tl.int64) * BLOCK
     number = tl.arange(0, BLOCK)
@@ -277,15 +277,17 @@ def rms_silu_(x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tens
     rows, width = x.shape
     block = triton.next_power_of_2(width)
     of_program = max(VALUES // block, 1)
-    _rms_silu[(triton.cdiv(rows, of_program),)](
-        x, weight, out, rows, width, x.stride(0), eps, ROWS=of_program, BLOCK=block, num_warps=4
-    )
+    with torch.cuda.device_of(x):  # a VAE may be on another GPU than the current one
+        _rms_silu[(triton.cdiv(rows, of_program),)](
+            x, weight, out, rows, width, x.stride(0), eps, ROWS=of_program, BLOCK=block, num_warps=4
+        )
 
 
 @torch.library.custom_op("worldstereo_fp8::add_bias_", mutates_args=("x",))
 def add_bias_(x: torch.Tensor, bias: torch.Tensor) -> None:
     """x [..., C] += bias [C], in place; both contiguous."""
-    _add_bias[(triton.cdiv(x.numel(), VALUES),)](x, bias, x.numel(), len(bias), BLOCK=VALUES, num_warps=4)
+    with torch.cuda.device_of(x):  # as above
+        _add_bias[(triton.cdiv(x.numel(), VALUES),)](x, bias, x.numel(), len(bias), BLOCK=VALUES, num_warps=4)
 
 
 @torch.library.custom_op("worldstereo_fp8::add_keys_", mutates_args=("out",))

@@ -156,10 +156,7 @@ def neighbour_distances(points: torch.Tensor, count: int, start: int = 0) -> tor
     spread, random = SPREAD * ((high - low).max().item() or 1.0), np.random.default_rng(0)
     places = np.empty(points.shape)
     for part in pieces(len(places), PIECE):
-        place = random.random(out=places[part])
-        place *= spread
-        place += points[part].numpy()
-        place -= low.numpy()
+        places[part] = (points[part] - low).numpy() + random.uniform(0, spread, places[part].shape)
     tree = stoppable(partial(cKDTree, leafsize=LEAF, balanced_tree=False, compact_nodes=False), places)
     mean = torch.empty(len(places) - start)
     for part in pieces(len(mean), NEIGHBOUR_PIECE):

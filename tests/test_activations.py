@@ -203,7 +203,7 @@ def test_rms_silu(name, shape, dtype, magnitude):
 
 
 @pytest.mark.parametrize("dtype, bias_dtype", [(dtype, dtype) for dtype in DTYPES] + [(torch.float16, torch.float32)])
-@pytest.mark.parametrize("shape", [(7, 96), (2, 3, 5, 21), (300, 16)])
+@pytest.mark.parametrize("shape", [(7, 96), (2, 3, 5, 21), (300, 21)])  # the last takes two programs
 def test_add_bias(shape, dtype, bias_dtype):
     x, bias = tokens(*shape, dtype=dtype), modulation(shape[-1], dtype=bias_dtype)[0]
     exact = x.double() + bias.double()

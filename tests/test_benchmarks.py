@@ -34,7 +34,7 @@ def test_explore_runs_without_a_server_and_without_pyav(tmp_path):
     assert "33 paths:" in run.stdout and "a toy's figures" in run.stdout
 
 
-def test_the_vae_is_measured_with_both_convolutions(monkeypatch, capsys):
+def test_the_vae_is_measured_in_each_way(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["vae.py", "--pictures", "1", "--size", "32x16"])
     monkeypatch.setattr(sys, "path", [str(EXPLORE.parent), *sys.path])
     monkeypatch.setattr("step.VAE_WIDTH", 8)
@@ -42,7 +42,9 @@ def test_the_vae_is_measured_with_both_convolutions(monkeypatch, capsys):
         runpy.run_path(str(EXPLORE.with_name("vae.py")), run_name="__main__")
     rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][1:]
     assert [(row[0].strip(), row[1].strip()) for row in rows] == [
-        (convolutions, part) for part in ("encode", "decode") for convolutions in ("3-D", "2-D")
+        (way, part)
+        for part in ("encode", "decode")
+        for way in ("as ComfyUI", "channels last", "channels last, fused norms")
     ]
     assert all(float(row[2]) > 0 and float(row[4]) < 0.02 for row in rows)
 

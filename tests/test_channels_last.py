@@ -115,7 +115,8 @@ def test_replicated_borders(pad, channels, dtype):
     x = rand(2, channels, 5, 4, dtype=dtype)
     larger = rand(3, channels, 6, 4, dtype=dtype)
     last = larger.contiguous(memory_format=torch.channels_last)
-    for given in (x, last, last[1:], last[1:, :, 1:], larger[1:, :, 1:]):
+    odd = rand(1 + channels * 4, dtype=dtype)[1:].view(1, 2, 2, channels).movedim(-1, 1)  # does not begin with a word
+    for given in (x, last, last[1:], last[1:, :, 1:], larger[1:, :, 1:], x[:, :, :1, :1], x[:0], odd):
         expected = F.pad(given, pad, mode="replicate")
         with ChannelsLast():
             found = F.pad(given, pad, mode="replicate")
@@ -127,10 +128,16 @@ def test_replicated_borders(pad, channels, dtype):
 @pytest.mark.parametrize("mode", ["nearest", "nearest-exact"])
 def test_twice_the_size(mode, channels, dtype):
     x, layer = rand(2, channels, 5, 4, dtype=dtype), torch.nn.Upsample(scale_factor=(2.0, 2.0), mode=mode)
-    expected = layer(x)
-    with ChannelsLast():
-        found = layer(x)
-    assert torch.equal(found, expected) and channels_are_last(found)
+    for given in (x, x[:, :, :1, :1]):
+        expected = layer(given)
+        with ChannelsLast():
+            found = layer(given)
+        assert torch.equal(found, expected) and channels_are_last(found)
+
+
+def test_a_wrong_setting_is_still_an_error():
+    with ChannelsLast(), pytest.raises(ValueError, match="align_corners"):
+        F.interpolate(rand(1, 2, 3, 4), scale_factor=2, mode="nearest", align_corners=True)
 
 
 @pytest.mark.parametrize(

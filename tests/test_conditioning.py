@@ -287,6 +287,23 @@ def test_a_tiny_vae_of_another_model_is_refused():
         check_vae(tiny(torch.float16))
 
 
+@torch.inference_mode()
+def test_keyframes_are_coded_alone_by_a_tiny_vae_too():
+    torch.manual_seed(0)
+    network = TAEHV(16)
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
+    tiny, pictures = comfy.sd.VAE(sd=network.state_dict()), torch.rand(3, 32, 48, 3)
+    latent = encode_keyframes(tiny, pictures)
+    alone = torch.cat([encode_keyframes(tiny, picture[None]) for picture in pictures], dim=2)
+    assert latent.shape == (1, 16, 3, 4, 6) and relative_error(latent, alone) < ROUNDING
+    latent = torch.randn(latent.shape)
+    frames = decode_keyframes(tiny, latent)
+    alone = torch.cat([decode_keyframes(tiny, latent[:, :, number : number + 1]) for number in range(3)])
+    assert frames.shape == (3, 32, 48, 3) and relative_error(frames, alone) < ROUNDING
+    assert relative_error(alone.roll(1, 0), alone) > 0.05
+
+
 def test_pictures_in_half_precision():
     """As ComfyUI's --fp16-intermediates gives them."""
     pictures = torch.rand(2, 9, 12, 3)
@@ -403,6 +420,7 @@ def test_a_norm_and_its_activation_are_one_operation(vae):
     norms = [layer for layer in network.modules() if isinstance(layer, RMS_norm)]
     attention = [layer.norm for layer in network.modules() if isinstance(layer, AttentionBlock)]
     assert {id(norm) for norm, _ in pairs} | {id(norm) for norm in attention} == {id(norm) for norm in norms}
+    assert all(norm.channel_first and norm.bias is None for norm in norms)  # others would be computed wrongly
     for norm, silu in pairs:
         norm.gamma.data.uniform_(0.5, 1.5, generator=torch.Generator().manual_seed(0))
         x = torch.randn(2, len(norm.gamma), 1, 3, 4, generator=torch.Generator().manual_seed(1))
@@ -414,6 +432,15 @@ def test_a_norm_and_its_activation_are_one_operation(vae):
                 assert norm(given) is not given and silu(given) is given
             assert found.dtype == dtype and relative_error(found.float(), exact) < error
     assert not any("forward" in vars(layer) for layer in network.modules())
+
+
+def test_a_replaced_layer_stays_as_it_is(vae):
+    network = copy.deepcopy(vae.first_stage_model)
+    (norm, silu), *_ = layers_of(network)
+    replaced = norm.forward = lambda x: x
+    with keyframe_vae.fused_norms(network):
+        assert norm.forward is replaced and "forward" not in vars(silu)
+    assert norm.forward is replaced
 
 
 def test_an_error_leaves_the_vae_as_it_was(vae):

@@ -314,3 +314,10 @@ def test_neighbours_of_points_in_one_place():
     distances = neighbour_distances(points, 3)
     assert time.monotonic() - begun < 40
     assert distances[1::2].max() < 1e-8 and distances[::2].median() > 1e-3
+
+
+def test_neighbours_of_points_in_one_place_far_from_the_origin():
+    """What moves them apart is less than a step of float64 there."""
+    begun = time.monotonic()
+    assert neighbour_distances(torch.full((40_000, 3), 1e7), 3).max() < 1e-8
+    assert time.monotonic() - begun < 5
