@@ -13,7 +13,7 @@ NAMES = {
     "cast_to": ("comfy.model_management", "modulation parameters on the computing device"),
     "dtype_size": ("comfy.model_management", "the VRAM estimate"),
     "free_memory": ("comfy.model_management", "room for MoGe's activations"),
-    "get_free_memory": ("comfy.model_management", "the loader's memory line"),
+    "get_free_memory": ("comfy.model_management", "the loader's memory line; MoGe's batch"),
     "get_torch_device": ("comfy.model_management", "where models, renders and cooks compute"),
     "get_torch_device_name": ("comfy.model_management", "the card's name in messages"),
     "is_device_cpu": ("comfy.model_management", "whether the model runs or is offloaded on the CPU"),
@@ -61,9 +61,9 @@ NAMES = {
     "lora": ("comfy", "LoRA names: `model_lora_keys_unet` is wrapped, as it has no hook for diffusers' names"),
     # The VAE
     "HunyuanVideo": ("comfy.latent_formats", "recognising a wrong tiny VAE"),
+    "RMS_norm": ("comfy.ldm.wan.vae", "the VAE's norms, each of which one kernel computes with its activation"),
     "TAEHV": ("comfy.taesd.taehv", "accepting tiny VAEs of Wan"),
-    "RMS_norm": ("comfy.ldm.wan.vae", "the VAE's norms, which one kernel computes for keyframes"),
-    "WanVAE": ("comfy.ldm.wan.vae", "refusing other VAEs"),
+    "WanVAE": ("comfy.ldm.wan.vae", "refusing other VAEs, and computing this one faster"),
     # The page
     "PromptServer": ("server", "texts on the running node: `send_progress_text`"),
     "GraphBuilder": ("comfy_execution.graph_utils", "Explore Scene, which becomes ordinary nodes"),

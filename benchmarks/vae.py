@@ -1,7 +1,7 @@
 """Keyframes through the Wan 2.1 VAE's network, as ComfyUI computes it and as `worldstereo/keyframe_vae.py` does, with the
 channels last in memory and fused norms: milliseconds, memory, and the error against FP32.
 
-    python dev.py bench vae [--pictures 3] [--size 832x480]
+    python dev.py bench vae [--pictures 7] [--size 832x480]
 
 Random weights of the published shapes; the mean of RUNS runs after one that warms up. BF16 on a GPU, FP32 on the CPU, where
 `--size 160x96` takes seconds and no memory is measured.

@@ -1,6 +1,6 @@
-"""Pictures through convolutions with the channels last in memory, as cuDNN computes them. ComfyUI's networks have the
-channels first; there converting, padding, enlarging and adding biases take a fifth to a third of a network's time on a
-GPU (an H200: MoGe, the VAE)."""
+"""Convolutions of pictures with the channels last in memory, which is how cuDNN computes them. ComfyUI's networks have the
+channels first. On an H200 that costs a fifth of MoGe's time and a third of the VAE's, for converting, padding, enlarging
+and adding biases."""
 
 from collections.abc import Callable
 

@@ -202,7 +202,8 @@ def _block(width: int) -> dict[str, int]:
     return {"BLOCK": block, "num_warps": min(max(block // 2048, 1), 8)}
 
 
-# Custom operators, because torch.compile cannot trace the kernels' helper functions.
+# Custom operators, because torch.compile cannot trace the kernels' helper functions. Triton starts a kernel on the current
+# GPU; a VAE or MoGe may be on another, therefore `device_of`.
 
 
 @torch.library.custom_op("worldstereo_fp8::quantise_", mutates_args=("values", "scale"))
@@ -277,7 +278,7 @@ def rms_silu_(x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tens
     rows, width = x.shape
     block = triton.next_power_of_2(width)
     of_program = max(VALUES // block, 1)
-    with torch.cuda.device_of(x):  # a VAE may be on another GPU than the current one
+    with torch.cuda.device_of(x):
         _rms_silu[(triton.cdiv(rows, of_program),)](
             x, weight, out, rows, width, x.stride(0), eps, ROWS=of_program, BLOCK=block, num_warps=4
         )
@@ -286,7 +287,7 @@ def rms_silu_(x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tens
 @torch.library.custom_op("worldstereo_fp8::add_bias_", mutates_args=("x",))
 def add_bias_(x: torch.Tensor, bias: torch.Tensor) -> None:
     """x [..., C] += bias [C], in place; both contiguous."""
-    with torch.cuda.device_of(x):  # as above
+    with torch.cuda.device_of(x):
         _add_bias[(triton.cdiv(x.numel(), VALUES),)](x, bias, x.numel(), len(bias), BLOCK=VALUES, num_warps=4)
 
 

@@ -90,11 +90,11 @@ class _Interruptible:
 
     def _coded(self, code, batch):
         coded = []
-        for part in pieces(len(batch), BATCH):
-            with _faster(self.network):
+        with _faster(self.network):
+            for part in pieces(len(batch), BATCH):
                 coded.append(code(batch[part]))
-            synchronize()  # otherwise the GPU has all pieces before the stop button is looked at again
-            self.progress.update(len(coded[-1]))
+                synchronize()  # otherwise the GPU has all pieces before the stop button is looked at again
+                self.progress.update(len(coded[-1]))
         return torch.cat(coded)
 
 
